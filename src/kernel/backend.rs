@@ -1,0 +1,164 @@
+//! The seam between the model and the machine.
+
+use std::sync::Arc;
+
+use super::{StepBatch, weight::Weight};
+
+/// Something the backend could not do: out of memory, a device error, a shape that does not fit.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The device or a library refused.
+    #[error("{0}")]
+    Device(#[from] candle_core::Error),
+    /// Two sizes that must agree do not.
+    #[error("{0}")]
+    Shape(String),
+}
+
+/// How a frozen linear's weights are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// 32-bit floats; activations f32.
+    F32,
+    /// bfloat16 weights, f32 activations and sums.
+    Bf16,
+    /// 8-bit integers with one scale for 32 consecutive inputs of an output.
+    Q8,
+}
+
+/// U and V of one adapted site, orthonormal columns, shared by every adapter.
+#[derive(Debug, Clone, Copy)]
+pub struct SiteFactors<'a> {
+    /// Number of the site: 7 * layer + (q, k, v, o, gate, up, down).
+    pub site: usize,
+    /// `[out, r]` row-major.
+    pub u: &'a [f32],
+    /// `[in, r]` row-major.
+    pub v: &'a [f32],
+    /// r
+    pub rank: usize,
+}
+
+/// One linear of a group: its rows follow those of the part before it.
+#[derive(Clone, Copy)]
+pub struct LinearPart<'a> {
+    /// `[out, in]`.
+    pub weight: &'a Weight,
+    /// `[out]`.
+    pub bias: Option<&'a [f32]>,
+    /// None: no adapter touches this linear (the head; everything at rank 0).
+    pub factors: Option<SiteFactors<'a>>,
+}
+
+/// What happens to a product before it is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Epilogue {
+    /// `out = y`
+    Store,
+    /// `out += y` (the residual stream)
+    Add,
+    /// The group is gate|up of equal widths n: `out[..n] = silu(y[..n]) * y[n..2n]`
+    SwiGlu,
+}
+
+/// Which rows of the input a product reads; the output has as many rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// All rows of the step.
+    All,
+    /// `StepBatch::logits_rows` only.
+    Logits,
+}
+
+/// Attention of one layer, everything that is frozen about it.
+#[derive(Debug, Clone)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Size of a head.
+    pub head_dim: usize,
+    /// RMSNorm of each query head before RoPE (Qwen3): weight `[head_dim]` and epsilon.
+    pub q_norm: Option<(Vec<f32>, f32)>,
+    /// RMSNorm of each key head before RoPE.
+    pub k_norm: Option<(Vec<f32>, f32)>,
+    /// Half-split rotary table: for position p and pair i the cosine is `cos[p * head_dim/2 + i]`.
+    pub cos: Arc<Vec<f32>>,
+    /// The sines, in the same order.
+    pub sin: Arc<Vec<f32>>,
+}
+
+/// Shape of the paged KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers.
+    pub layers: usize,
+    /// Blocks of [`super::BLOCK_TOKENS`] tokens.
+    pub blocks: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Size of a head.
+    pub head_dim: usize,
+}
+
+/// A machine that runs the parts of a step. Associated types are the backend's own layouts; the model never looks inside.
+pub trait Backend: Send {
+    /// A packed group of frozen linears that share their input: q|k|v, o, gate|up, down, head.
+    type Linear: Send;
+    /// An RMSNorm weight.
+    type Norm: Send;
+    /// The embedding table.
+    type Table: Send;
+    /// Frozen parts of a layer's attention.
+    type Attention: Send;
+    /// The paged KV cache of all layers.
+    type Kv: Send;
+    /// Activations, `[rows, width]` f32. Reused from step to step; grows to the largest step.
+    type Buffer: Send;
+    /// What `begin` prepares from a batch (slots, cores, positions, block tables where the machine wants them).
+    type Step: Send;
+
+    /// Packs a group. All parts have the same number of inputs.
+    fn linear(&self, parts: &[LinearPart<'_>], precision: Precision) -> Result<Self::Linear, KernelError>;
+    /// An RMSNorm weight `[width]`.
+    fn norm(&self, weight: &[f32], epsilon: f32) -> Result<Self::Norm, KernelError>;
+    /// The embedding table `[vocab, hidden]`.
+    fn table(&self, weight: &Weight, precision: Precision) -> Result<Self::Table, KernelError>;
+    /// The frozen parts of a layer's attention.
+    fn attention(&self, spec: &AttentionSpec) -> Result<Self::Attention, KernelError>;
+    /// An empty KV cache.
+    fn kv(&self, shape: KvShape, precision: Precision) -> Result<Self::Kv, KernelError>;
+    /// An empty activation buffer of this width.
+    fn buffer(&self, width: usize) -> Result<Self::Buffer, KernelError>;
+
+    /// Prepares a step. Cores of the batch must have the rank the linears were packed with.
+    fn begin(&mut self, batch: &StepBatch) -> Result<Self::Step, KernelError>;
+    /// `out[row] = table[token of row]`
+    fn embed(&mut self, step: &Self::Step, table: &Self::Table, out: &mut Self::Buffer) -> Result<(), KernelError>;
+    /// `out = epilogue(W norm(x) + b + U (C_row (V^T norm(x))))` for the chosen rows.
+    #[allow(clippy::too_many_arguments)]
+    fn product(
+        &mut self,
+        step: &Self::Step,
+        linear: &Self::Linear,
+        rows: Rows,
+        norm: Option<&Self::Norm>,
+        x: &Self::Buffer,
+        epilogue: Epilogue,
+        out: &mut Self::Buffer,
+    ) -> Result<(), KernelError>;
+    /// Normalises and rotates q and k of `qkv` `[rows, (heads + 2 kv_heads) head_dim]`, appends k and v of every row to the cache, and lets every row
+    /// attend to the positions `0..=position` of its sequence. `out` is `[rows, heads head_dim]`.
+    fn attend(
+        &mut self,
+        step: &Self::Step,
+        attention: &Self::Attention,
+        layer: usize,
+        qkv: &Self::Buffer,
+        kv: &mut Self::Kv,
+        out: &mut Self::Buffer,
+    ) -> Result<(), KernelError>;
+    /// Copies a buffer's rows (as many as the last operation wrote) to the host, row-major, replacing what `out` held.
+    fn read(&mut self, buffer: &Self::Buffer, out: &mut Vec<f32>) -> Result<(), KernelError>;
+}

@@ -1,0 +1,8 @@
+//! Mote
+
+pub mod adapter;
+pub mod engine;
+pub mod kernel;
+pub mod model;
+pub mod service;
+pub mod types;

@@ -1,0 +1,27 @@
+//! The base model: what it is (spec), its weights (loader), and one forward pass for the Llama and Qwen families.
+
+use crate::kernel::{KernelError, StepBatch};
+
+/// A model that cannot be loaded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The files describe something that we cannot serve; one sentence that names it.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The files are missing or broken.
+    #[error("{0}")]
+    Load(String),
+    /// The arithmetic failed.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+/// What the engine needs of a model. Implemented by the transformer over any backend, and by the engine's tests.
+pub trait Model: Send {
+    /// Columns of the logits.
+    fn vocab_size(&self) -> usize;
+    /// Blocks in the KV cache.
+    fn kv_blocks(&self) -> usize;
+    /// Runs a step: writes K and V of every row into the cache, and the logits of `batch.logits_rows` to `logits`, `[logits_rows, vocab]` row-major, replacing what it held.
+    fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError>;
+}

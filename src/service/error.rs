@@ -1,0 +1,102 @@
+//! What can go wrong with a use case, in the words of the API; `http` alone knows the status codes.
+
+/// The kind decides status, `type` and default `code` of the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// 400 invalid_request_error
+    Invalid,
+    /// 401 authentication_error, code invalid_api_key
+    Unauthenticated,
+    /// 403 permission_error
+    Forbidden,
+    /// 404 invalid_request_error
+    NotFound,
+    /// 405 invalid_request_error
+    MethodNotAllowed,
+    /// 409 conflict
+    Conflict,
+    /// 412 generation_mismatch
+    PreconditionFailed,
+    /// 413 invalid_request_error
+    TooLarge,
+    /// 415 invalid_request_error
+    UnsupportedMediaType,
+    /// 422 incompatible_adapter
+    Incompatible,
+    /// 429 rate_limit_error
+    RateLimited,
+    /// 500 api_error
+    Internal,
+    /// 503 api_error: overloaded or draining
+    Unavailable,
+}
+
+/// An error with the words a client sees.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What kind of failure.
+    pub kind: ErrorKind,
+    /// One sentence that says what is wrong and names the field.
+    pub message: String,
+    /// The offending field, when there is one.
+    pub param: Option<String>,
+    /// A stable code: model_not_found, name_taken, queue_full, ...
+    pub code: Option<&'static str>,
+    /// Seconds for `retry-after`.
+    pub retry_after: Option<u64>,
+}
+
+impl Error {
+    /// An error of a kind.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), param: None, code: None, retry_after: None }
+    }
+
+    /// 400 that names a field.
+    pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), ..Self::new(ErrorKind::Invalid, message) }
+    }
+
+    /// 404 model_not_found with param `model`.
+    pub fn model_not_found(model: &str) -> Self {
+        Self {
+            param: Some("model".into()),
+            code: Some("model_not_found"),
+            ..Self::new(
+                ErrorKind::NotFound,
+                format!("The model '{model}' does not exist or you do not have access to it."),
+            )
+        }
+    }
+
+    /// 404 adapter_not_found.
+    pub fn adapter_not_found(name: &str, param: Option<&str>) -> Self {
+        Self {
+            param: param.map(str::to_owned),
+            code: Some("adapter_not_found"),
+            ..Self::new(
+                ErrorKind::NotFound,
+                format!("The adapter '{name}' does not exist or you do not have access to it."),
+            )
+        }
+    }
+
+    /// 500; the cause goes to the log, not to the client.
+    pub fn internal(cause: impl std::fmt::Display) -> Self {
+        tracing::error!(%cause, "internal error");
+        Self::new(ErrorKind::Internal, "The server had an error while processing your request.")
+    }
+
+    /// The same error with a code.
+    pub fn with_code(mut self, code: &'static str) -> Self {
+        self.code = Some(code);
+        self
+    }
+
+    /// The same error with a field.
+    pub fn with_param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+}
