@@ -1,5 +1,11 @@
 //! The base model: what it is (spec), its weights (loader), and one forward pass for the Llama and Qwen families.
 
+mod spec;
+mod weights;
+
+pub use spec::{Architecture, ModelSpec, RopeScaling, RopeSpec};
+pub use weights::{LayerWeights, ModelWeights};
+
 use crate::kernel::{KernelError, StepBatch};
 
 /// A model that cannot be loaded or run.
