@@ -5,5 +5,6 @@ pub mod engine;
 pub mod kernel;
 pub mod model;
 pub mod service;
+pub mod store;
 pub mod tenant;
 pub mod types;
