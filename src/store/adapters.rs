@@ -25,12 +25,8 @@ static INSERT_ADAPTERS: RowsSql = RowsSql::new(
     9,
     "",
 );
-static INSERT_GENERATIONS: RowsSql = RowsSql::new(
-    "INSERT INTO generations \
-     (adapter, seq, generation, data, dtype, scheme, signs, fingerprint, forced_onto, created_at) VALUES",
-    10,
-    "",
-);
+static INSERT_GENERATIONS: RowsSql =
+    RowsSql::new("INSERT INTO generations (adapter, seq, generation, data, facts, created_at) VALUES", 6, "");
 
 /// An adapter that an upload's name points at.
 struct Existing {
@@ -45,8 +41,7 @@ struct Existing {
 struct NewGeneration {
     adapter: AdapterId,
     seq: i64,
-    scheme: i64,
-    signs: Option<i64>,
+    facts: i64,
     contents: Contents,
 }
 
@@ -135,20 +130,10 @@ impl Tx<'_> {
                     Ok(Stored::New { record, replaced })
                 }
                 (Some(owner), None, _) => {
-                    let scheme = self.intern_scheme(&item.contents.scheme).await?;
-                    let signs = match &item.contents.signs {
-                        Some(mask) => Some(self.intern_signs(mask).await?),
-                        None => None,
-                    };
+                    let facts = self.intern(&item.contents.facts).await?;
                     let adapter = AdapterId(self.next_seq());
                     let record = self.new_record(adapter, item, owner.clone());
-                    generations.push(NewGeneration {
-                        adapter,
-                        seq: 1,
-                        scheme,
-                        signs,
-                        contents: record.contents.clone(),
-                    });
+                    generations.push(NewGeneration { adapter, seq: 1, facts, contents: record.contents.clone() });
                     created.push(record.clone());
                     Ok(Stored::New { record, replaced: None })
                 }
@@ -178,7 +163,7 @@ impl Tx<'_> {
         ids.sort_unstable();
         ids.dedup();
         let mut names = HashMap::with_capacity(ids.len());
-        for (sql, size, piece) in TENANTS.padded(&ids) {
+        for (sql, size, piece) in TENANTS.padded(self.dialect, &ids) {
             let mut query = sqlx::query(sql);
             for id in fill(piece, size) {
                 query = query.bind(id.0);
@@ -192,7 +177,7 @@ impl Tx<'_> {
 
     async fn existing(&mut self, items: &[NewAdapter]) -> Result<HashMap<Key, Existing>> {
         let mut found = HashMap::new();
-        for (sql, size, piece) in EXISTING.padded(items) {
+        for (sql, size, piece) in EXISTING.padded(self.dialect, items) {
             let mut query = sqlx::query(sql);
             for item in fill(piece, size) {
                 query = query.bind(item.tenant.0).bind(&*item.name);
@@ -206,7 +191,7 @@ impl Tx<'_> {
     }
 
     async fn insert_adapters(&mut self, created: &[AdapterRecord]) -> Result<()> {
-        for (sql, piece) in INSERT_ADAPTERS.exact(created) {
+        for (sql, piece) in INSERT_ADAPTERS.exact(self.dialect, created) {
             let mut query = sqlx::query(sql);
             for record in piece {
                 query = query
@@ -226,7 +211,7 @@ impl Tx<'_> {
     }
 
     async fn insert_generations(&mut self, generations: &[NewGeneration]) -> Result<()> {
-        for (sql, piece) in INSERT_GENERATIONS.exact(generations) {
+        for (sql, piece) in INSERT_GENERATIONS.exact(self.dialect, generations) {
             let mut query = sqlx::query(sql);
             for new in piece {
                 query = query
@@ -234,11 +219,7 @@ impl Tx<'_> {
                     .bind(new.seq)
                     .bind(&new.contents.generation.0[..])
                     .bind(&*new.contents.data)
-                    .bind(&*new.contents.dtype)
-                    .bind(new.scheme)
-                    .bind(new.signs)
-                    .bind(&new.contents.fingerprint.0[..])
-                    .bind(new.contents.forced_onto.map(|base| base.0.to_vec()))
+                    .bind(new.facts)
                     .bind(self.now);
             }
             query.execute(&mut *self.connection).await?;
@@ -248,11 +229,7 @@ impl Tx<'_> {
 
     /// Another generation for an adapter that exists. One that it had before is pointed at again.
     async fn replace(&mut self, item: NewAdapter, old: Existing, owner: Arc<str>) -> Result<AdapterRecord> {
-        let scheme = self.intern_scheme(&item.contents.scheme).await?;
-        let signs = match &item.contents.signs {
-            Some(mask) => Some(self.intern_signs(mask).await?),
-            None => None,
-        };
+        let facts = self.intern(&item.contents.facts).await?;
         let row = sqlx::query(
             "SELECT MAX(seq), MAX(CASE WHEN generation = $2 THEN seq END) FROM generations WHERE adapter = $1",
         )
@@ -264,10 +241,11 @@ impl Tx<'_> {
         let seq = same.unwrap_or(last + 1);
         if same.is_none() {
             let contents = item.contents.clone();
-            self.insert_generations(&[NewGeneration { adapter: old.id, seq, scheme, signs, contents }]).await?;
+            self.insert_generations(&[NewGeneration { adapter: old.id, seq, facts, contents }]).await?;
         } else {
-            sqlx::query("UPDATE generations SET forced_onto = $1 WHERE adapter = $2 AND seq = $3")
-                .bind(item.contents.forced_onto.map(|base| base.0.to_vec()))
+            // Equal but perhaps for the base that it is forced onto.
+            sqlx::query("UPDATE generations SET facts = $1 WHERE adapter = $2 AND seq = $3")
+                .bind(facts)
                 .bind(old.id.0)
                 .bind(seq)
                 .execute(&mut *self.connection)

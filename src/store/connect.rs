@@ -8,7 +8,7 @@ use sqlx::{
     migrate::{MigrateError, Migrator},
 };
 
-use super::{Result, StoreError};
+use super::{Result, StoreError, rows::Dialect};
 
 static SQLITE: Migrator = sqlx::migrate!("src/store/migrations/sqlite");
 static POSTGRES: Migrator = sqlx::migrate!("src/store/migrations/postgres");
@@ -102,6 +102,10 @@ impl Connector {
 
     pub(super) fn is_sqlite(&self) -> bool {
         self.pragmas.is_some()
+    }
+
+    pub(super) fn dialect(&self) -> Dialect {
+        if self.is_sqlite() { Dialect::Sqlite } else { Dialect::Postgres }
     }
 
     /// One connection.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
-use super::{AdapterRecord, Contents, Result, StoreError};
+use super::{AdapterRecord, Contents, Facts, Result, StoreError};
 use crate::types::{AdapterId, Fingerprint, Generation, TenantId};
 
 /// Adapters with owner and current generation, as [`record`] reads them.
@@ -12,10 +12,9 @@ macro_rules! select_records {
     ($condition:literal) => {
         concat!(
             "SELECT a.id, a.tenant, t.name, a.name, a.public, a.metadata, a.created_at, a.updated_at, \
-             g.generation, g.data, g.dtype, s.json, m.mask, g.fingerprint, g.forced_onto \
+             g.generation, g.data, f.dtype, f.scheme, f.signs, f.fingerprint, f.forced_onto \
              FROM adapters a JOIN tenants t ON t.id = a.tenant \
-             JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
-             JOIN schemes s ON s.id = g.scheme LEFT JOIN signs m ON m.id = g.signs \
+             JOIN generations g ON g.adapter = a.id AND g.seq = a.seq JOIN facts f ON f.id = g.facts \
              WHERE a.deleted = 0 AND ",
             $condition
         )
@@ -38,22 +37,26 @@ pub(super) fn record(row: &AnyRow) -> Result<AdapterRecord> {
     })
 }
 
-/// Columns generation, data, dtype, scheme, mask, fingerprint, forced_onto, from a position on.
+/// Columns generation, data, and those of [`facts`], from a position on.
 pub(super) fn contents(row: &AnyRow, at: usize) -> Result<Contents> {
     Ok(Contents {
         generation: Generation(array(row.try_get(at)?, "generation")?),
         data: row.try_get(at + 1)?,
-        dtype: row.try_get(at + 2)?,
-        scheme: row.try_get::<&str, _>(at + 3)?.into(),
-        signs: row.try_get::<Option<&[u8]>, _>(at + 4)?.map(Arc::from),
-        fingerprint: Fingerprint(array(row.try_get(at + 5)?, "fingerprint")?),
-        forced_onto: forced_onto(row.try_get(at + 6)?)?,
+        facts: Arc::new(facts(row, at + 2)?),
     })
 }
 
-/// The base that an adapter was forced onto.
-pub(super) fn forced_onto(bytes: Option<&[u8]>) -> Result<Option<Fingerprint>> {
-    bytes.map(|bytes| Ok(Fingerprint(array(bytes, "fingerprint")?))).transpose()
+/// Columns dtype, scheme, signs, fingerprint, forced_onto, from a position on.
+pub(super) fn facts(row: &AnyRow, at: usize) -> Result<Facts> {
+    let fingerprint = |bytes: &[u8]| array(bytes, "fingerprint").map(Fingerprint);
+    let forced_onto: Option<&[u8]> = row.try_get(at + 4)?;
+    Ok(Facts {
+        dtype: row.try_get(at)?,
+        scheme: row.try_get(at + 1)?,
+        signs: row.try_get(at + 2)?,
+        fingerprint: fingerprint(row.try_get(at + 3)?)?,
+        forced_onto: forced_onto.map(fingerprint).transpose()?,
+    })
 }
 
 /// A hash of a known length.

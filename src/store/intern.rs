@@ -1,68 +1,65 @@
-//! Schemes and sign masks are stored once and named by a number.
+//! What adapters' numbers mean is stored once and named by a number.
 
 use std::{collections::HashMap, sync::Arc};
 
 use sqlx::Row as _;
 
-use super::{Result, writer::Tx};
+use super::{Facts, Result, writer::Tx};
 
-/// Distinct schemes or masks remembered; beyond this the memory starts anew.
+/// Distinct facts remembered; beyond this the memory starts anew.
 const CAPACITY: usize = 100_000;
 
-/// The writer's memory of numbers already given. A row is never deleted, so a number never changes.
+/// The writer's memory of numbers already given. A row is never changed or deleted, so a number keeps its meaning.
 #[derive(Default)]
 pub(super) struct Interner {
-    schemes: HashMap<Arc<str>, i64>,
-    signs: HashMap<Arc<[u8]>, i64>,
+    facts: HashMap<Arc<Facts>, i64>,
 }
 
 impl Tx<'_> {
-    /// The number of a scheme.
-    pub(super) async fn intern_scheme(&mut self, json: &Arc<str>) -> Result<i64> {
-        if let Some(id) = self.interner.schemes.get(json) {
+    /// The number of facts.
+    pub(super) async fn intern(&mut self, facts: &Arc<Facts>) -> Result<i64> {
+        if let Some(id) = self.interner.facts.get(facts) {
             return Ok(*id);
         }
-        let id = self.next_seq();
-        sqlx::query("INSERT INTO schemes (id, json) VALUES ($1, $2) ON CONFLICT (json) DO NOTHING")
-            .bind(id)
-            .bind(&**json)
-            .execute(&mut *self.connection)
-            .await?;
-        let id = sqlx::query("SELECT id FROM schemes WHERE json = $1")
-            .bind(&**json)
-            .fetch_one(&mut *self.connection)
-            .await?
-            .try_get(0)?;
-        if self.interner.schemes.len() >= CAPACITY {
-            self.interner.schemes.clear();
+        let (id, hash) = (self.next_seq(), hash(facts));
+        sqlx::query(
+            "INSERT INTO facts (id, hash, dtype, scheme, signs, fingerprint, forced_onto) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (hash) DO NOTHING",
+        )
+        .bind(id)
+        .bind(&hash[..])
+        .bind(&*facts.dtype)
+        .bind(&*facts.scheme)
+        .bind(facts.signs.as_deref())
+        .bind(&facts.fingerprint.0[..])
+        .bind(facts.forced_onto.as_ref().map(|base| &base.0[..]))
+        .execute(&mut *self.connection)
+        .await?;
+        let row = sqlx::query("SELECT id FROM facts WHERE hash = $1").bind(&hash[..]).fetch_one(&mut *self.connection);
+        let id = row.await?.try_get(0)?;
+        if self.interner.facts.len() >= CAPACITY {
+            self.interner.facts.clear();
         }
-        self.interner.schemes.insert(json.clone(), id);
+        self.interner.facts.insert(facts.clone(), id);
         Ok(id)
     }
+}
 
-    /// The number of a sign mask.
-    pub(super) async fn intern_signs(&mut self, mask: &Arc<[u8]>) -> Result<i64> {
-        if let Some(id) = self.interner.signs.get(mask) {
-            return Ok(*id);
-        }
-        let id = self.next_seq();
-        let hash = blake3::hash(mask);
-        // By its hash: a mask of a large rank exceeds what PostgreSQL indexes.
-        sqlx::query("INSERT INTO signs (id, hash, mask) VALUES ($1, $2, $3) ON CONFLICT (hash) DO NOTHING")
-            .bind(id)
-            .bind(&hash.as_bytes()[..])
-            .bind(&**mask)
-            .execute(&mut *self.connection)
-            .await?;
-        let id = sqlx::query("SELECT id FROM signs WHERE hash = $1")
-            .bind(&hash.as_bytes()[..])
-            .fetch_one(&mut *self.connection)
-            .await?
-            .try_get(0)?;
-        if self.interner.signs.len() >= CAPACITY {
-            self.interner.signs.clear();
-        }
-        self.interner.signs.insert(mask.clone(), id);
-        Ok(id)
+/// By a hash: a mask of a large rank exceeds what PostgreSQL indexes.
+fn hash(facts: &Facts) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    let forced_onto = facts.forced_onto.as_ref().map(|base| &base.0[..]);
+    let fields = [
+        Some(facts.dtype.as_bytes()),
+        Some(facts.scheme.as_bytes()),
+        facts.signs.as_deref(),
+        Some(&facts.fingerprint.0[..]),
+        forced_onto,
+    ];
+    for field in fields {
+        // Lengths keep neighbours apart, and nothing from what is empty.
+        hasher.update(&field.map_or(u64::MAX, |bytes| bytes.len() as u64).to_le_bytes());
+        hasher.update(field.unwrap_or_default());
     }
+    *hasher.finalize().as_bytes()
 }

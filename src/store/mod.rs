@@ -22,7 +22,7 @@ mod writer;
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
 pub use error::{Result, StoreError};
 pub use records::{
-    AdapterRecord, Contents, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter, OnConflict, Stored,
+    AdapterRecord, Contents, Facts, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter, OnConflict, Stored,
 };
 pub use tenants::NewKey;
 

@@ -6,10 +6,10 @@ use futures::TryStreamExt as _;
 use sqlx::{AnyConnection, Connection as _, Row as _, any::AnyRow};
 
 use super::{
-    AdapterRecord, Contents, GenerationRecord, LoadedAdapter, Result, Store, StoreError,
+    AdapterRecord, Contents, Facts, GenerationRecord, LoadedAdapter, Result, Store, StoreError,
     decode::{self, select_records},
 };
-use crate::types::{AdapterId, Fingerprint, Generation, TenantId};
+use crate::types::{AdapterId, Generation, TenantId};
 
 /// Sorts after every name that begins with a prefix: names are ASCII.
 const AFTER_ALL: char = '\u{7f}';
@@ -97,9 +97,8 @@ impl Store {
     pub async fn generations(&self, adapter: AdapterId) -> Result<Vec<GenerationRecord>> {
         let rows = sqlx::query(
             "SELECT g.seq, CASE WHEN g.seq = a.seq THEN 1 ELSE 0 END, g.created_at, \
-             g.generation, g.data, g.dtype, s.json, m.mask, g.fingerprint, g.forced_onto \
-             FROM generations g JOIN adapters a ON a.id = g.adapter \
-             JOIN schemes s ON s.id = g.scheme LEFT JOIN signs m ON m.id = g.signs \
+             g.generation, g.data, f.dtype, f.scheme, f.signs, f.fingerprint, f.forced_onto \
+             FROM generations g JOIN adapters a ON a.id = g.adapter JOIN facts f ON f.id = g.facts \
              WHERE g.adapter = $1 AND a.deleted = 0 ORDER BY g.seq DESC",
         )
         .bind(adapter.0)
@@ -114,23 +113,21 @@ impl Store {
     /// Only the database's.
     pub async fn load_all(&self, mut each: impl FnMut(LoadedAdapter)) -> Result<u64> {
         let mut connection = self.pool.acquire().await?;
-        // One snapshot: the schemes are those of the adapters read after them.
+        // One snapshot: the facts are those of the adapters read after them.
         let begin = match connection.backend_name() {
             "PostgreSQL" => "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
             _ => "BEGIN",
         };
         let mut tx = connection.begin_with(begin).await?;
-        let schemes = schemes(&mut tx).await?;
-        let masks = masks(&mut tx).await?;
+        let facts = all_facts(&mut tx).await?;
         let mut count = 0;
         let mut rows = sqlx::query(
-            "SELECT a.id, a.tenant, a.name, a.public, g.generation, g.data, g.dtype, g.scheme, g.signs, \
-             g.fingerprint, g.forced_onto \
+            "SELECT a.id, a.tenant, a.name, a.public, g.generation, g.data, g.facts \
              FROM adapters a JOIN generations g ON g.adapter = a.id AND g.seq = a.seq WHERE a.deleted = 0",
         )
         .fetch(&mut *tx);
         while let Some(row) = rows.try_next().await? {
-            each(loaded(&row, &schemes, &masks)?);
+            each(loaded(&row, &facts)?);
             count += 1;
         }
         drop(rows);
@@ -170,22 +167,14 @@ impl Store {
     }
 }
 
-async fn schemes(connection: &mut AnyConnection) -> Result<HashMap<i64, Arc<str>>> {
-    let rows = sqlx::query("SELECT id, json FROM schemes").fetch_all(connection).await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get::<&str, _>(1)?.into()))).collect()
+async fn all_facts(connection: &mut AnyConnection) -> Result<HashMap<i64, Arc<Facts>>> {
+    let rows = sqlx::query("SELECT id, dtype, scheme, signs, fingerprint, forced_onto FROM facts");
+    let rows = rows.fetch_all(connection).await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, Arc::new(decode::facts(row, 1)?)))).collect()
 }
 
-async fn masks(connection: &mut AnyConnection) -> Result<HashMap<i64, Arc<[u8]>>> {
-    let rows = sqlx::query("SELECT id, mask FROM signs").fetch_all(connection).await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get::<&[u8], _>(1)?.into()))).collect()
-}
-
-fn loaded(row: &AnyRow, schemes: &HashMap<i64, Arc<str>>, masks: &HashMap<i64, Arc<[u8]>>) -> Result<LoadedAdapter> {
-    let scheme = schemes.get(&row.try_get(7)?).ok_or(StoreError::Corrupt("scheme"))?;
-    let signs = match row.try_get::<Option<i64>, _>(8)? {
-        Some(id) => Some(masks.get(&id).ok_or(StoreError::Corrupt("sign mask"))?.clone()),
-        None => None,
-    };
+fn loaded(row: &AnyRow, facts: &HashMap<i64, Arc<Facts>>) -> Result<LoadedAdapter> {
+    let facts = facts.get(&row.try_get(6)?).ok_or(StoreError::Corrupt("reference to facts"))?;
     Ok(LoadedAdapter {
         id: AdapterId(row.try_get(0)?),
         tenant: TenantId(row.try_get(1)?),
@@ -194,11 +183,7 @@ fn loaded(row: &AnyRow, schemes: &HashMap<i64, Arc<str>>, masks: &HashMap<i64, A
         contents: Contents {
             generation: Generation(decode::array(row.try_get(4)?, "generation")?),
             data: row.try_get(5)?,
-            dtype: row.try_get(6)?,
-            scheme: scheme.clone(),
-            signs,
-            fingerprint: Fingerprint(decode::array(row.try_get(9)?, "fingerprint")?),
-            forced_onto: decode::forced_onto(row.try_get(10)?)?,
+            facts: facts.clone(),
         },
     })
 }

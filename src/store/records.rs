@@ -4,23 +4,30 @@ use std::sync::Arc;
 
 use crate::types::{AdapterId, Fingerprint, Generation, TenantId};
 
-/// What an adapter holds: everything that its generation is the hash of, and how it was written down.
+/// What an adapter's numbers mean. Interned: many adapters share one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Facts {
+    /// How the numbers are written: bf16 or f32.
+    pub dtype: String,
+    /// The full scheme, canonical JSON.
+    pub scheme: String,
+    /// The sign mask of an imported checkpoint.
+    pub signs: Option<Vec<u8>>,
+    /// The base under which the numbers were made.
+    pub fingerprint: Fingerprint,
+    /// The other base for which it was accepted by force: there it means nearly what it meant.
+    pub forced_onto: Option<Fingerprint>,
+}
+
+/// What an adapter holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contents {
     /// The hash of numbers, full scheme, sign mask and base.
     pub generation: Generation,
     /// The numbers as uploaded.
     pub data: Vec<u8>,
-    /// How `data` is written: bf16 or f32.
-    pub dtype: String,
-    /// The full scheme, canonical JSON. Interned.
-    pub scheme: Arc<str>,
-    /// The sign mask of an imported checkpoint. Interned.
-    pub signs: Option<Arc<[u8]>>,
-    /// The base under which the numbers were made.
-    pub fingerprint: Fingerprint,
-    /// The other base for which it was accepted by force: there it means nearly what it meant.
-    pub forced_onto: Option<Fingerprint>,
+    /// What they mean.
+    pub facts: Arc<Facts>,
 }
 
 /// What to do about a name.

@@ -12,7 +12,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{NewAdapter, Result, StoreError, Stored, connect::Connector, intern::Interner, unix_now};
+use super::{NewAdapter, Result, StoreError, Stored, connect::Connector, intern::Interner, rows::Dialect, unix_now};
 
 /// Jobs that may wait for the writer; more wait in their senders.
 const QUEUE: usize = 1024;
@@ -33,6 +33,7 @@ pub(super) type PutResults = Vec<Result<Stored>>;
 pub(super) struct Tx<'c> {
     pub(super) connection: &'c mut AnyConnection,
     pub(super) interner: &'c mut Interner,
+    pub(super) dialect: Dialect,
     /// Unix seconds, one time for the whole group.
     pub(super) now: i64,
     /// Something was deleted that must not stay in the log either.
@@ -117,10 +118,10 @@ impl Message {
         }
     }
 
-    /// Numbers of the change sequence that it uses at most: an upload may also intern a scheme and a sign mask.
+    /// Numbers of the change sequence that it uses at most: an upload may also intern facts.
     fn seqs(&self) -> i64 {
         match self {
-            Message::Put { items, .. } => 3 * items.len() as i64,
+            Message::Put { items, .. } => 2 * items.len() as i64,
             _ => SEQS_A_JOB,
         }
     }
@@ -258,6 +259,7 @@ impl Task {
         let mut tx = Tx {
             connection: &mut transaction,
             interner: &mut self.interner,
+            dialect: self.connector.dialect(),
             now: unix_now(),
             erased: false,
             seq: seqs_end - seqs,

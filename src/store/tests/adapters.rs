@@ -6,14 +6,15 @@ async fn what_is_uploaded_is_read_back_listed_and_loaded() {
         let store = database.open().await;
         let mut upload = new(BUILT_IN_TENANT, "alice", 1);
         upload.metadata = Some(r#"{"who":"Ålice"}"#.into());
-        upload.contents.signs = Some(Arc::from([1u8, 2, 3]));
-        upload.contents.forced_onto = Some(Fingerprint([4; 32]));
+        let (signs, forced_onto) = (Some(vec![1, 2, 3]), Some(Fingerprint([4; 32])));
+        upload.contents.facts = Facts { signs, forced_onto, ..facts() }.into();
         let record = written(store.put_adapter(upload.clone()).await);
         assert_eq!((&*record.owner, &*record.name, record.public), ("default", "alice", false));
         assert_eq!(record.contents, upload.contents);
         assert!(record.created_at > 1_700_000_000);
         assert_eq!(store.adapter(BUILT_IN_TENANT, "alice").await.unwrap(), record);
-        written(store.put_adapter(new(BUILT_IN_TENANT, "bob", 2)).await);
+        let bob = NewAdapter { name: "bob".into(), ..upload };
+        written(store.put_adapter(bob).await);
         store.close().await;
         assert!(matches!(store.put_adapter(new(BUILT_IN_TENANT, "x", 2)).await, Err(StoreError::Closed)));
 
@@ -24,7 +25,7 @@ async fn what_is_uploaded_is_read_back_listed_and_loaded() {
         let (alice, bob) =
             (&loaded[&(BUILT_IN_TENANT, "alice".to_owned())], &loaded[&(BUILT_IN_TENANT, "bob".to_owned())]);
         assert_eq!((&alice.contents, alice.id), (&record.contents, record.id));
-        assert!(Arc::ptr_eq(&alice.contents.scheme, &bob.contents.scheme), "schemes are shared in memory");
+        assert!(Arc::ptr_eq(&alice.contents.facts, &bob.contents.facts), "facts are shared in memory");
         store.close().await;
     }
 }

@@ -17,16 +17,16 @@ async fn rates() {
         );
 
         let started = Instant::now();
-        for group in 0..ROWS / 1000 {
-            let items = (0..1000).map(|i| {
-                let number = group * 1000 + i;
+        for group in 0..ROWS.div_ceil(1024) {
+            let items = (0..1024).map(|i| {
+                let number = group * 1024 + i;
                 // Names in no order, as users have them.
                 new(BUILT_IN_TENANT, &format!("user-{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15)), number)
             });
             store.put_adapters(items.collect()).await.unwrap().into_iter().for_each(|result| drop(written(result)));
         }
         let seconds = started.elapsed().as_secs_f64();
-        println!("batch of 1000: {:.0} rows/s", ROWS as f64 / seconds);
+        println!("batches of 1024: {:.0} rows/s", ROWS as f64 / seconds);
 
         const SINGLES: u64 = 20_000;
         for connections in [1u64, 16, 64, 256] {

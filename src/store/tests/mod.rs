@@ -60,6 +60,12 @@ fn contents(number: u64) -> Contents {
     Contents {
         generation: Generation(generation),
         data: [number.to_le_bytes().as_slice(), &[0x5a; 18]].concat(),
+        facts: facts().into(),
+    }
+}
+
+fn facts() -> Facts {
+    Facts {
         dtype: "bf16".into(),
         scheme: r#"{"convention":"peft"}"#.into(),
         signs: None,

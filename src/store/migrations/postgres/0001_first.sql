@@ -30,9 +30,16 @@ CREATE TABLE keys (
 );
 CREATE INDEX keys_tenant ON keys (tenant);
 
--- Interned: thousands of adapters share a scheme, and those of one user a sign mask.
-CREATE TABLE schemes (id BIGINT PRIMARY KEY, json TEXT NOT NULL UNIQUE);
-CREATE TABLE signs (id BIGINT PRIMARY KEY, hash BYTEA NOT NULL UNIQUE, mask BYTEA NOT NULL);
+-- What adapters' numbers mean, interned: thousands of adapters share a row. `hash` is of all the others but the id.
+CREATE TABLE facts (
+    id BIGINT PRIMARY KEY,
+    hash BYTEA NOT NULL UNIQUE,
+    dtype TEXT NOT NULL,
+    scheme TEXT NOT NULL,
+    signs BYTEA,
+    fingerprint BYTEA NOT NULL,
+    forced_onto BYTEA
+);
 
 -- A deleted adapter stays as a mark without contents, for replicas; `seq` names its current generation.
 CREATE TABLE adapters (
@@ -55,11 +62,7 @@ CREATE TABLE generations (
     seq BIGINT NOT NULL,
     generation BYTEA NOT NULL,
     data BYTEA NOT NULL,
-    dtype TEXT NOT NULL,
-    scheme BIGINT NOT NULL REFERENCES schemes (id),
-    signs BIGINT REFERENCES signs (id),
-    fingerprint BYTEA NOT NULL,
-    forced_onto BYTEA,
+    facts BIGINT NOT NULL REFERENCES facts (id),
     created_at BIGINT NOT NULL,
     PRIMARY KEY (adapter, seq)
 );

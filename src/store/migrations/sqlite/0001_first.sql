@@ -30,9 +30,16 @@ CREATE TABLE keys (
 );
 CREATE INDEX keys_tenant ON keys (tenant);
 
--- Interned: thousands of adapters share a scheme, and those of one user a sign mask.
-CREATE TABLE schemes (id INTEGER PRIMARY KEY, json TEXT NOT NULL UNIQUE);
-CREATE TABLE signs (id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, mask BLOB NOT NULL);
+-- What adapters' numbers mean, interned: thousands of adapters share a row. `hash` is of all the others but the id.
+CREATE TABLE facts (
+    id INTEGER PRIMARY KEY,
+    hash BLOB NOT NULL UNIQUE,
+    dtype TEXT NOT NULL,
+    scheme TEXT NOT NULL,
+    signs BLOB,
+    fingerprint BLOB NOT NULL,
+    forced_onto BLOB
+);
 
 -- A deleted adapter stays as a mark without contents, for replicas; `seq` names its current generation.
 CREATE TABLE adapters (
@@ -55,11 +62,7 @@ CREATE TABLE generations (
     seq INTEGER NOT NULL,
     generation BLOB NOT NULL,
     data BLOB NOT NULL,
-    dtype TEXT NOT NULL,
-    scheme INTEGER NOT NULL REFERENCES schemes (id),
-    signs INTEGER REFERENCES signs (id),
-    fingerprint BLOB NOT NULL,
-    forced_onto BLOB,
+    facts INTEGER NOT NULL REFERENCES facts (id),
     created_at INTEGER NOT NULL,
     PRIMARY KEY (adapter, seq)
 ) WITHOUT ROWID;
