@@ -145,11 +145,20 @@ impl Connector {
 
     /// Brings the tables to the newest schema that this program knows.
     pub(super) async fn migrate(&self, connection: &mut AnyConnection) -> Result<()> {
-        let migrator = if self.is_sqlite() { &SQLITE } else { &POSTGRES };
-        // One transaction under the write lock: of two processes that open a new directory, one waits for the other.
+        if !self.is_sqlite() {
+            // The migrator holds a lock of the session around one transaction a migration.
+            return self.run(&POSTGRES, connection).await;
+        }
+        // SQLite has no such lock: one transaction under the write lock, so that of two processes that open a new directory
+        // one waits for the other.
         let mut tx = connection.begin_with(self.begin_statement()).await.map_err(|error| self.failed(error))?;
-        match migrator.run_direct(None, &mut *tx, false).await {
-            Ok(()) => tx.commit().await.map_err(|error| self.failed(error)),
+        self.run(&SQLITE, &mut tx).await?;
+        tx.commit().await.map_err(|error| self.failed(error))
+    }
+
+    async fn run(&self, migrator: &Migrator, connection: &mut AnyConnection) -> Result<()> {
+        match migrator.run_direct(None, connection, false).await {
+            Ok(()) => Ok(()),
             Err(MigrateError::VersionMissing(found)) => {
                 let known = migrator.iter().map(|migration| migration.version).max().unwrap_or(0);
                 Err(StoreError::NewerSchema { found, known })
