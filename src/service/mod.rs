@@ -3,3 +3,34 @@
 mod error;
 
 pub use error::{Error, ErrorKind};
+
+use crate::{
+    adapter::Sites,
+    text::{ChatTemplate, Tokenizer},
+    types::{Fingerprint, TokenId},
+};
+
+/// What is fixed about the base model while a server runs.
+#[derive(Debug)]
+pub struct BaseInfo {
+    /// The id that clients name in `model`.
+    pub model_id: String,
+    /// Unix seconds of the start, shown by `/v1/models`.
+    pub created: u64,
+    /// Longest prompt plus completion, in tokens.
+    pub max_model_len: usize,
+    /// Columns of the logits: a token id is below it. The tokenizer may know fewer.
+    pub vocab: usize,
+    /// Tokens that end a completion.
+    pub eos: Vec<TokenId>,
+    /// The adapted linears.
+    pub sites: Sites,
+    /// Largest adapter rank served; 0 serves no adapters.
+    pub rank: usize,
+    /// Names the weights that adapters are made for.
+    pub fingerprint: Fingerprint,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// The model's own chat template; None answers chats with 400 `no_chat_template`.
+    pub chat_template: Option<ChatTemplate>,
+}
