@@ -2,10 +2,13 @@
 
 mod error;
 
+use std::sync::Arc;
+
 pub use error::{Error, ErrorKind};
 
 use crate::{
     adapter::Sites,
+    tenant::Directory,
     text::{ChatTemplate, Tokenizer},
     types::{Fingerprint, TokenId},
 };
@@ -33,4 +36,12 @@ pub struct BaseInfo {
     pub tokenizer: Tokenizer,
     /// The model's own chat template; None answers chats with 400 `no_chat_template`.
     pub chat_template: Option<ChatTemplate>,
+}
+
+/// Everything that use cases work on. One a process; each file of this folder adds its `impl` block.
+pub struct Service {
+    /// The model that is served.
+    pub base: Arc<BaseInfo>,
+    /// Bearer tokens to callers.
+    pub directory: Directory,
 }
