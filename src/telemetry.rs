@@ -48,8 +48,8 @@ pub struct Metrics {
     pub tokens: Family<TokenLabels, Counter>,
     /// `mote_cached_prompt_tokens_total`
     pub cached_tokens: Counter,
-    /// `mote_time_to_first_token_seconds`
-    pub first_token_seconds: Histogram,
+    /// `mote_time_to_first_text_seconds`
+    pub first_text_seconds: Histogram,
 }
 
 fn seconds() -> Histogram {
@@ -63,7 +63,7 @@ impl Default for Metrics {
             request_seconds: Family::new_with_constructor(seconds),
             tokens: Family::default(),
             cached_tokens: Counter::default(),
-            first_token_seconds: seconds(),
+            first_text_seconds: seconds(),
         }
     }
 }
@@ -84,9 +84,9 @@ impl Metrics {
             self.cached_tokens.clone(),
         );
         registry.register(
-            "mote_time_to_first_token_seconds",
-            "Time from accepting a completion to its first token",
-            self.first_token_seconds.clone(),
+            "mote_time_to_first_text_seconds",
+            "Time from the arrival of a completion to its first text",
+            self.first_text_seconds.clone(),
         );
     }
 }

@@ -44,8 +44,8 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
     let status = response.status().as_u16();
     tracing::debug!(%id, %method, %route, status, ?elapsed, "request");
     let route = RouteLabels { method, route };
-    state.metrics.request_seconds.get_or_create(&route).observe(elapsed.as_secs_f64());
-    state.metrics.requests.get_or_create(&RequestLabels { route, status }).inc();
+    state.service.metrics.request_seconds.get_or_create(&route).observe(elapsed.as_secs_f64());
+    state.service.metrics.requests.get_or_create(&RequestLabels { route, status }).inc();
     let headers = response.headers_mut();
     if let Ok(id) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, id);

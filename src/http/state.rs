@@ -7,7 +7,7 @@ use std::sync::{
 
 use axum::extract::FromRef;
 
-use crate::{service::Service, telemetry::Metrics};
+use crate::service::Service;
 
 /// Sizes that a request may not exceed, in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -56,8 +56,6 @@ impl Lifecycle {
 pub struct AppState {
     /// The use cases.
     pub service: Arc<Service>,
-    /// Counters of requests and tokens.
-    pub metrics: Arc<Metrics>,
     /// Sizes.
     pub limits: Limits,
     /// Keys or none.
@@ -69,13 +67,7 @@ pub struct AppState {
 impl AppState {
     /// A state with default limits that asks for keys.
     pub fn new(service: Arc<Service>) -> Self {
-        Self {
-            service,
-            metrics: Arc::default(),
-            limits: Limits::default(),
-            auth: AuthMode::Keys,
-            lifecycle: Arc::default(),
-        }
+        Self { service, limits: Limits::default(), auth: AuthMode::Keys, lifecycle: Arc::default() }
     }
 }
 

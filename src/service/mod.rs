@@ -1,13 +1,27 @@
 //! Use cases, one file each: resolve an adapter, complete, manage adapters and tenants.
 
+mod chat;
+mod completion;
+mod decoding;
 mod error;
+mod reader;
+mod target;
 
 use std::sync::Arc;
 
+pub use chat::{ChatRequest, MAX_TOP_LOGPROBS, Message};
+pub use completion::{Choice, Completion, CompletionRequest, DEFAULT_MAX_TOKENS, MAX_LOGPROBS, Prompts, Usage};
+pub use decoding::{Decoding, MAX_CHOICES, MAX_STOPS};
 pub use error::{Error, ErrorKind};
+pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
+pub use target::{AdapterField, Lease, Target};
+
+pub use crate::engine::FinishReason;
 
 use crate::{
     adapter::Sites,
+    engine::Handle,
+    telemetry::Metrics,
     tenant::Directory,
     text::{ChatTemplate, Tokenizer},
     types::{Fingerprint, TokenId},
@@ -42,6 +56,10 @@ pub struct BaseInfo {
 pub struct Service {
     /// The model that is served.
     pub base: Arc<BaseInfo>,
+    /// The engine that runs it.
+    pub engine: Handle,
+    /// Counters of requests and tokens.
+    pub metrics: Arc<Metrics>,
     /// Bearer tokens to callers.
     pub directory: Directory,
 }

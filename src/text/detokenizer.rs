@@ -23,7 +23,8 @@ impl Detokenizer {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
 
-    fn push_bytes(&mut self, bytes: &[u8]) -> String {
+    /// The same for bytes that do not come from a token's text.
+    pub fn push_bytes(&mut self, bytes: &[u8]) -> String {
         self.pending.extend_from_slice(bytes);
         let mut text = String::new();
         let mut rest = &self.pending[..];

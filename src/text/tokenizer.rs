@@ -37,6 +37,7 @@ struct Piece {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     pieces: Vec<Piece>,
+    longest: usize,
 }
 
 impl Tokenizer {
@@ -63,7 +64,8 @@ impl Tokenizer {
                 None => Piece { bytes: spelling.bytes(&token).into(), special: false },
             };
         }
-        Ok(Self { inner, pieces })
+        let longest = pieces.iter().map(|piece| piece.bytes.len()).max().unwrap_or(0).max(1);
+        Ok(Self { inner, pieces, longest })
     }
 
     /// Ids of a text. `special` adds what the tokenizer puts around a text (a first `<s>`); text that spells a control token
@@ -72,6 +74,11 @@ impl Tokenizer {
         let encoding =
             self.inner.encode_fast(text, special).map_err(|error| TokenizerError::Encode(error.to_string()))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// A text has at least so many tokens. (A normaliser may shorten a text; by a factor of four never.)
+    pub fn fewest_tokens(&self, text: &str) -> usize {
+        text.len() / (4 * self.longest)
     }
 
     /// The text of some ids, without control tokens. Bytes that are not UTF-8 become U+FFFD.
