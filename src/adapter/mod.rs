@@ -5,4 +5,5 @@
 
 mod sites;
 
+pub use crate::kernel::Cores;
 pub use sites::{SiteKind, Sites};
