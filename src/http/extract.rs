@@ -78,10 +78,14 @@ pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let value = match serde_path_to_error::deserialize(&mut deserializer) {
         Ok(value) => value,
         Err(error) => {
-            // A wrong type may stand before a syntax error: the document is checked first.
-            serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(malformed)?;
             let path = error.path().to_string();
-            return Err(wrong_type(&path, error.inner()).into());
+            let error = error.into_inner();
+            if !error.is_data() {
+                return Err(malformed(error));
+            }
+            // A wrong type may stand before a syntax error: the document comes first.
+            serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(malformed)?;
+            return Err(wrong_type(&path, &error).into());
         }
     };
     deserializer.end().map_err(malformed)?;

@@ -51,8 +51,6 @@ fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(completions::completions))
         .routes(routes!(chat::chat_completions))
-        .routes(routes!(completions::completions))
-        .routes(routes!(chat::chat_completions))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(system::metrics))

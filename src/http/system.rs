@@ -9,10 +9,7 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{
-    error::{ApiError, ApiResult},
-    state::AppState,
-};
+use super::{error::ApiResult, state::AppState};
 use crate::service::Error;
 
 /// A word of health.
@@ -38,17 +35,16 @@ pub(super) async fn readyz(State(state): State<AppState>) -> Response {
     if state.lifecycle.is_draining() {
         return (StatusCode::SERVICE_UNAVAILABLE, Json(Health { status: "draining" })).into_response();
     }
+    if !state.service.is_ready() {
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(Health { status: "the engine has stopped" })).into_response();
+    }
     Json(Health { status: "ok" }).into_response()
 }
 
 /// Counters for Prometheus, in the OpenMetrics text format.
 #[utoipa::path(get, path = "/metrics", tag = "operations", security(()), responses((status = 200, description = "OpenMetrics text.", body = String, content_type = "application/openmetrics-text")))]
 pub(super) async fn metrics(State(state): State<AppState>) -> ApiResult<Response> {
-    let mut registry = prometheus_client::registry::Registry::default();
-    state.service.metrics.register(&mut registry);
-    let mut text = String::new();
-    prometheus_client::encoding::text::encode(&mut text, &registry)
-        .map_err(|error| ApiError(Error::internal(error)))?;
+    let text = state.service.metrics_text().map_err(Error::internal)?;
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())
 }

@@ -4,6 +4,7 @@ mod chat;
 mod completion;
 mod decoding;
 mod error;
+mod metrics;
 mod reader;
 mod resolve;
 mod target;

@@ -20,24 +20,22 @@ use mote::{
 use serde_json::Value;
 use tower::ServiceExt as _;
 
-use crate::script::{Script, VOCAB, Watch};
+use crate::script::{FAILS, Script, VOCAB, Watch};
 
 /// A key of tenant 2, a member.
-pub const KEY: &str = "mote-sk-test-member-0123456789abcdef";
-pub const MODEL: &str = "scripted";
-pub const CONTEXT: usize = 256;
+pub(crate) const KEY: &str = "mote-sk-test-member-0123456789abcdef";
+pub(crate) const MODEL: &str = "scripted";
+pub(crate) const CONTEXT: usize = 256;
 
 /// The script's text: multi-byte characters, and words to stop at.
-const BEFORE_EOS: &str =
-    "Once upon a time there was a little fox 🦊 who said: stop here, naïve friend! Then the END came, and more words followed";
-const AFTER_EOS: &str = " after the story was over, for those who could not sleep, and they went on and on until the morning, when the \
-                         sun rose over the hills and the birds began to sing about the fox and all of its friends in the wood near the river.";
+const BEFORE_EOS: &str = "Once upon a time there was a little fox 🦊 who said: stop here, naïve friend! Then the END came, and more words followed";
+const AFTER_EOS: &str = " after the story was over, for those who could not sleep, and they went on until the morning";
 
-pub struct Options {
-    pub auth: AuthMode,
-    pub limits: Limits,
-    pub template: Option<&'static str>,
-    pub max_queue: usize,
+pub(crate) struct Options {
+    pub(crate) auth: AuthMode,
+    pub(crate) limits: Limits,
+    pub(crate) template: Option<&'static str>,
+    pub(crate) max_queue: usize,
 }
 
 impl Default for Options {
@@ -45,20 +43,22 @@ impl Default for Options {
         Self {
             auth: AuthMode::Keys,
             limits: Limits::default(),
-            template: Some("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}"),
+            template: Some(
+                "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}",
+            ),
             max_queue: 64,
         }
     }
 }
 
-pub struct TestApp {
-    pub router: Router,
-    pub state: AppState,
-    pub watch: Arc<Watch>,
+pub(crate) struct TestApp {
+    pub(crate) router: Router,
+    pub(crate) state: AppState,
+    pub(crate) watch: Arc<Watch>,
     /// What the model says, from position 0.
-    pub script: Arc<[TokenId]>,
-    /// Where the script has the end-of-sequence token.
-    pub eos_at: usize,
+    pub(crate) script: Arc<[TokenId]>,
+    /// Where the script has the end-of-sequence token. Its last token breaks the model.
+    pub(crate) eos_at: usize,
 }
 
 struct Keys(HashMap<KeyHash, KeyRecord>);
@@ -73,18 +73,18 @@ impl KeySource for Keys {
 }
 
 impl TestApp {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(Options::default())
     }
 
-    pub fn with(options: Options) -> Self {
+    pub(crate) fn with(options: Options) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/llama/model/tokenizer.json");
         let tokenizer = Tokenizer::from_file(&path).unwrap();
         let before = tokenizer.encode(BEFORE_EOS, false).unwrap();
         let after = tokenizer.encode(AFTER_EOS, false).unwrap();
         let eos_at = before.len();
-        let script: Arc<[TokenId]> = [&before[..], &[0], &after].concat().into();
-        assert!(script.len() > CONTEXT / 2, "the script is too short for the tests: {}", script.len());
+        let script: Arc<[TokenId]> = [&before[..], &[0], &after, &[FAILS]].concat().into();
+        assert!((120..200).contains(&script.len()), "the tests need another length than {}", script.len());
         let watch = Arc::new(Watch::default());
         let model = Script { tokens: script.clone(), watch: watch.clone() };
         let sites = Sites { layers: 1, shapes: [(4, 4); 7] };
@@ -121,42 +121,45 @@ impl TestApp {
     }
 
     /// The text that follows a prompt of so many tokens.
-    pub fn says(&self, from: usize, tokens: usize) -> String {
+    pub(crate) fn says(&self, from: usize, tokens: usize) -> String {
         self.state.service.base.tokenizer.decode(&self.script[from..from + tokens])
     }
 
     /// The script position at which a text begins.
-    pub fn find(&self, text: &str) -> usize {
+    pub(crate) fn find(&self, text: &str) -> usize {
         let tokenizer = &self.state.service.base.tokenizer;
         (0..self.script.len())
             .find(|&at| tokenizer.decode(&self.script[at..]).starts_with(text))
             .unwrap_or_else(|| panic!("no token of the script begins with {text:?}"))
     }
 
-    pub async fn send(&self, request: Request<Body>) -> Answer {
+    pub(crate) async fn send(&self, request: Request<Body>) -> Answer {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
         Answer { status: parts.status, headers: parts.headers, text: String::from_utf8(bytes.to_vec()).unwrap() }
     }
 
-    pub async fn get(&self, path: &str) -> Answer {
-        self.send(Request::get(path).header(header::AUTHORIZATION, format!("Bearer {KEY}")).body(Body::empty()).unwrap()).await
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        self.send(
+            Request::get(path).header(header::AUTHORIZATION, format!("Bearer {KEY}")).body(Body::empty()).unwrap(),
+        )
+        .await
     }
 
-    pub async fn post(&self, path: &str, body: Value) -> Answer {
+    pub(crate) async fn post(&self, path: &str, body: Value) -> Answer {
         self.send(post(path, body.to_string())).await
     }
 
     /// The body of a 200.
-    pub async fn ok(&self, path: &str, body: Value) -> Value {
+    pub(crate) async fn ok(&self, path: &str, body: Value) -> Value {
         let answer = self.post(path, body).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
         answer.json()
     }
 
     /// The chunks of a stream that ends as it should.
-    pub async fn chunks(&self, path: &str, body: Value) -> Vec<Value> {
+    pub(crate) async fn chunks(&self, path: &str, body: Value) -> Vec<Value> {
         let answer = self.post(path, body).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
         assert_eq!(answer.headers[header::CONTENT_TYPE], "text/event-stream");
@@ -166,7 +169,7 @@ impl TestApp {
     }
 
     /// A response whose body has not been read yet.
-    pub async fn open(&self, path: &str, body: Value) -> futures::stream::BoxStream<'static, String> {
+    pub(crate) async fn open(&self, path: &str, body: Value) -> futures::stream::BoxStream<'static, String> {
         let response = self.router.clone().oneshot(post(path, body.to_string())).await.unwrap();
         assert_eq!(response.status(), StatusCode::OK);
         let pieces = response.into_body().into_data_stream();
@@ -174,7 +177,7 @@ impl TestApp {
     }
 }
 
-pub fn post(path: &str, body: impl Into<Body>) -> Request<Body> {
+pub(crate) fn post(path: &str, body: impl Into<Body>) -> Request<Body> {
     Request::builder()
         .method(Method::POST)
         .uri(path)
@@ -199,19 +202,19 @@ fn key_record() -> KeyRecord {
     }
 }
 
-pub struct Answer {
-    pub status: StatusCode,
-    pub headers: HeaderMap,
-    pub text: String,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) text: String,
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
     }
 
     /// Status, type, param and code of an envelope that is as it should be.
-    pub fn error(&self) -> (u16, String, Option<String>, Option<String>) {
+    pub(crate) fn error(&self) -> (u16, String, Option<String>, Option<String>) {
         let body = self.json();
         assert_eq!(self.headers[header::CONTENT_TYPE], "application/json");
         assert_eq!(body.as_object().unwrap().len(), 1, "{body}");
@@ -223,7 +226,7 @@ impl Answer {
         (self.status.as_u16(), text("type").unwrap(), text("param"), text("code"))
     }
 
-    pub fn data_lines(&self) -> Vec<String> {
+    pub(crate) fn data_lines(&self) -> Vec<String> {
         self.text.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
     }
 }

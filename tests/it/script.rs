@@ -14,24 +14,22 @@ use mote::{
 };
 
 /// The model's vocabulary; the tokenizer has 300 tokens.
-pub const VOCAB: usize = 320;
-/// A prompt that holds this token fails in the model.
-pub const FAILS: TokenId = 319;
-/// The position after which the model fails: half-way through a completion.
-pub const BREAKS_AT: u32 = 240;
+pub(crate) const VOCAB: usize = 320;
+/// The model fails when it reads this token.
+pub(crate) const FAILS: TokenId = 319;
 
 /// What a test may do to the model while the engine owns it.
 #[derive(Debug, Default)]
-pub struct Watch {
+pub(crate) struct Watch {
     /// The model waits for this lock before each step.
-    pub hold: Mutex<()>,
+    pub(crate) hold: Mutex<()>,
     /// Steps begun.
-    pub steps: AtomicUsize,
+    pub(crate) steps: AtomicUsize,
 }
 
-pub struct Script {
-    pub tokens: Arc<[TokenId]>,
-    pub watch: Arc<Watch>,
+pub(crate) struct Script {
+    pub(crate) tokens: Arc<[TokenId]>,
+    pub(crate) watch: Arc<Watch>,
 }
 
 impl Script {
@@ -40,7 +38,11 @@ impl Script {
         let next = self.tokens[(position as usize + 1) % self.tokens.len()];
         // Distinct and repeatable, so that the order of alternatives is known.
         let noise = move |id: u32| ((id * 7919 + position * 104_729) % 8191) as f32 / 8191.0;
-        (0..VOCAB as u32).map(move |id| if id == next { 8.0 } else { noise(id) })
+        (0..VOCAB as u32).map(move |id| match id {
+            _ if id == next => 8.0,
+            FAILS => -50.0,
+            _ => noise(id),
+        })
     }
 }
 
@@ -56,7 +58,7 @@ impl Model for Script {
     fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         drop(self.watch.hold.lock());
         self.watch.steps.fetch_add(1, Ordering::SeqCst);
-        if batch.tokens.contains(&FAILS) || batch.positions.contains(&BREAKS_AT) {
+        if batch.tokens.contains(&FAILS) {
             return Err(ModelError::Unsupported("the device is on fire".into()));
         }
         logits.clear();
