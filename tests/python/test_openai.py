@@ -13,7 +13,7 @@ import openai
 import pytest
 from conftest import ADMIN_KEY
 
-BASE = "SmolLM2-135M-Instruct.Q4_1"
+BASE = "smollm2-135m"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
