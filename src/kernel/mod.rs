@@ -13,6 +13,9 @@
 //! and attention walks the blocks of a sequence from 0 in fixed tiles for prefill and decode alike.
 
 mod backend;
+mod check;
+pub mod reference;
+mod rounding;
 mod weight;
 
 pub use backend::{AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors};
