@@ -1,8 +1,5 @@
 //! Mote
 
 pub mod adapter;
-pub mod engine;
 pub mod kernel;
-pub mod model;
-pub mod service;
 pub mod types;

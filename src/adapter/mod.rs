@@ -3,6 +3,18 @@
 //! An adapter is a vector of numbers, a [`Scheme`] that says how they become an `r x r` core for every adapted linear (a *site*),
 //! and the basis (U, S, V of the frozen weights, signs fixed) under which they were made, named by its fingerprint.
 
+pub mod codec;
+#[cfg(test)]
+pub(crate) mod fixtures;
+mod projection;
+pub mod reference;
+mod scheme;
+mod signs;
 mod sites;
+mod svd;
 
+pub use codec::{CodecError, NumberType};
+pub use projection::projection;
+pub use scheme::{Assignment, Convention, ProjectionDtype, Scheme, SchemeError, Targets, Ties};
+pub use signs::{SignMask, SignMaskError};
 pub use sites::{SiteKind, Sites};
