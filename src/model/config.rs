@@ -203,7 +203,8 @@ fn rope(raw: &Raw) -> Result<RopeSpec, ModelError> {
     let scaling = match rope_type.unwrap_or("default") {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear {
-            factor: number("factor").ok_or_else(|| ModelError::Load("config.json: linear rope without factor".into()))?,
+            factor: number("factor")
+                .ok_or_else(|| ModelError::Load("config.json: linear rope without factor".into()))?,
         },
         "llama3" => llama3(parameters, raw)?,
         other => {
@@ -286,7 +287,10 @@ mod tests {
             (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
             (json!({"quantization_config": {"quant_method": "awq"}}), "awq"),
             (json!({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}), "sliding_attention"),
-            (json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true, "sliding_window": 64}), "use_sliding_window"),
+            (
+                json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true, "sliding_window": 64}),
+                "use_sliding_window",
+            ),
             (json!({"num_key_value_heads": 3}), "num_key_value_heads"),
             (json!({"head_dim": 15}), "head_dim"),
             (json!({"num_attention_heads": 0}), "num_attention_heads"),

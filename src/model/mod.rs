@@ -41,3 +41,6 @@ pub trait Model: Send {
     /// Runs a step: writes K and V of every row into the cache, and the logits of `batch.logits_rows` to `logits`, `[logits_rows, vocab]` row-major, replacing what it held.
     fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError>;
 }
+
+#[cfg(test)]
+mod tests;

@@ -125,11 +125,7 @@ impl Sources {
 }
 
 /// Downloads what serving needs; returns the path of config.json.
-fn download(
-    hub: &ApiRepo,
-    repository: &str,
-    explain: &dyn Fn(ApiError) -> ModelError,
-) -> Result<PathBuf, ModelError> {
+fn download(hub: &ApiRepo, repository: &str, explain: &dyn Fn(ApiError) -> ModelError) -> Result<PathBuf, ModelError> {
     let listed: Vec<String> =
         hub.info().map_err(explain)?.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
     let has = |name: &str| listed.iter().any(|listed| listed == name);
@@ -184,4 +180,3 @@ fn hub_name(model: &str) -> Option<(&str, Option<&str>)> {
     let path_like = file.is_none() && name.ends_with(".gguf");
     (plain(organisation) && plain(name) && good_file && !path_like).then_some((repository, file))
 }
-

@@ -113,7 +113,8 @@ impl<B: Backend> Transformer<B> {
             let factors = factors.get(7 * layer..7 * layer + 7);
             packed.push(Layer::pack(&backend, &spec, weights, factors, &tables, precision)?);
         }
-        let shape = KvShape { layers: spec.layers, blocks: kv_blocks, kv_heads: spec.kv_heads, head_dim: spec.head_dim };
+        let shape =
+            KvShape { layers: spec.layers, blocks: kv_blocks, kv_heads: spec.kv_heads, head_dim: spec.head_dim };
         let mixed = spec.heads * spec.head_dim;
         let buffers = Buffers {
             residual: backend.buffer(spec.hidden)?,

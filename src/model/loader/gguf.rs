@@ -201,10 +201,7 @@ fn spec(meta: &Meta, parts: &gguf_tokenizer::Parts, tensors: &mut Tensors) -> Re
         // A window of w equals full attention for contexts up to w.
         max_positions: meta.own_size("attention.sliding_window")?.map_or(context, |window| context.min(window)),
         rms_eps: meta.own_float("attention.layer_norm_rms_epsilon").unwrap_or(1e-6) as f32,
-        rope: RopeSpec {
-            theta: meta.own_float("rope.freq_base").unwrap_or(10_000.0),
-            scaling: RopeScaling::Default,
-        },
+        rope: RopeSpec { theta: meta.own_float("rope.freq_base").unwrap_or(10_000.0), scaling: RopeScaling::Default },
         eos: eos(meta, parts),
         bos: meta.integer("tokenizer.ggml.bos_token_id").map(|id| id as TokenId),
     };
@@ -272,7 +269,9 @@ impl Tensors {
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<QTensor, ModelError> {
         let found = self.shape(name)?;
         if found != shape {
-            return Err(ModelError::Load(format!("tensor {name} has shape {found:?}, the configuration says {shape:?}")));
+            return Err(ModelError::Load(format!(
+                "tensor {name} has shape {found:?}, the configuration says {shape:?}"
+            )));
         }
         let Some(info) = self.infos.remove(name) else { unreachable!("its shape was just read") };
         info.read(&mut self.reader, self.data, &Device::Cpu)

@@ -8,7 +8,8 @@ use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
 use tokenizers::{
-    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
+    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior,
+    Tokenizer,
     decoders::{byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as Decoders, strip::Strip},
     models::bpe::BPE,
     normalizers::{Prepend, Replace, Sequence as Normalizers, unicode::NFC},
@@ -29,20 +30,28 @@ const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
 
-/// Qwen2's `tokenizer.json`: Llama 3's with single digits.
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// Llama 3's `tokenizer.json`.
+// How the families' own `tokenizer.json` cut text before merging.
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// How text is cut before merging, by `tokenizer.ggml.pre`.
+/// What `tokenizer.ggml.pre` stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pre {
-    Gpt2,
-    /// Single digits, then GPT-2.
-    SmolLm,
-    Qwen2,
-    Llama3,
+struct Pre {
+    /// None: GPT-2's pattern.
+    split: Option<&'static str>,
+    /// Every digit is a piece (before GPT-2's pattern).
+    single_digits: bool,
+    /// Text is composed first.
+    nfc: bool,
+    /// A piece that is a token is taken whole, whatever the merges.
+    ignore_merges: bool,
+    /// A bos is added where the file does not say (llama.cpp's default).
+    adds_bos: bool,
 }
+
+const GPT2: Pre = Pre { split: None, single_digits: false, nfc: false, ignore_merges: false, adds_bos: false };
 
 #[derive(Debug, Clone, PartialEq)]
 enum Kind {
@@ -90,7 +99,7 @@ impl Parts {
             (id < tokens.len() as u64).then_some(id as TokenId)
         };
         // llama.cpp's defaults where the file does not say.
-        let adds_by_default = matches!(kind, Kind::Spm { .. } | Kind::Bpe { pre: Pre::Llama3, .. });
+        let adds_by_default = matches!(kind, Kind::Spm { .. } | Kind::Bpe { pre: Pre { adds_bos: true, .. }, .. });
         Ok(Self {
             bos: id("bos"),
             eos: id("eos"),
@@ -137,9 +146,8 @@ impl Parts {
 
     /// bos before and eos after plain text, as the file asks.
     fn template(&self) -> Result<Option<TemplateProcessing>, tokenizers::Error> {
-        let named = |id: Option<TokenId>, wanted: bool| {
-            id.filter(|_| wanted).map(|id| (self.tokens[id as usize].clone(), id))
-        };
+        let named =
+            |id: Option<TokenId>, wanted: bool| id.filter(|_| wanted).map(|id| (self.tokens[id as usize].clone(), id));
         let (bos, eos) = (named(self.bos, self.add_bos), named(self.eos, self.add_eos));
         if bos.is_none() && eos.is_none() {
             return Ok(None);
@@ -154,13 +162,16 @@ impl Parts {
 }
 
 fn pre(name: Option<&str>) -> Result<Pre, ModelError> {
+    let whole = |split| Pre { split: Some(split), ignore_merges: true, adds_bos: true, ..GPT2 };
     match name {
-        None | Some("gpt-2" | "gpt2" | "default") => Ok(Pre::Gpt2),
-        Some("smollm") => Ok(Pre::SmolLm),
-        Some("qwen2") => Ok(Pre::Qwen2),
-        Some("llama-bpe" | "llama3" | "llama-v3") => Ok(Pre::Llama3),
+        None | Some("gpt-2" | "gpt2" | "default") => Ok(GPT2),
+        Some("smollm") => Ok(Pre { single_digits: true, ..GPT2 }),
+        Some("qwen2") => Ok(Pre { split: Some(QWEN2), nfc: true, ..GPT2 }),
+        Some("deepseek-r1-qwen") => Ok(Pre { split: Some(QWEN2), ..GPT2 }),
+        Some("llama-bpe" | "llama3" | "llama-v3") => Ok(whole(LLAMA3)),
+        Some("tekken") => Ok(whole(TEKKEN)),
         Some(other) => Err(ModelError::Unsupported(format!(
-            "pre-tokenizer {other} (tokenizer.ggml.pre) is not supported (supported: gpt-2, smollm, qwen2, llama-bpe)"
+            "pre-tokenizer {other} (tokenizer.ggml.pre) is not supported (supported: gpt-2, smollm, qwen2, deepseek-r1-qwen, llama-bpe, tekken)"
         ))),
     }
 }
@@ -173,24 +184,21 @@ fn byte_level(
 ) -> Result<Tokenizer, tokenizers::Error> {
     let bpe = BPE::builder()
         .vocab_and_merges(vocab.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges)
-        .ignore_merges(pre == Pre::Llama3)
+        .ignore_merges(pre.ignore_merges)
         .build()?;
     let mut tokenizer = Tokenizer::new(ModelWrapper::BPE(bpe));
-    let split = |pattern: &str| -> Result<PreTokenizerWrapper, tokenizers::Error> {
+    let mut steps: Vec<PreTokenizerWrapper> = Vec::new();
+    if pre.single_digits {
+        steps.push(Digits::new(true).into());
+    }
+    if let Some(pattern) = pre.split {
         let pattern = SplitPattern::Regex(pattern.to_owned());
-        Ok(Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?.into())
-    };
-    let first: Option<PreTokenizerWrapper> = match pre {
-        Pre::Gpt2 => None,
-        Pre::SmolLm => Some(Digits::new(true).into()),
-        Pre::Qwen2 => Some(split(QWEN2)?),
-        Pre::Llama3 => Some(split(LLAMA3)?),
-    };
-    let regex_of_gpt2 = matches!(pre, Pre::Gpt2 | Pre::SmolLm);
-    let bytes = PreTokenizerWrapper::from(ByteLevel::new(false, true, regex_of_gpt2));
-    tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(first.into_iter().chain([bytes]).collect())));
+        steps.push(Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?.into());
+    }
+    steps.push(ByteLevel::new(false, true, pre.split.is_none()).into());
+    tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(steps)));
     tokenizer.with_decoder(Some(ByteLevel::new(true, true, true)));
-    if pre == Pre::Qwen2 {
+    if pre.nfc {
         tokenizer.with_normalizer(Some(NFC))?;
     }
     Ok(tokenizer)
@@ -225,12 +233,7 @@ fn sentence_piece(
 }
 
 /// Every way to make a piece of two others, best score first (`generate_merges` of transformers).
-fn spm_merges(
-    tokens: &[String],
-    types: &[u64],
-    scores: &[f32],
-    vocab: &HashMap<String, u32>,
-) -> Vec<(String, String)> {
+fn spm_merges(tokens: &[String], types: &[u64], scores: &[f32], vocab: &HashMap<String, u32>) -> Vec<(String, String)> {
     let mut merges: Vec<(f32, u32, u32)> = Vec::new();
     for ((token, kind), score) in tokens.iter().zip(types).zip(scores) {
         if *kind != 1 {
@@ -248,10 +251,7 @@ fn spm_merges(
     merges.sort_by(|a, b| {
         b.0.total_cmp(&a.0).then_with(|| chars(b.1).cmp(&chars(a.1))).then_with(|| chars(b.2).cmp(&chars(a.2)))
     });
-    merges
-        .into_iter()
-        .map(|(_, left, right)| (tokens[left as usize].clone(), tokens[right as usize].clone()))
-        .collect()
+    merges.into_iter().map(|(_, left, right)| (tokens[left as usize].clone(), tokens[right as usize].clone())).collect()
 }
 
 fn strings(meta: &Meta, key: &str) -> Result<Vec<String>, ModelError> {

@@ -87,8 +87,7 @@ fn weights(config: &Config, tensors: &mut Tensors) -> Result<ModelWeights, Model
         });
     }
     let final_norm = tensors.vector("model.norm.weight", spec.hidden)?;
-    let head =
-        if config.tied { None } else { Some(tensors.matrix("lm_head.weight", spec.vocab, spec.hidden)?) };
+    let head = if config.tied { None } else { Some(tensors.matrix("lm_head.weight", spec.vocab, spec.hidden)?) };
     Ok(ModelWeights { embedding, layers, final_norm, head })
 }
 
@@ -150,9 +149,7 @@ impl TokenizerConfig {
     fn read(folder: &Path) -> Result<Self, ModelError> {
         let json = |name| match optional(folder, name)? {
             None => Ok(Value::Null),
-            Some(bytes) => {
-                serde_json::from_slice(&bytes).map_err(|error| ModelError::Load(format!("{name}: {error}")))
-            }
+            Some(bytes) => serde_json::from_slice(&bytes).map_err(|error| ModelError::Load(format!("{name}: {error}"))),
         };
         Ok(Self { config: json("tokenizer_config.json")?, map: json("special_tokens_map.json")? })
     }

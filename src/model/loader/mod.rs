@@ -92,3 +92,18 @@ fn cannot_read(path: &Path, error: &dyn std::fmt::Display) -> ModelError {
     ModelError::Load(format!("cannot read {}: {error}", path.display()))
 }
 
+#[cfg(test)]
+type Metadata = Vec<(&'static str, candle_core::quantized::gguf_file::Value)>;
+
+#[cfg(test)]
+pub(super) fn tokenizer_from_gguf(metadata: Metadata) -> Result<Tokenizer, ModelError> {
+    gguf_tokenizer::Parts::read(&gguf::Meta::of(metadata))?.build()
+}
+
+#[cfg(test)]
+pub(super) fn tokenizer_refusal(metadata: Metadata) -> String {
+    match tokenizer_from_gguf(metadata) {
+        Ok(_) => panic!("it was not refused"),
+        Err(error) => error.to_string(),
+    }
+}

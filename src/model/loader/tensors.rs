@@ -13,10 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, tensor::Metadata};
 
 use super::{FileIdentity, cannot_read};
-use crate::{
-    kernel::Weight,
-    model::ModelError,
-};
+use crate::{kernel::Weight, model::ModelError};
 
 /// As in the safetensors crate: no honest header is longer.
 const MAX_HEADER: u64 = 100_000_000;
@@ -100,7 +97,9 @@ impl Tensors {
         };
         if entry.shape != shape {
             let found = &entry.shape;
-            return Err(ModelError::Load(format!("tensor {name} has shape {found:?}, the configuration says {shape:?}")));
+            return Err(ModelError::Load(format!(
+                "tensor {name} has shape {found:?}, the configuration says {shape:?}"
+            )));
         }
         let dtype = match entry.dtype {
             Dtype::F32 => DType::F32,
