@@ -14,8 +14,11 @@
 
 mod backend;
 mod check;
+pub mod cpu;
 pub mod reference;
 mod rounding;
+#[cfg(test)]
+mod suite;
 mod weight;
 
 pub use backend::{AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors};
