@@ -135,6 +135,13 @@ impl Krylov {
         self.before_last = old;
         self.blocks += 1;
         let (mut next, coupling) = orthonormalise(image);
+        // A column that was almost within the block has had its rounding errors blown up by the normalisation.
+        for _ in 0..2 {
+            for column in &mut next {
+                project_out(&self.basis, column);
+            }
+            next = orthonormalise(next).0;
+        }
         // No more columns than the space has room for.
         next.truncate(self.n - size);
         debug_assert!(coupling.iter().all(|row| row.len() == width));
