@@ -2,4 +2,5 @@
 
 pub mod adapter;
 pub mod kernel;
+pub mod model;
 pub mod types;

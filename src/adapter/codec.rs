@@ -187,10 +187,7 @@ mod tests {
     #[test]
     fn refuses_what_is_not_finite_and_says_where() {
         let nan = [0, 0, 0xc0, 0x7f];
-        assert_eq!(
-            check(&nan, NumberType::Bf16, 2).unwrap_err().to_string(),
-            "number 1 is not finite in bf16"
-        );
+        assert_eq!(check(&nan, NumberType::Bf16, 2).unwrap_err().to_string(), "number 1 is not finite in bf16");
         assert!(check(&f32::INFINITY.to_le_bytes(), NumberType::F32, 1).is_err());
         assert!(encode(&[1.0, f32::NAN], NumberType::F32).is_err());
         assert!(encode(&[f32::MAX], NumberType::F32).is_ok());

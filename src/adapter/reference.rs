@@ -10,8 +10,9 @@ pub fn delta(u: &[f32], core: &[f32], v: &[f32], rank: usize, x: &[f32]) -> Vec<
     assert_eq!(core.len(), rank * rank, "the core is [r, r]");
     assert_eq!(v.len(), x.len() * rank, "V is [in, r]");
     assert_eq!(u.len() % rank, 0, "U is [out, r]");
-    let projected: Vec<f64> =
-        (0..rank).map(|j| x.iter().enumerate().map(|(i, &x)| f64::from(v[i * rank + j]) * f64::from(x)).sum()).collect();
+    let projected: Vec<f64> = (0..rank)
+        .map(|j| x.iter().enumerate().map(|(i, &x)| f64::from(v[i * rank + j]) * f64::from(x)).sum())
+        .collect();
     let mixed: Vec<f64> =
         (0..rank).map(|i| (0..rank).map(|j| f64::from(core[i * rank + j]) * projected[j]).sum()).collect();
     u.chunks_exact(rank).map(|row| row.iter().zip(&mixed).map(|(&u, &m)| f64::from(u) * m).sum()).collect()
@@ -49,6 +50,9 @@ mod tests {
     #[test]
     fn the_core_maps_columns_of_v_to_columns_of_u() {
         // Only C[0][1]: reads V's second column, writes U's first.
-        assert_eq!(delta(&[1.0, 0.0, 0.0, 1.0], &[0.0, 2.0, 0.0, 0.0], &[1.0, 0.0, 0.0, 1.0], 2, &[3.0, 4.0]), [8.0, 0.0]);
+        assert_eq!(
+            delta(&[1.0, 0.0, 0.0, 1.0], &[0.0, 2.0, 0.0, 0.0], &[1.0, 0.0, 0.0, 1.0], 2, &[3.0, 4.0]),
+            [8.0, 0.0]
+        );
     }
 }

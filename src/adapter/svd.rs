@@ -315,7 +315,8 @@ mod tests {
     /// A full SVD: one-sided Jacobi on all columns of W.
     fn full_svd(w: &[f32], rows: usize, cols: usize) -> Vec<(f64, Vec<f64>)> {
         let mut a: Vec<Vec<f64>> = (0..cols).map(|j| (0..rows).map(|i| f64::from(w[i * cols + j])).collect()).collect();
-        let mut v: Vec<Vec<f64>> = (0..cols).map(|j| (0..cols).map(|i| f64::from(u8::from(i == j))).collect()).collect();
+        let mut v: Vec<Vec<f64>> =
+            (0..cols).map(|j| (0..cols).map(|i| f64::from(u8::from(i == j))).collect()).collect();
         one_sided_jacobi(&mut a, &mut v);
         let mut pairs: Vec<(f64, Vec<f64>)> = a.iter().map(|a| norm(a)).zip(v).collect();
         pairs.sort_by(|a, b| b.0.total_cmp(&a.0));

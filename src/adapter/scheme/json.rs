@@ -54,13 +54,21 @@ impl Scheme {
         if fields.contains_key("u") && self.u != 1 && self.u != self.rank * self.rank {
             return Err(SchemeError::invalid("scheme.u", "does not apply to lora-xs, which has r * r numbers a site"));
         }
-        let untied =
-            matches!(self.ties, Ties::Tiled { n_tie: 1 } | Ties::Structured { n_tie: 1 } | Ties::Peft { weight_tying: 0.0 });
+        let untied = matches!(
+            self.ties,
+            Ties::Tiled { n_tie: 1 } | Ties::Structured { n_tie: 1 } | Ties::Peft { weight_tying: 0.0 }
+        );
         if fields.contains_key("ties") && !untied {
-            return Err(SchemeError::invalid("scheme.ties", "do not apply to lora-xs, which has its own numbers a site"));
+            return Err(SchemeError::invalid(
+                "scheme.ties",
+                "do not apply to lora-xs, which has its own numbers a site",
+            ));
         }
         if self.projection != ProjectionDtype::F32 {
-            return Err(SchemeError::invalid("scheme.projection", "does not apply to lora-xs, which has no projection"));
+            return Err(SchemeError::invalid(
+                "scheme.projection",
+                "does not apply to lora-xs, which has no projection",
+            ));
         }
         Ok(Self::lora_xs(self.rank, self.targets))
     }
@@ -124,8 +132,7 @@ fn ties(value: &Value) -> Result<Ties, SchemeError> {
             known_keys(PATH, fields, &["kind", "weight_tying"])?;
             let weight_tying = fields.get("weight_tying").and_then(Value::as_f64);
             let message = "must be a number from 0 to 1";
-            let weight_tying =
-                weight_tying.ok_or_else(|| SchemeError::invalid("scheme.ties.weight_tying", message))?;
+            let weight_tying = weight_tying.ok_or_else(|| SchemeError::invalid("scheme.ties.weight_tying", message))?;
             Ok(Ties::Peft { weight_tying: weight_tying + 0.0 })
         }
         Some("tiled") => {
