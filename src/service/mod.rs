@@ -1,5 +1,65 @@
 //! Use cases, one file each: resolve an adapter, complete, manage adapters and tenants.
 
+mod chat;
+mod completion;
+mod decoding;
 mod error;
+mod reader;
+mod target;
 
+use std::sync::Arc;
+
+pub use chat::{ChatRequest, MAX_TOP_LOGPROBS, Message};
+pub use completion::{Choice, Completion, CompletionRequest, DEFAULT_MAX_TOKENS, MAX_LOGPROBS, Prompts, Usage};
+pub use decoding::{Decoding, MAX_CHOICES, MAX_STOPS};
 pub use error::{Error, ErrorKind};
+pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
+pub use target::{AdapterField, Lease, Target};
+
+pub use crate::engine::FinishReason;
+
+use crate::{
+    adapter::Sites,
+    engine::Handle,
+    telemetry::Metrics,
+    tenant::Directory,
+    text::{ChatTemplate, Tokenizer},
+    types::{Fingerprint, TokenId},
+};
+
+/// What is fixed about the base model while a server runs.
+#[derive(Debug)]
+pub struct BaseInfo {
+    /// The id that clients name in `model`.
+    pub model_id: String,
+    /// Unix seconds of the start, shown by `/v1/models`.
+    pub created: u64,
+    /// Longest prompt plus completion, in tokens.
+    pub max_model_len: usize,
+    /// Columns of the logits: a token id is below it. The tokenizer may know fewer.
+    pub vocab: usize,
+    /// Tokens that end a completion.
+    pub eos: Vec<TokenId>,
+    /// The adapted linears.
+    pub sites: Sites,
+    /// Largest adapter rank served; 0 serves no adapters.
+    pub rank: usize,
+    /// Names the weights that adapters are made for.
+    pub fingerprint: Fingerprint,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// The model's own chat template; None answers chats with 400 `no_chat_template`.
+    pub chat_template: Option<ChatTemplate>,
+}
+
+/// Everything that use cases work on. One a process; each file of this folder adds its `impl` block.
+pub struct Service {
+    /// The model that is served.
+    pub base: Arc<BaseInfo>,
+    /// The engine that runs it.
+    pub engine: Handle,
+    /// Counters of requests and tokens.
+    pub metrics: Arc<Metrics>,
+    /// Bearer tokens to callers.
+    pub directory: Directory,
+}
