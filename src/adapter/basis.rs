@@ -323,7 +323,8 @@ mod tests {
         let nan = message(Basis::compute(&sites, 2, diagonal([3.0, f32::NAN, 1.0, 0.5])));
         assert_eq!(nan, "weights of model.layers.0.self_attn.q_proj are not finite");
         assert!(message(Basis::compute(&sites, 5, diagonal([1.0; 4]))).starts_with("rank 5 is out of range"));
-        let broken = |site: usize| if site == 3 { Err("no such tensor") } else { diagonal([1.0; 4])(site).map_err(|_| "") };
+        let broken =
+            |site: usize| if site == 3 { Err("no such tensor") } else { diagonal([1.0; 4])(site).map_err(|_| "") };
         assert!(message(Basis::compute(&sites, 2, broken)).ends_with("self_attn.o_proj: no such tensor"));
         let short = |_: usize| Ok::<_, String>(vec![0.0; 15]);
         assert!(message(Basis::compute(&sites, 2, short)).contains("15 values"));

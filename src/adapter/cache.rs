@@ -142,8 +142,11 @@ impl BasisCache {
 
     /// The cached basis of the lowest rank that suffices.
     fn load(&self, sites: &Sites, fingerprint: Fingerprint, rank: usize) -> Option<Basis> {
-        let mut candidates: Vec<_> =
-            self.entries().filter(|entry| entry.0 == fingerprint && entry.1 >= rank).map(|entry| (entry.1, entry.2)).collect();
+        let mut candidates: Vec<_> = self
+            .entries()
+            .filter(|entry| entry.0 == fingerprint && entry.1 >= rank)
+            .map(|entry| (entry.1, entry.2))
+            .collect();
         candidates.sort();
         candidates.into_iter().find_map(|(rank, path)| {
             let read = fs::read(&path).map_err(|error| error.to_string());

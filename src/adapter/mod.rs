@@ -6,9 +6,9 @@
 mod basis;
 mod cache;
 pub mod codec;
+mod fingerprint;
 #[cfg(test)]
 pub(crate) mod fixtures;
-mod fingerprint;
 mod projection;
 pub mod reference;
 mod scheme;
