@@ -12,6 +12,7 @@ mod cores;
 mod fingerprint;
 #[cfg(test)]
 pub(crate) mod fixtures;
+pub mod peft;
 mod projection;
 pub mod reference;
 mod registry;
