@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -73,14 +73,29 @@ fn fetch(package: &Package, cache: &Path, pips: &[&[&str]]) -> Result<PathBuf, M
 struct WorkFolder(PathBuf);
 
 impl WorkFolder {
+    const PREFIX: &str = ".pull-";
+
     fn create(parent: &Path) -> Result<Self, ModelError> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let name = format!(".pull-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let path = parent.join(name);
-        // A folder of the same name is from a process that is gone: process ids come again.
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).map_err(|error| failed(&format!("cannot create {}", path.display()), &error))?;
+        Self::remove_abandoned(parent);
+        // The time too: containers that share the cache may have equal process ids.
+        let nanos = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |age| age.subsec_nanos());
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = parent.join(format!("{}{}-{nanos}-{count}", Self::PREFIX, std::process::id()));
+        fs::create_dir(&path).map_err(|error| failed(&format!("cannot create {}", path.display()), &error))?;
         Ok(Self(path))
+    }
+
+    /// What killed pulls left, once nobody can be working in it any more.
+    fn remove_abandoned(parent: &Path) {
+        const DAY: Duration = Duration::from_secs(24 * 3600);
+        for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+            let ours = entry.file_name().to_string_lossy().starts_with(Self::PREFIX);
+            let changed = entry.metadata().and_then(|facts| facts.modified()).ok();
+            if ours && changed.and_then(|time| time.elapsed().ok()).is_some_and(|age| age > DAY) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
     }
 }
 
@@ -136,7 +151,7 @@ fn no_pip() -> ModelError {
 /// The line of pip's log that says what went wrong: its last ERROR, else its last line.
 fn last_error(log: &str) -> &str {
     let lines = || log.lines().map(str::trim).filter(|line| !line.is_empty());
-    let error = lines().rfind(|line| line.starts_with("ERROR:")).or_else(|| lines().last());
+    let error = lines().rfind(|line| line.starts_with("ERROR:")).or_else(|| lines().next_back());
     error.unwrap_or("it gave no reason").trim_end_matches('.')
 }
 

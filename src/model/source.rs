@@ -73,14 +73,14 @@ impl Sources {
             return Ok(ResolvedModel { path: pull(&self.cache)?, name: DEFAULT_MODEL.to_owned() });
         }
         match hub_name(model) {
-            Some((repository, file)) => self.from_hub(repository, file),
+            Some((repository, file)) => self.fetch(repository, file),
             None => Err(ModelError::Load(format!(
                 "--model {model}: no such file or folder, and not a name either ({DEFAULT_MODEL}, org/repo, or org/repo:file.gguf)"
             ))),
         }
     }
 
-    fn from_hub(&self, repository: &str, file: Option<&str>) -> Result<ResolvedModel, ModelError> {
+    fn fetch(&self, repository: &str, file: Option<&str>) -> Result<ResolvedModel, ModelError> {
         let cached = Cache::new(self.hub_cache.clone()).model(repository.to_owned());
         let mut builder = ApiBuilder::from_cache(Cache::new(self.hub_cache.clone()));
         if let Some(endpoint) = &self.hub_endpoint {

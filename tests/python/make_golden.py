@@ -178,8 +178,7 @@ def make_spm():
               open(os.path.join(OUT, "spm.json"), "w"), ensure_ascii=False)
 
 
-shutil.rmtree(OUT, ignore_errors=True)
-os.makedirs(OUT)
 for case, arguments in cases().items():
+    shutil.rmtree(os.path.join(OUT, case), ignore_errors=True)
     make(case, *arguments)
 make_spm()

@@ -78,8 +78,10 @@ pub fn load(path: &Path) -> Result<LoadedModel, ModelError> {
 
 /// The served id of a path: the name of its folder, or of its file without `.gguf`.
 pub(super) fn name_of(path: &Path) -> String {
-    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    // Not what a link points at: in the hub's cache that is a hash. Only `.` and `..` have no name of their own.
+    let own = path.file_name().map(|name| name.to_owned());
+    let name = own.or_else(|| path.canonicalize().ok()?.file_name().map(|name| name.to_owned()));
+    let name = name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
     name.strip_suffix(".gguf").map(str::to_owned).unwrap_or(name)
 }
 

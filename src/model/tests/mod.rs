@@ -5,6 +5,7 @@ mod golden;
 mod invariants;
 mod loading;
 mod smollm2;
+mod source;
 
 use std::{
     path::{Path, PathBuf},
@@ -13,7 +14,7 @@ use std::{
 
 use super::*;
 use crate::kernel::{
-    BASE_SLOT, BLOCK_TOKENS, Backend, Cores, Precision, SequenceRows, SiteFactors, StepBatch,
+    BASE_SLOT, BLOCK_TOKENS, Backend, Cores, Precision, SequenceRows, SiteFactors, StepBatch, cpu::CpuBackend,
     reference::ReferenceBackend,
 };
 
@@ -118,6 +119,11 @@ macro_rules! for_every_backend {
                 #[test]
                 fn reference() {
                     ($body)(|| ReferenceBackend);
+                }
+
+                #[test]
+                fn cpu() {
+                    ($body)(|| CpuBackend::new(2, None).unwrap());
                 }
             }
         )*

@@ -54,3 +54,46 @@ fn prompts_become_the_ids_of_transformers() {
         assert_eq!(tokenizer.decode(&case.greedy_ids, true).unwrap(), case.greedy_text);
     }
 }
+
+fn transformer(precision: Precision) -> (Transformer<CpuBackend>, Vec<u32>) {
+    let LoadedModel { spec, weights, .. } = model();
+    let eos = spec.eos.clone();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let backend = CpuBackend::new(threads, None).unwrap();
+    let options = TransformerOptions { precision, max_positions: 256, kv_blocks: 16 };
+    (Transformer::new(backend, spec, weights, &[], options).unwrap(), eos)
+}
+
+#[test]
+fn greedy_text_in_f32_is_that_of_transformers() {
+    let (mut model, eos) = transformer(Precision::F32);
+    let mut equal = 0;
+    for case in cases() {
+        let found = greedy(&mut model, &case.prompt_ids, 32, &eos, 0..16, &None);
+        equal += usize::from(found == case.greedy_ids);
+        println!("{} {:?}", if found == case.greedy_ids { "equal  " } else { "DIFFERS" }, case.user);
+    }
+    println!("{equal} of 10 greedy continuations equal those of transformers");
+    assert!(equal >= 9);
+}
+
+/// Agreement of the most likely next token at every position of the prompts and their f32 continuations.
+#[test]
+fn quantised_weights_mostly_choose_the_token_of_f32() {
+    let tops = |precision| -> Vec<u32> {
+        let (mut model, _) = transformer(precision);
+        let of = |case: &Case| {
+            let text = [&case.prompt_ids[..], &case.greedy_ids].concat();
+            step(&mut model, &[Rows::new(&text, 0, 0..16).with_all_logits()])
+        };
+        cases().iter().flat_map(of).map(|logits| argmax(&logits)).collect()
+    };
+    let exact = tops(Precision::F32);
+    for (precision, floor) in [(Precision::Bf16, 0.95), (Precision::Q8, 0.95)] {
+        let found = tops(precision);
+        let agree = exact.iter().zip(&found).filter(|(a, b)| a == b).count();
+        let share = agree as f64 / exact.len() as f64;
+        println!("{precision:?}: top-1 agreement with f32 {share:.4} ({agree} of {} positions)", exact.len());
+        assert!(share > floor, "{precision:?}: {share}");
+    }
+}
