@@ -21,6 +21,7 @@ mod signs;
 mod sites;
 mod svd;
 
+pub use crate::kernel::Cores;
 pub use adapter::{Adapter, Facts, Interner, cache_salt};
 pub use basis::{AGREEMENT, Agreement, Basis, BasisError, SiteBasis, Unstable};
 pub use cache::{BasisCache, Loaded, ModelFiles, Origin};

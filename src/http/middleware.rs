@@ -81,20 +81,6 @@ pub(super) async fn method_not_allowed(request: Request) -> ApiError {
     Error::new(ErrorKind::MethodNotAllowed, message).into()
 }
 
-/// Refuses work that the server would not finish: 503 while draining.
-pub(super) async fn refuse_while_draining(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    if state.lifecycle.is_draining() {
-        return ApiError(draining()).into_response();
-    }
-    next.run(request).await
-}
-
-fn draining() -> Error {
-    let mut error = Error::new(ErrorKind::Unavailable, "The server is shutting down.").with_code("draining");
-    error.retry_after = Some(5);
-    error
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,10 +2,15 @@
 //!
 //! Nothing outside this folder knows a status code.
 
+mod answer;
 pub mod auth;
+mod body;
+mod chat;
+mod completions;
 pub mod error;
 pub mod extract;
 mod middleware;
+mod sse;
 mod state;
 mod system;
 
@@ -44,6 +49,10 @@ impl Modify for BearerScheme {
 /// Every route, each registered with its description.
 fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(completions::completions))
+        .routes(routes!(chat::chat_completions))
+        .routes(routes!(completions::completions))
+        .routes(routes!(chat::chat_completions))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(system::metrics))

@@ -22,7 +22,7 @@ pub const DEFAULT_MAX_TOKENS: usize = 16;
 /// At most so many alternatives in `/v1/completions`.
 pub const MAX_LOGPROBS: u64 = 5;
 /// At most so many sequences in one request, over all prompts.
-pub const MAX_SEQUENCES: usize = 4096;
+pub(super) const MAX_SEQUENCES: usize = 4096;
 
 /// What to complete.
 #[derive(Debug, Clone, PartialEq)]

@@ -5,6 +5,7 @@ mod completion;
 mod decoding;
 mod error;
 mod reader;
+mod resolve;
 mod target;
 
 use std::sync::Arc;

@@ -13,7 +13,7 @@ use crate::{
 const LOWEST: f32 = -9999.0;
 
 /// An encoded prompt.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
     /// At least one token.
     pub tokens: Arc<[TokenId]>,
@@ -77,7 +77,7 @@ pub struct Delta {
 
 /// What a choice shows besides its text.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Show {
+pub(super) struct Show {
     /// The prompt before the completion.
     pub echo: bool,
     /// Wait for the engine's log-probs of the prompt before echoing it.
@@ -93,7 +93,7 @@ struct Pending {
 }
 
 /// Reads one choice's events. Dropping it cancels the request.
-pub struct Reader {
+pub(super) struct Reader {
     choice: usize,
     base: Arc<BaseInfo>,
     prompt: Prompt,
@@ -115,7 +115,7 @@ pub struct Reader {
 
 impl Reader {
     /// A reader of the choice with this number. Stop strings count after `min_tokens` tokens.
-    pub fn new(
+    pub(super) fn new(
         choice: usize,
         base: Arc<BaseInfo>,
         prompt: Prompt,
@@ -144,7 +144,7 @@ impl Reader {
     }
 
     /// The next piece; None after the last one. After an error there is nothing more.
-    pub async fn next(&mut self) -> Option<Result<Delta, Error>> {
+    pub(super) async fn next(&mut self) -> Option<Result<Delta, Error>> {
         if self.ended {
             return None;
         }

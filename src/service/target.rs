@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    engine::Cores,
+    adapter::Cores,
     types::{CacheSalt, Generation},
 };
 
