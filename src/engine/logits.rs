@@ -2,7 +2,7 @@
 //! threads; written so that the compiler turns each into vector instructions.
 
 /// Values that one maximum summarises.
-const TILE: usize = 64;
+const TILE: usize = 128;
 /// Independent sums; their order is part of the result.
 const LANES: usize = 8;
 
@@ -17,35 +17,39 @@ pub(super) enum LogitsError {
     Empty,
 }
 
+/// An integer that orders as the float does. Unlike a maximum of floats, one of integers may be taken in any order, so that the compiler
+/// makes vector instructions of it.
+fn key(value: f32) -> i32 {
+    let bits = value.to_bits().cast_signed();
+    bits ^ ((bits >> 31) & i32::MAX)
+}
+
+/// The inverse of [`key`].
+fn value_of(key: i32) -> f32 {
+    f32::from_bits((key ^ ((key >> 31) & i32::MAX)).cast_unsigned())
+}
+
 /// The maximum of every [`TILE`] values and of all. Refuses NaN, plus infinity and rows without a finite value.
 pub(super) fn tile_maxima(values: &[f32], tiles: &mut Vec<f32>) -> Result<f32, LogitsError> {
+    const INFINITY: i32 = f32::INFINITY.to_bits().cast_signed();
     tiles.clear();
-    let mut largest = f32::NEG_INFINITY;
-    let mut broken = false;
+    let mut largest = i32::MIN;
+    let mut magnitude = 0;
     for tile in values.chunks(TILE) {
-        let mut maxima = [f32::NEG_INFINITY; LANES];
-        let mut nan = [false; LANES];
-        let eights = tile.chunks_exact(LANES);
-        for (lane, &value) in eights.remainder().iter().enumerate() {
-            maxima[lane] = value;
-            nan[lane] = value.is_nan();
+        let mut maximum = i32::MIN;
+        for &value in tile {
+            maximum = maximum.max(key(value));
+            magnitude = magnitude.max(value.to_bits().cast_signed() & i32::MAX);
         }
-        for eight in eights {
-            for lane in 0..LANES {
-                let value = eight[lane];
-                maxima[lane] = if value > maxima[lane] { value } else { maxima[lane] };
-                nan[lane] |= value.is_nan();
-            }
-        }
-        let maximum = maxima.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
-        broken |= nan.contains(&true);
-        largest = if maximum > largest { maximum } else { largest };
-        tiles.push(maximum);
+        largest = largest.max(maximum);
+        tiles.push(value_of(maximum));
     }
-    if broken || largest == f32::INFINITY {
+    // A NaN of either sign is larger in magnitude than infinity.
+    if magnitude > INFINITY || largest == INFINITY {
         return Err(LogitsError::NotANumber);
     }
-    if largest == f32::NEG_INFINITY {
+    let largest = value_of(largest);
+    if values.is_empty() || largest == f32::NEG_INFINITY {
         return Err(LogitsError::Empty);
     }
     Ok(largest)
@@ -113,25 +117,30 @@ fn exp(x: f32) -> f32 {
     if x > -87.0 { y * f32::from_bits(exponent) } else { 0.0 }
 }
 
-/// `sum of f(value)` in f64, in eight fixed lanes.
-#[inline]
-fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+/// The sum in f64, in eight fixed lanes.
+fn sum(values: &[f32]) -> f64 {
     let mut lanes = [0f64; LANES];
-    let eights = values.chunks_exact(LANES);
-    for (lane, &value) in eights.remainder().iter().enumerate() {
-        lanes[lane] = f64::from(f(value));
-    }
+    let (eights, rest) = values.as_chunks::<LANES>();
     for eight in eights {
         for lane in 0..LANES {
-            lanes[lane] += f64::from(f(eight[lane]));
+            lanes[lane] += f64::from(eight[lane]);
         }
+    }
+    for (lane, &value) in rest.iter().enumerate() {
+        lanes[lane] += f64::from(value);
     }
     lanes.into_iter().sum()
 }
 
-/// The sum of the values that are at least `bound`.
-pub(super) fn sum_from(values: &[f32], bound: f32) -> f64 {
-    sum_of(values, |value| if value >= bound { value } else { 0.0 })
+/// The sum of what `f` makes of the values: a tile at a time, because the compiler vectorises `f` only when it is alone in its loop.
+fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+    let mut buffer = [0f32; TILE];
+    let tile = |tile: &[f32]| {
+        let made = &mut buffer[..tile.len()];
+        made.iter_mut().zip(tile).for_each(|(made, &value)| *made = f(value));
+        sum(made)
+    };
+    values.chunks(TILE).map(tile).sum()
 }
 
 /// `log(sum(e^value))`; `largest` is the maximum.
@@ -161,19 +170,24 @@ pub(super) fn cut_after(weights: &mut [f32], last: (u32, f32)) {
 }
 
 /// The last member, in [`rank`] order, of the smallest set of weights whose sum reaches `share` of all. The largest weight is 1.
-pub(super) fn nucleus(weights: &[f32], share: f64, maxima: &mut Vec<f32>) -> (u32, f32) {
+pub(super) fn nucleus(weights: &[f32], share: f64, maxima: &mut Vec<f32>, found: &mut Vec<(u32, f32)>) -> (u32, f32) {
     maxima.clear();
-    maxima.extend(weights.chunks(TILE).map(|tile| tile.iter().fold(0.0, |a, &b| if b > a { b } else { a })));
+    maxima
+        .extend(weights.chunks(TILE).map(|tile| value_of(tile.iter().fold(0, |most, &weight| most.max(key(weight))))));
     let tiles_from =
         |bound: f32| maxima.iter().zip(weights.chunks(TILE)).enumerate().filter(move |(_, t)| *t.0 >= bound);
-    let goal = share * sum_from(weights, 0.0);
+    let goal = share * sum(weights);
     // Most of the mass is usually in few weights: find a bound above which there is enough, and look no further.
     let mut bound = 0.25f32;
-    while bound > 1e-12 && tiles_from(bound).map(|(_, (_, tile))| sum_from(tile, bound)).sum::<f64>() < goal {
+    let mass_from = |bound: f32| -> f64 {
+        let counted = |weight: f32| if weight >= bound { weight } else { 0.0 };
+        tiles_from(bound).map(|(_, (_, tile))| sum_of(tile, counted)).sum()
+    };
+    while bound > 1e-12 && mass_from(bound) < goal {
         bound *= 0.0625;
     }
     let bound = if bound > 1e-12 { bound } else { f32::MIN_POSITIVE };
-    let mut found: Vec<(u32, f32)> = Vec::new();
+    found.clear();
     for (tile, (_, weights)) in tiles_from(bound) {
         let kept = weights.iter().enumerate().filter(|&(_, &weight)| weight >= bound);
         found.extend(kept.map(|(at, &weight)| ((tile * TILE + at) as u32, weight)));
@@ -206,7 +220,7 @@ pub(super) fn nucleus(weights: &[f32], share: f64, maxima: &mut Vec<f32>) -> (u3
 pub(super) fn draw(weights: &[f32], u: f64, sums: &mut Vec<f64>) -> u32 {
     const STRETCH: usize = 256;
     sums.clear();
-    sums.extend(weights.chunks(STRETCH).map(|stretch| sum_from(stretch, 0.0)));
+    sums.extend(weights.chunks(STRETCH).map(sum));
     let mut goal = u * sums.iter().sum::<f64>();
     let mut at = 0;
     // Rounding may carry the goal past the end: then the last stretch with any weight takes it.
@@ -288,7 +302,7 @@ mod tests {
             weights(&row, row.iter().copied().fold(f32::MIN, f32::max), 1.0, 0.0, &mut w);
             let total: f64 = w.iter().map(|&w| f64::from(w)).sum();
             let mut kept = w.clone();
-            cut_after(&mut kept, nucleus(&w, share, &mut Vec::new()));
+            cut_after(&mut kept, nucleus(&w, share, &mut Vec::new(), &mut Vec::new()));
             let mass: f64 = kept.iter().map(|&w| f64::from(w)).sum();
             let smallest = kept.iter().copied().filter(|&w| w > 0.0).fold(f32::MAX, f32::min);
             let dropped = w.iter().zip(&kept).filter(|(_, kept)| **kept == 0.0).map(|(w, _)| *w).fold(0.0, f32::max);

@@ -1,7 +1,7 @@
 //! From a row of logits to a token: a pure function of the logits, the request's [`Sampling`], the tokens so far and the index of the token.
 //!
-//! Order: penalties, bias, forbidden stop tokens; then temperature, min_p, top_k, top_p (each of the last two on what the ones before left), and
-//! one draw. Log-probs are of the raw logits.
+//! Order: penalties, bias, forbidden stop tokens; then top_k, temperature, min_p, top_p (of what the others left), and one
+//! draw. Log-probs are of the raw logits.
 
 use std::collections::HashMap;
 
@@ -74,6 +74,7 @@ struct Scratch {
     weights: Vec<f32>,
     tiles: Vec<f32>,
     selection: Vec<f32>,
+    candidates: Vec<(TokenId, f32)>,
     sums: Vec<f64>,
 }
 
@@ -131,8 +132,10 @@ fn answer(row: &[f32], question: &Question<'_>, scratch: &mut Scratch) -> Answer
                 token?
             };
             let Some(top) = logprobs else { return Ok((token, None)) };
-            // Choosing may have left the maxima of something else.
-            let largest = logits::tile_maxima(row, &mut scratch.tiles)?;
+            if !plain {
+                // What is there are the adjusted row's.
+                logits::tile_maxima(row, &mut scratch.tiles)?;
+            }
             Ok((token, Some(log_probs(row, largest, token, top, scratch))))
         }
     }
@@ -179,24 +182,22 @@ fn choose(row: &[f32], largest: f32, sampling: &Sampling, index: usize, scratch:
     if sampling.temperature < COLDEST {
         return logits::first_of(row, &scratch.tiles, largest);
     }
-    let Scratch { weights, tiles, selection, sums, .. } = scratch;
-    logits::weights(row, largest, 1.0 / sampling.temperature, sampling.min_p, weights);
+    let Scratch { weights, tiles, selection, candidates, sums, .. } = scratch;
     let keep = sampling.top_k as usize;
-    if keep > 0 && keep < weights.len() {
-        // By logit and not by weight: rounding could make two weights equal.
-        if let Some(&(token, _)) = logits::largest(row, tiles, keep, selection).last() {
-            let bound = row[token as usize];
-            let outside = |at: usize, logit: f32| logit < bound || (logit == bound && at > token as usize);
-            for (at, (weight, &logit)) in weights.iter_mut().zip(row).enumerate() {
-                *weight = if outside(at, logit) { 0.0 } else { *weight };
-            }
-        }
-    }
+    // With top_k only the kept tokens are looked at from here on, in the order of their ids.
+    let kept: Option<(Vec<TokenId>, Vec<f32>)> = (keep > 0 && keep < row.len()).then(|| {
+        let mut kept = logits::largest(row, tiles, keep, selection);
+        kept.sort_unstable_by_key(|&(token, _)| token);
+        kept.into_iter().unzip()
+    });
+    let row = kept.as_ref().map_or(row, |(_, logits)| logits);
+    logits::weights(row, largest, 1.0 / sampling.temperature, sampling.min_p, weights);
     if sampling.top_p < 1.0 {
-        let last = logits::nucleus(weights, f64::from(sampling.top_p), selection);
+        let last = logits::nucleus(weights, f64::from(sampling.top_p), selection, candidates);
         logits::cut_after(weights, last);
     }
-    logits::draw(weights, uniform(sampling.seed, index), sums)
+    let drawn = logits::draw(weights, uniform(sampling.seed, index), sums);
+    kept.as_ref().map_or(drawn, |(tokens, _)| tokens[drawn as usize])
 }
 
 /// A number in [0, 1) for the index-th token under a seed: the first 53 bits of ChaCha8 with the seed as key and the index as stream.
