@@ -10,6 +10,7 @@ mod completions;
 pub mod error;
 pub mod extract;
 mod middleware;
+mod models;
 mod sse;
 mod state;
 mod system;
@@ -51,6 +52,8 @@ fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(completions::completions))
         .routes(routes!(chat::chat_completions))
+        .routes(routes!(models::list_models))
+        .routes(routes!(models::show_model))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(system::metrics))

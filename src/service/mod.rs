@@ -4,25 +4,31 @@ mod chat;
 mod completion;
 mod decoding;
 mod error;
+mod library;
 mod metrics;
+mod models;
 mod reader;
 mod resolve;
 mod target;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 pub use chat::{ChatRequest, MAX_TOP_LOGPROBS, Message};
 pub use completion::{Choice, Completion, CompletionRequest, DEFAULT_MAX_TOKENS, MAX_LOGPROBS, Prompts, Usage};
 pub use decoding::{Decoding, MAX_CHOICES, MAX_STOPS};
 pub use error::{Error, ErrorKind};
+pub use library::{BadContents, Library};
+pub use models::Model;
 pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
+pub use resolve::MAX_MIX;
 pub use target::{AdapterField, Lease, Target};
 
 pub use crate::engine::FinishReason;
 
 use crate::{
-    adapter::Sites,
+    adapter::{Basis, Sites},
     engine::Handle,
+    store::{Store, StoreError},
     telemetry::Metrics,
     tenant::Directory,
     text::{ChatTemplate, Tokenizer},
@@ -64,4 +70,29 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     /// Bearer tokens to callers.
     pub directory: Directory,
+    /// Adapters in memory.
+    pub library: Library,
+    /// Everything that survives.
+    pub store: Store,
+}
+
+impl Service {
+    /// Puts the use cases together over an engine and a store, and reads all adapters into memory.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn open(base: BaseInfo, basis: Basis, engine: Handle, store: Store) -> Result<Self, StoreError> {
+        let library = Library::new(base.sites.clone(), Arc::new(basis));
+        let began = Instant::now();
+        let adapters = library.fill(&store).await?;
+        tracing::info!(adapters, seconds = began.elapsed().as_secs_f32(), "adapters loaded");
+        Ok(Self {
+            base: Arc::new(base),
+            engine,
+            metrics: Arc::default(),
+            directory: Directory::new(Arc::new(store.clone())),
+            library,
+            store,
+        })
+    }
 }

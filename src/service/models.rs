@@ -46,7 +46,8 @@ impl Service {
         let mut last = after.filter(|&after| after != self.base.model_id).map(str::to_owned);
         // One more than asked for says whether there are more.
         while models.len() <= limit {
-            let page = self.store.list_adapters(caller.tenant, "", last.as_deref(), PAGE).await.map_err(Error::internal)?;
+            let page =
+                self.store.list_adapters(caller.tenant, "", last.as_deref(), PAGE).await.map_err(Error::internal)?;
             let full = page.len() == PAGE as usize;
             last = page.last().map(|record| record.name.clone());
             models.extend(page.into_iter().map(Model::from));

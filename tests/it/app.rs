@@ -1,23 +1,25 @@
 //! A whole server without a socket.
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use axum::{
     Router,
     body::Body,
     http::{HeaderMap, Method, Request, StatusCode, header},
 };
-use futures::{StreamExt as _, future::BoxFuture};
+use futures::StreamExt as _;
 use mote::{
-    adapter::Sites,
+    adapter::{Basis, SiteBasis, Sites},
     engine::{Engine, EngineConfig},
     http::{AppState, AuthMode, Limits},
     service::{BaseInfo, Service},
-    tenant::{Directory, KeyHash, KeyRecord, KeySource, KeySourceError, Role},
+    store::{Location, NewKey, Store, StoreConfig},
+    tenant::{ApiKey, Role},
     text::{ChatTemplate, Tokenizer},
-    types::{Fingerprint, TenantId, TokenId},
+    types::{Fingerprint, TokenId},
 };
 use serde_json::Value;
+use tempfile::TempDir;
 use tower::ServiceExt as _;
 
 use crate::script::{FAILS, Script, VOCAB, Watch};
@@ -26,6 +28,7 @@ use crate::script::{FAILS, Script, VOCAB, Watch};
 pub(crate) const KEY: &str = "mote-sk-test-member-0123456789abcdef";
 pub(crate) const MODEL: &str = "scripted";
 pub(crate) const CONTEXT: usize = 256;
+const FINGERPRINT: Fingerprint = Fingerprint([7; 32]);
 
 /// The script's text: multi-byte characters, and words to stop at.
 const BEFORE_EOS: &str = "Once upon a time there was a little fox 🦊 who said: stop here, naïve friend! Then the END came, and more words followed";
@@ -59,25 +62,15 @@ pub(crate) struct TestApp {
     pub(crate) script: Arc<[TokenId]>,
     /// Where the script has the end-of-sequence token. Its last token breaks the model.
     pub(crate) eos_at: usize,
-}
-
-struct Keys(HashMap<KeyHash, KeyRecord>);
-
-impl KeySource for Keys {
-    fn key_by_hash(&self, hash: KeyHash) -> BoxFuture<'_, Result<Option<KeyRecord>, KeySourceError>> {
-        let found = self.0.get(&hash).cloned();
-        Box::pin(async move { Ok(found) })
-    }
-
-    fn touch_key(&self, _: String, _: i64) {}
+    _folder: TempDir,
 }
 
 impl TestApp {
-    pub(crate) fn new() -> Self {
-        Self::with(Options::default())
+    pub(crate) async fn new() -> Self {
+        Self::with(Options::default()).await
     }
 
-    pub(crate) fn with(options: Options) -> Self {
+    pub(crate) async fn with(options: Options) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/llama/model/tokenizer.json");
         let tokenizer = Tokenizer::from_file(&path).unwrap();
         let before = tokenizer.encode(BEFORE_EOS, false).unwrap();
@@ -105,19 +98,17 @@ impl TestApp {
             eos: vec![0],
             sites,
             rank: 2,
-            fingerprint: Fingerprint([7; 32]),
+            fingerprint: FINGERPRINT,
             tokenizer,
             chat_template: options.template.map(|source| ChatTemplate::new(source, "<bos>", "<eos>").unwrap()),
         };
-        let service = Service {
-            base: Arc::new(base),
-            engine: Engine::start(Box::new(model), config).unwrap(),
-            metrics: Arc::default(),
-            directory: Directory::new(Arc::new(Keys(HashMap::from([(KeyHash::of(KEY), key_record())])))),
-        };
+        let basis = basis(&base.sites);
+        let engine = Engine::start(Box::new(model), config).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let service = Service::open(base, basis, engine, store(&folder).await).await.unwrap();
         let state = AppState { auth: options.auth, limits: options.limits, ..AppState::new(Arc::new(service)) };
         let router = mote::http::router(state.clone());
-        Self { router, state, watch, script, eos_at }
+        Self { router, state, watch, script, eos_at, _folder: folder }
     }
 
     /// The text that follows a prompt of so many tokens.
@@ -187,19 +178,25 @@ pub(crate) fn post(path: &str, body: impl Into<Body>) -> Request<Body> {
         .unwrap()
 }
 
-fn key_record() -> KeyRecord {
-    KeyRecord {
-        id: "key_0123456789abcdef".into(),
-        tenant: TenantId(2),
-        tenant_name: "acme".into(),
-        hash: KeyHash::of(KEY),
-        prefix: "mote-sk-test".into(),
+/// Columns that are unit vectors, and falling singular values.
+fn basis(sites: &Sites) -> Basis {
+    let unit = || (0..4 * 2).map(|at| f32::from(at / 2 == at % 2)).collect::<Vec<f32>>();
+    let site = SiteBasis { u: unit(), s: vec![2.0, 1.0], v: unit(), next_sigma: 0.5 };
+    Basis { rank: 2, fingerprint: FINGERPRINT, sites: vec![site; sites.len()] }
+}
+
+async fn store(folder: &TempDir) -> Store {
+    let store = Store::open(StoreConfig::new(Location::Directory(folder.path().into()))).await.unwrap();
+    let key = NewKey {
+        key: ApiKey::chosen(KEY).unwrap(),
+        tenant: "acme".into(),
+        create_tenant: true,
         role: Role::Member,
-        created_at: 0,
         expires_at: None,
-        revoked_at: None,
-        last_used_at: None,
-    }
+        only_first: false,
+    };
+    store.create_key(key).await.unwrap();
+    store
 }
 
 pub(crate) struct Answer {

@@ -17,7 +17,7 @@ fn tokens(app: &TestApp, rendered: &str) -> usize {
 
 #[tokio::test]
 async fn the_shape_is_openais() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let mut answer = app.ok(PATH, request(json!([{"role": "user", "content": "Hi"}]))).await;
     let prompt = tokens(&app, "user: Hi\n");
     assert!(answer["id"].as_str().unwrap().starts_with("chatcmpl-"));
@@ -46,7 +46,7 @@ async fn the_shape_is_openais() {
 
 #[tokio::test]
 async fn messages_reach_the_template_as_they_are_meant() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = |answer: Value| answer["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
     for (messages, rendered) in [
         (
@@ -74,7 +74,7 @@ async fn messages_reach_the_template_as_they_are_meant() {
 
 #[tokio::test]
 async fn without_max_tokens_a_chat_may_use_the_rest_of_the_context() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let mut body = request(json!([{"role": "user", "content": "Hi"}]));
     body.as_object_mut().unwrap().remove("max_tokens");
     body["ignore_eos"] = json!(true);
@@ -90,7 +90,7 @@ async fn without_max_tokens_a_chat_may_use_the_rest_of_the_context() {
 
 #[tokio::test]
 async fn both_names_of_the_limit_work_and_the_newer_wins() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let mut body = request(json!([{"role": "user", "content": "Hi"}]));
     body["max_completion_tokens"] = json!(3);
     assert_eq!(app.ok(PATH, body).await["usage"]["completion_tokens"], 3);
@@ -98,7 +98,7 @@ async fn both_names_of_the_limit_work_and_the_newer_wins() {
 
 #[tokio::test]
 async fn logprobs_have_bytes_and_alternatives() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let mut body = request(json!([{"role": "user", "content": "Hi"}]));
     body["logprobs"] = json!(true);
     body["max_tokens"] = json!(60);
@@ -126,7 +126,7 @@ async fn logprobs_have_bytes_and_alternatives() {
 
 #[tokio::test]
 async fn what_asks_for_nothing_is_no_error() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let mut body = request(json!([{"role": "user", "content": "Hi"}]));
     let harmless = json!({
         "tools": [], "tool_choice": "none", "functions": null, "response_format": {"type": "text"}, "modalities": ["text"],

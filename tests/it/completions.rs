@@ -18,7 +18,7 @@ fn with(mut body: Value, extra: Value) -> Value {
 
 #[tokio::test]
 async fn the_shape_is_openais() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let mut answer = app.ok(PATH, body(3, 4)).await;
     assert!(answer["id"].as_str().unwrap().starts_with("cmpl-"));
     assert!(answer["created"].as_u64().unwrap() > 1_700_000_000);
@@ -39,7 +39,7 @@ async fn the_shape_is_openais() {
 
 #[tokio::test]
 async fn a_prompt_has_four_forms() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let texts = |answer: &Value| -> Vec<(u64, String)> {
         let choices = answer["choices"].as_array().unwrap();
         choices.iter().map(|c| (c["index"].as_u64().unwrap(), c["text"].as_str().unwrap().to_owned())).collect()
@@ -62,7 +62,7 @@ async fn a_prompt_has_four_forms() {
 
 #[tokio::test]
 async fn an_eos_token_ends_a_choice_unless_it_may_not() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = app.eos_at - 4;
     let choice = |answer: &Value| answer["choices"][0].clone();
 
@@ -83,7 +83,7 @@ async fn an_eos_token_ends_a_choice_unless_it_may_not() {
 
 #[tokio::test]
 async fn a_stop_string_ends_a_choice_and_is_not_shown() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = app.find(" Then");
     for (stop, left) in
         [(json!("END"), "END"), (json!(["more words", "END came"]), "END came"), (json!(["came, a"]), "came, a")]
@@ -102,7 +102,7 @@ async fn a_stop_string_ends_a_choice_and_is_not_shown() {
 
 #[tokio::test]
 async fn a_stop_string_waits_for_min_tokens() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = app.find(" Then");
     let first = app.says(prompt, 1);
     let stopped = app.ok(PATH, with(body(prompt, 30), json!({"stop": first}))).await;
@@ -113,7 +113,7 @@ async fn a_stop_string_waits_for_min_tokens() {
 
 #[tokio::test]
 async fn logprobs_cover_every_token_of_the_text() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = app.find("little");
     let answer = app.ok(PATH, with(body(prompt, 24), json!({"logprobs": 2}))).await;
     let choice = &answer["choices"][0];
@@ -144,7 +144,7 @@ async fn logprobs_cover_every_token_of_the_text() {
 
 #[tokio::test]
 async fn logprobs_do_not_show_what_is_not_in_the_text() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let tokens = |answer: &Value| answer["choices"][0]["logprobs"]["tokens"].as_array().unwrap().len();
     let near_eos = body(app.eos_at - 3, 10);
     assert_eq!(tokens(&app.ok(PATH, with(near_eos.clone(), json!({"logprobs": 0}))).await), 3);
@@ -160,7 +160,7 @@ async fn logprobs_do_not_show_what_is_not_in_the_text() {
 
 #[tokio::test]
 async fn echo_puts_the_prompt_first_and_scores_it() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = "the naïve fox 🦊 sat";
     let tokens = app.state.service.base.tokenizer.encode(prompt, true).unwrap();
     let n = tokens.len();
@@ -187,7 +187,7 @@ async fn echo_puts_the_prompt_first_and_scores_it() {
 
 #[tokio::test]
 async fn echo_spells_a_prompt_of_tokens() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let ids = app.state.service.base.tokenizer.encode("a 🦊", true).unwrap();
     let request = json!({"model": MODEL, "prompt": ([&[1], &ids[..]].concat()), "max_tokens": 0, "echo": true});
     assert_eq!(app.ok(PATH, request).await["choices"][0]["text"], "<bos>a 🦊");
@@ -195,7 +195,7 @@ async fn echo_spells_a_prompt_of_tokens() {
 
 #[tokio::test]
 async fn a_seed_repeats_and_choices_differ() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let request = json!({"model": MODEL, "prompt": [5, 5], "temperature": 2, "max_tokens": 24, "n": 3, "seed": 11});
     let texts = |answer: Value| -> Vec<String> {
         answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap().to_owned()).collect()
@@ -211,7 +211,7 @@ async fn a_seed_repeats_and_choices_differ() {
 
 #[tokio::test]
 async fn best_of_returns_the_likeliest() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let request = json!({"model": MODEL, "prompt": [[5, 5], [5, 5, 5]], "temperature": 1.5, "max_tokens": 12, "seed": 3, "logprobs": 0});
     let means = |answer: &Value| -> Vec<f64> {
         let mean = |choice: &Value| {
@@ -237,7 +237,7 @@ async fn best_of_returns_the_likeliest() {
 
 #[tokio::test]
 async fn usage_says_what_the_prefix_cache_saved() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let cached = |answer: Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
     assert_eq!(cached(app.ok(PATH, body(40, 2)).await), 0);
     assert_eq!(cached(app.ok(PATH, body(40, 2)).await), 32, "whole blocks of 16, never the last token");
@@ -245,7 +245,7 @@ async fn usage_says_what_the_prefix_cache_saved() {
 
 #[tokio::test]
 async fn a_bias_and_the_ids_without_a_token() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let request = json!({"model": MODEL, "prompt": [5], "temperature": 0, "max_tokens": 3, "logit_bias": {"310": 100}, "return_token_ids": true, "logprobs": 1});
     let answer = app.ok(PATH, request).await;
     let choice = &answer["choices"][0];
@@ -256,7 +256,7 @@ async fn a_bias_and_the_ids_without_a_token() {
 
 #[tokio::test]
 async fn without_max_tokens_a_completion_ends_with_the_context() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let answer = app.ok(PATH, json!({"model": MODEL, "prompt": vec![5; CONTEXT - 7], "temperature": 0})).await;
     assert_eq!(answer["usage"]["completion_tokens"], 7);
 }

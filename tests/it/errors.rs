@@ -43,7 +43,7 @@ fn invalid(param: &str) -> (u16, String, Option<String>, Option<String>) {
 
 #[tokio::test]
 async fn a_field_of_the_wrong_type_or_out_of_range_is_named() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     // For both routes: the field and values that it cannot have.
     let shared = [
         ("temperature", vec![json!("warm"), json!(-0.1), json!(2.1), json!([1]), json!(true)]),
@@ -82,7 +82,7 @@ async fn a_field_of_the_wrong_type_or_out_of_range_is_named() {
 
 #[tokio::test]
 async fn completions_refuse_what_they_cannot_do() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let rows = [
         (json!({"prompt": null}), "prompt"),
         (json!({"prompt": []}), "prompt"),
@@ -129,7 +129,7 @@ async fn completions_refuse_what_they_cannot_do() {
 
 #[tokio::test]
 async fn chats_refuse_what_they_cannot_do() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let user = |content: Value| json!({"messages": [{"role": "user", "content": content}]});
     let rows = [
         (json!({"messages": null}), "messages"),
@@ -176,7 +176,7 @@ async fn chats_refuse_what_they_cannot_do() {
 
 #[tokio::test]
 async fn a_model_that_does_not_exist_is_404_and_never_the_base() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     for model in ["gpt-4", "", "scripted:nobody", "SCRIPTED"] {
         let answer = app.post(COMPLETIONS, completion(json!({"model": model}))).await;
         assert_eq!(
@@ -189,7 +189,7 @@ async fn a_model_that_does_not_exist_is_404_and_never_the_base() {
 
 #[tokio::test]
 async fn a_prompt_that_does_not_fit_is_refused_before_any_work() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let overflow = |param| row(400, "invalid_request_error", Some(param), Some("context_length_exceeded"));
     let rows = [
         json!({"prompt": vec![5; CONTEXT]}),
@@ -212,7 +212,7 @@ async fn a_prompt_that_does_not_fit_is_refused_before_any_work() {
 
 #[tokio::test]
 async fn a_base_without_a_template_says_so() {
-    let app = TestApp::with(Options { template: None, ..Options::default() });
+    let app = TestApp::with(Options { template: None, ..Options::default() }).await;
     let expected = row(400, "invalid_request_error", Some("messages"), Some("no_chat_template"));
     assert_eq!(app.post(CHAT, chat(json!({}))).await.error(), expected);
     app.ok(COMPLETIONS, completion(json!({}))).await;
@@ -220,7 +220,7 @@ async fn a_base_without_a_template_says_so() {
 
 #[tokio::test]
 async fn a_full_queue_is_429_and_worth_a_retry() {
-    let app = Arc::new(TestApp::with(Options { max_queue: 0, ..Options::default() }));
+    let app = Arc::new(TestApp::with(Options { max_queue: 0, ..Options::default() }).await);
     let busy = completion(json!({"n": 8, "max_tokens": 100, "stream": true, "ignore_eos": true}));
     let hold = app.watch.hold.lock().unwrap();
     let streams = app.open(COMPLETIONS, busy).await;
@@ -240,7 +240,7 @@ async fn a_full_queue_is_429_and_worth_a_retry() {
 
 #[tokio::test]
 async fn a_stopped_engine_is_503() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let engine = app.state.service.engine.clone();
     tokio::task::spawn_blocking(move || engine.shutdown(std::time::Duration::ZERO)).await.unwrap();
     let answer = app.post(COMPLETIONS, completion(json!({}))).await;
@@ -250,7 +250,7 @@ async fn a_stopped_engine_is_503() {
 
 #[tokio::test]
 async fn a_key_is_needed_and_must_be_right() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let expected = row(401, "authentication_error", None, Some("invalid_api_key"));
     for value in [None, Some("Bearer mote-sk-wrong"), Some("Bearer "), Some("Basic eDp5"), Some(KEY)] {
         for path in [COMPLETIONS, CHAT] {
@@ -264,7 +264,7 @@ async fn a_key_is_needed_and_must_be_right() {
             assert_eq!(answer.headers[header::WWW_AUTHENTICATE], "Bearer");
         }
     }
-    let open = TestApp::with(Options { auth: AuthMode::Open, ..Options::default() });
+    let open = TestApp::with(Options { auth: AuthMode::Open, ..Options::default() }).await;
     let mut request = post(COMPLETIONS, completion(json!({})).to_string());
     request.headers_mut().remove(header::AUTHORIZATION);
     assert_eq!(open.send(request).await.status, 200);
@@ -274,7 +274,7 @@ async fn a_key_is_needed_and_must_be_right() {
 #[tokio::test]
 async fn checks_run_in_the_stated_order() {
     let limits = Limits { body: 100, ..Limits::default() };
-    let app = TestApp::with(Options { limits, ..Options::default() });
+    let app = TestApp::with(Options { limits, ..Options::default() }).await;
     let request = |method: Method, path: &str, key: bool, media: &str, body: String| {
         let mut builder = Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, media);
         if key {
@@ -324,7 +324,7 @@ async fn checks_run_in_the_stated_order() {
 #[tokio::test]
 async fn a_body_is_cut_off_at_the_limit_whatever_it_announces() {
     let limits = Limits { body: 100, ..Limits::default() };
-    let app = TestApp::with(Options { limits, ..Options::default() });
+    let app = TestApp::with(Options { limits, ..Options::default() }).await;
     let chunks = futures::stream::repeat_with(|| Ok::<_, std::io::Error>("x".repeat(40))).take(1000);
     let answer = app.send(post(COMPLETIONS, Body::from_stream(chunks))).await;
     assert_eq!(answer.error(), row(413, "invalid_request_error", None, None));
@@ -332,7 +332,7 @@ async fn a_body_is_cut_off_at_the_limit_whatever_it_announces() {
 
 #[tokio::test]
 async fn what_is_no_json_is_400_without_a_field() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let endless = "[".repeat(1000);
     for body in ["", "{", "null x", "[]", "5", "\"text\"", r#"{"prompt": "x",}"#, r#"{"model": "\ud800"}"#, &endless] {
         let answer = app.send(post(COMPLETIONS, body.to_owned())).await;
@@ -344,7 +344,7 @@ async fn what_is_no_json_is_400_without_a_field() {
 
 #[tokio::test]
 async fn unknown_routes_and_methods_are_in_the_envelope() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     for path in ["/", "/v1", "/v1/completions/", "/v1/embeddings", "/..", "/v1/%ff"] {
         let answer = app.get(path).await;
         assert_eq!(answer.error(), row(404, "invalid_request_error", None, None), "{path}");

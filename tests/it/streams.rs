@@ -45,7 +45,7 @@ async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 
 #[tokio::test]
 async fn a_stream_is_the_same_completion_in_pieces() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = app.find("little");
     let chunks = app.chunks(COMPLETIONS, body(prompt, 24, json!({}))).await;
     let (text, ends) = told(&chunks, 0);
@@ -64,7 +64,7 @@ async fn a_stream_is_the_same_completion_in_pieces() {
 
 #[tokio::test]
 async fn usage_comes_once_on_request_before_done() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let extra = json!({"stream_options": {"include_usage": true}, "n": 2});
     for (path, body) in [(COMPLETIONS, body(3, 4, extra.clone())), (CHAT, chat("hi", extra))] {
         let mut chunks = app.chunks(path, body).await;
@@ -81,7 +81,7 @@ async fn usage_comes_once_on_request_before_done() {
 
 #[tokio::test]
 async fn choices_come_interleaved_each_in_order() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let request =
         json!({"model": MODEL, "prompt": [[5], [5, 5]], "n": 2, "max_tokens": 12, "temperature": 0, "stream": true});
     let chunks = app.chunks(COMPLETIONS, request).await;
@@ -97,7 +97,7 @@ async fn choices_come_interleaved_each_in_order() {
 
 #[tokio::test]
 async fn logprobs_and_ids_stream_to_the_same_lists() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = app.find("little");
     let extra = json!({"logprobs": 1, "return_token_ids": true, "echo": true});
     let mut request = body(prompt, 24, extra);
@@ -124,7 +124,7 @@ async fn logprobs_and_ids_stream_to_the_same_lists() {
 
 #[tokio::test]
 async fn a_stop_string_ends_a_stream_and_frees_the_engine() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = app.find(" Then");
     let chunks = app.chunks(COMPLETIONS, body(prompt, 100, json!({"stop": "END"}))).await;
     let (text, ends) = told(&chunks, 0);
@@ -138,7 +138,7 @@ async fn a_stop_string_ends_a_stream_and_frees_the_engine() {
 
 #[tokio::test]
 async fn a_failure_in_mid_stream_is_a_line_and_the_end() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let prompt = app.script.len() - 4;
     let answer = app.post(COMPLETIONS, body(prompt, 20, json!({}))).await;
     let lines = answer.data_lines();
@@ -155,7 +155,7 @@ async fn a_failure_in_mid_stream_is_a_line_and_the_end() {
 
 #[tokio::test]
 async fn a_client_that_goes_away_cancels_its_request() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let stats = app.state.service.engine.stats().clone();
     for whole in [false, true] {
         let (cancelled, running) = (stats.cancelled.get(), app.watch.steps.load(Ordering::SeqCst));
@@ -176,7 +176,7 @@ async fn a_client_that_goes_away_cancels_its_request() {
 
 #[tokio::test]
 async fn a_client_that_reads_slowly_gets_everything_and_slows_nobody() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let mut slow = app.open(COMPLETIONS, body(1, 100, json!({"ignore_eos": true}))).await;
     let mut text = slow.next().await.unwrap();
     let other = app
@@ -197,7 +197,7 @@ async fn a_client_that_reads_slowly_gets_everything_and_slows_nobody() {
 
 #[tokio::test]
 async fn a_chat_stream_has_a_role_then_text_then_an_empty_end() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let chunks = app.chunks(CHAT, chat("Hello there", json!({}))).await;
     let choices: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]).collect();
     assert_eq!(
@@ -223,7 +223,7 @@ async fn a_chat_stream_has_a_role_then_text_then_an_empty_end() {
 
 #[tokio::test]
 async fn chat_logprobs_stream_to_the_same_list() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let mut request = chat("Hello", json!({"logprobs": true, "top_logprobs": 3, "return_token_ids": true}));
     let chunks = app.chunks(CHAT, request.clone()).await;
     request["stream"] = json!(false);

@@ -14,7 +14,7 @@ async fn get(app: &TestApp, path: &str) -> crate::app::Answer {
 
 #[tokio::test]
 async fn health_needs_no_key_and_readiness_ends_with_draining() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     for path in ["/healthz", "/readyz"] {
         let answer = get(&app, path).await;
         assert_eq!((answer.status.as_u16(), answer.json()), (200, json!({"status": "ok"})));
@@ -27,7 +27,7 @@ async fn health_needs_no_key_and_readiness_ends_with_draining() {
 
 #[tokio::test]
 async fn a_dead_engine_is_not_ready() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let engine = app.state.service.engine.clone();
     tokio::task::spawn_blocking(move || engine.shutdown(std::time::Duration::ZERO)).await.unwrap();
     assert_eq!(get(&app, "/readyz").await.status, 503);
@@ -35,7 +35,7 @@ async fn a_dead_engine_is_not_ready() {
 
 #[tokio::test]
 async fn every_answer_has_an_id_and_a_time() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     for (path, status) in [("/healthz", 200), ("/nothing", 404), ("/v1/completions", 405), ("/v1/models", 401)] {
         let answer = get(&app, path).await;
         assert_eq!(answer.status, status, "{path}");
@@ -56,7 +56,7 @@ fn value(text: &str, series: &str) -> Option<f64> {
 
 #[tokio::test]
 async fn metrics_count_requests_tokens_and_steps() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let body = json!({"model": MODEL, "prompt": vec![5; 40], "max_tokens": 3, "temperature": 0});
     for _ in 0..2 {
         app.ok("/v1/completions", body.clone()).await;
@@ -89,7 +89,7 @@ async fn metrics_count_requests_tokens_and_steps() {
 
 #[tokio::test]
 async fn the_document_describes_every_route_and_its_ranges() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let served = get(&app, "/openapi.json").await.json();
     let built: Value = serde_json::from_str(&mote::http::openapi().to_json().unwrap()).unwrap();
     assert_eq!(served, built, "the document needs no server");
@@ -119,7 +119,7 @@ async fn the_document_describes_every_route_and_its_ranges() {
 
 #[tokio::test]
 async fn the_documents_page_needs_no_network() {
-    let app = TestApp::new();
+    let app = TestApp::new().await;
     let page = get(&app, "/docs/").await;
     assert_eq!(page.status, 200);
     assert!(!page.text.contains("https://"), "{}", page.text);
