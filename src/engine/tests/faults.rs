@@ -86,6 +86,8 @@ fn shutdown_cuts_off_at_its_deadline() {
     let other = handle.clone();
     let stopping = std::thread::spawn(move || other.shutdown(Duration::ZERO));
     wait_for(|| handle.health() == Health::Draining);
+    // The command follows the state at once; nothing shows when.
+    std::thread::sleep(Duration::from_millis(200));
     drop(held);
     assert!(!stopping.join().unwrap());
     assert!(collect(events).failed.unwrap().contains("stopped"));
