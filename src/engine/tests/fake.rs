@@ -6,8 +6,9 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use crate::{
@@ -71,6 +72,8 @@ pub(in crate::engine) struct Watch {
     pub(in crate::engine) rows: AtomicUsize,
     /// (sequences, adapters) of each step.
     pub(in crate::engine) shapes: Mutex<Vec<(usize, usize)>>,
+    /// Milliseconds that a step takes at least.
+    pub(in crate::engine) slow: AtomicU64,
     /// The model waits for this lock before each step.
     pub(in crate::engine) hold: Mutex<()>,
 }
@@ -126,6 +129,7 @@ impl Model for Fake {
 
     fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         drop(self.watch.hold.lock());
+        std::thread::sleep(Duration::from_millis(self.watch.slow.load(SeqCst)));
         check(batch);
         self.watch.steps.fetch_add(1, SeqCst);
         self.watch.rows.fetch_add(batch.rows(), SeqCst);
