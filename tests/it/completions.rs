@@ -241,6 +241,8 @@ async fn usage_says_what_the_prefix_cache_saved() {
     let cached = |answer: Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
     assert_eq!(cached(app.ok(PATH, body(40, 2)).await), 0);
     assert_eq!(cached(app.ok(PATH, body(40, 2)).await), 32, "whole blocks of 16, never the last token");
+    let stopped = with(body(40, 30), json!({"stop": app.says(42, 1)}));
+    assert_eq!(cached(app.ok(PATH, stopped).await), 32, "also when a stop string cuts the request off");
 }
 
 #[tokio::test]
