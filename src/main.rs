@@ -1,1 +1,80 @@
-fn main() {}
+//! The command line.
+
+use std::io::Write;
+
+use anyhow::Context;
+use clap::Parser;
+use mote::{
+    app,
+    config::{AdaptersCommand, Cli, Command, KeysCommand, LogFormat, ServeArgs},
+    http,
+    model::Sources,
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_new(&cli.log).with_context(|| format!("--log {}", cli.log))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match cli.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    match cli.command {
+        Command::Serve(args) => runtime()?.block_on(serve(*args)),
+        Command::Pull(args) => {
+            let found = Sources::from_env().resolve(&args.model)?;
+            say(&found.path.display().to_string())
+        }
+        Command::Openapi => say(&http::openapi().to_pretty_json()?),
+        Command::Keys(args) => runtime()?.block_on(keys(args.command)),
+        Command::Adapters(args) => runtime()?.block_on(adapters(args.command)),
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+/// One answer on stdout; everything else goes to stderr.
+fn say(text: &str) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout(), "{text}")?)
+}
+
+async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (stop, stopped) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+        let _ = stop.send(());
+        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+        tracing::warn!("second signal: stopping at once");
+        std::process::exit(130);
+    });
+    app::serve(args, async move {
+        let _ = stopped.await;
+    })
+    .await?;
+    Ok(())
+}
+
+async fn keys(command: KeysCommand) -> anyhow::Result<()> {
+    match command {
+        KeysCommand::Create { tenant, role, state } => say(&app::create_key(&state, &tenant, role).await?),
+        KeysCommand::List { tenant, state } => say(&app::list_keys(&state, tenant.as_deref()).await?),
+        KeysCommand::Revoke { id, state } => Ok(app::revoke_key(&state, &id).await?),
+    }
+}
+
+async fn adapters(command: AdaptersCommand) -> anyhow::Result<()> {
+    match command {
+        AdaptersCommand::List { tenant, prefix, state } => {
+            say(&app::list_adapters(&state, &tenant, &prefix).await?)
+        }
+        AdaptersCommand::Export { name, tenant, out, state } => {
+            let bytes = app::export_adapter(&state, &tenant, &name).await?;
+            std::fs::write(&out, bytes).with_context(|| out.display().to_string())
+        }
+    }
+}

@@ -1,7 +1,29 @@
 //! The engine: one loop on its own OS thread that turns requests into ragged steps and steps into tokens.
 //!
 //! It knows no HTTP, no tenant's name and no text. The scheduler, blocks and sequences are integers only.
+//!
+//! One step: `worker` receives commands, `scheduler` plans rows (over `sequence`, `blocks` and `prefix`), `batch` writes the plan as a
+//! ragged batch, the model runs it, `sampler` (over `logits`) chooses tokens, and the worker commits and sends them.
+//!
+//! **Invariants.** The tokens of a request depend on nothing but the request: not on its neighbours, on how its prompt is cut, on a cache hit, or on
+//! losing its blocks in between. A block is published only after it was computed and never written again. The engine never waits for a client.
 
 mod api;
+mod batch;
+mod blocks;
+mod gate;
+mod handle;
+mod logits;
+mod prefix;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod stats;
+#[cfg(test)]
+mod tests;
+mod worker;
 
 pub use api::{Event, Events, FinishReason, LogProbs, PromptLogProbs, Request, Sampling, SubmitError, TokenOut, Usage};
+pub use gate::Health;
+pub use handle::{Engine, EngineConfig, Handle, StartError};
+pub use stats::{Histogram, HistogramSnapshot, Reading, Stats};

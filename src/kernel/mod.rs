@@ -13,6 +13,12 @@
 //! and attention walks the blocks of a sequence from 0 in fixed tiles for prefill and decode alike.
 
 mod backend;
+mod check;
+pub mod cpu;
+pub mod reference;
+mod rounding;
+#[cfg(test)]
+mod suite;
 mod weight;
 
 pub use backend::{AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors};

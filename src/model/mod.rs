@@ -1,9 +1,19 @@
 //! The base model: what it is (spec), its weights (loader), and one forward pass for the Llama and Qwen families.
 
+mod config;
+mod loader;
+mod pull;
+mod rope;
+mod source;
 mod spec;
+mod transformer;
 mod weights;
 
+pub use loader::{FileIdentity, LoadedModel, SpecialTokens, load};
+pub use pull::{DEFAULT_MODEL, pull};
+pub use source::{ResolvedModel, Sources};
 pub use spec::{Architecture, ModelSpec, RopeScaling, RopeSpec};
+pub use transformer::{Transformer, TransformerOptions, kv_blocks, kv_precision};
 pub use weights::{LayerWeights, ModelWeights};
 
 use crate::kernel::{KernelError, StepBatch};
@@ -31,3 +41,6 @@ pub trait Model: Send {
     /// Runs a step: writes K and V of every row into the cache, and the logits of `batch.logits_rows` to `logits`, `[logits_rows, vocab]` row-major, replacing what it held.
     fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError>;
 }
+
+#[cfg(test)]
+mod tests;

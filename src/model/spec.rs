@@ -1,5 +1,6 @@
 //! What a model is: sizes and conventions, independent of the file format.
 
+use super::ModelError;
 use crate::{adapter::Sites, types::TokenId};
 
 /// The families one forward pass covers.
@@ -79,6 +80,52 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// Refuses sizes that no model has or that the forward pass cannot take. A loader calls this before it allocates
+    /// anything, so that products of sizes cannot overflow. Names are those of config.json.
+    pub(super) fn validate(&self) -> Result<(), ModelError> {
+        let bad = |what: String| Err(ModelError::Unsupported(format!("the model's configuration has {what}")));
+        for (name, size, most) in [
+            ("hidden_size", self.hidden, 1 << 20),
+            ("intermediate_size", self.intermediate, 1 << 22),
+            ("num_hidden_layers", self.layers, 1 << 12),
+            ("num_attention_heads", self.heads, 1 << 12),
+            ("num_key_value_heads", self.kv_heads, 1 << 12),
+            ("head_dim", self.head_dim, 1 << 12),
+            ("vocab_size", self.vocab, 1 << 24),
+            ("max_position_embeddings", self.max_positions, 1 << 31),
+        ] {
+            if size == 0 || size > most {
+                return bad(format!("{name} {size}"));
+            }
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return bad(format!("num_key_value_heads {}, which does not divide {} heads", self.kv_heads, self.heads));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return bad(format!("an odd head_dim {}", self.head_dim));
+        }
+        let positive = |value: f64| value.is_finite() && value > 0.0;
+        if !positive(self.rope.theta) {
+            return bad(format!("rope_theta {}", self.rope.theta));
+        }
+        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
+            return bad(format!("rms_norm_eps {}", self.rms_eps));
+        }
+        let sane = match &self.rope.scaling {
+            RopeScaling::Default => true,
+            RopeScaling::Linear { factor } => positive(*factor),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                [factor, low_freq_factor, high_freq_factor, original_max_position_embeddings]
+                    .into_iter()
+                    .all(|value| positive(*value))
+            }
+            RopeScaling::Factors(factors) => {
+                factors.len() == self.head_dim / 2 && factors.iter().all(|factor| positive((*factor).into()))
+            }
+        };
+        if sane { Ok(()) } else { bad(format!("a rope scaling factor out of range: {:?}", self.rope.scaling)) }
+    }
+
     /// The adapted linears.
     pub fn sites(&self) -> Sites {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);

@@ -1,5 +1,98 @@
 //! Use cases, one file each: resolve an adapter, complete, manage adapters and tenants.
 
+mod chat;
+mod completion;
+mod decoding;
 mod error;
+mod library;
+mod metrics;
+mod models;
+mod reader;
+mod resolve;
+mod target;
 
+use std::{sync::Arc, time::Instant};
+
+pub use chat::{ChatRequest, MAX_TOP_LOGPROBS, Message};
+pub use completion::{Choice, Completion, CompletionRequest, DEFAULT_MAX_TOKENS, MAX_LOGPROBS, Prompts, Usage};
+pub use decoding::{Decoding, MAX_CHOICES, MAX_STOPS};
 pub use error::{Error, ErrorKind};
+pub use library::{BadContents, Library};
+pub use models::Model;
+pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
+pub use resolve::MAX_MIX;
+pub use target::{AdapterField, Lease, Target};
+
+pub use crate::engine::FinishReason;
+
+use crate::{
+    adapter::{Basis, Sites},
+    engine::Handle,
+    store::{Store, StoreError},
+    telemetry::Metrics,
+    tenant::Directory,
+    text::{ChatTemplate, Tokenizer},
+    types::{Fingerprint, TokenId},
+};
+
+/// What is fixed about the base model while a server runs.
+#[derive(Debug)]
+pub struct BaseInfo {
+    /// The id that clients name in `model`.
+    pub model_id: String,
+    /// Unix seconds of the start, shown by `/v1/models`.
+    pub created: u64,
+    /// Longest prompt plus completion, in tokens.
+    pub max_model_len: usize,
+    /// Columns of the logits: a token id is below it. The tokenizer may know fewer.
+    pub vocab: usize,
+    /// Tokens that end a completion.
+    pub eos: Vec<TokenId>,
+    /// The adapted linears.
+    pub sites: Sites,
+    /// Largest adapter rank served; 0 serves no adapters.
+    pub rank: usize,
+    /// Names the weights that adapters are made for.
+    pub fingerprint: Fingerprint,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// The model's own chat template; None answers chats with 400 `no_chat_template`.
+    pub chat_template: Option<ChatTemplate>,
+}
+
+/// Everything that use cases work on. One a process; each file of this folder adds its `impl` block.
+pub struct Service {
+    /// The model that is served.
+    pub base: Arc<BaseInfo>,
+    /// The engine that runs it.
+    pub engine: Handle,
+    /// Counters of requests and tokens.
+    pub metrics: Arc<Metrics>,
+    /// Bearer tokens to callers.
+    pub directory: Directory,
+    /// Adapters in memory.
+    pub library: Library,
+    /// Everything that survives.
+    pub store: Store,
+}
+
+impl Service {
+    /// Puts the use cases together over an engine and a store, and reads all adapters into memory.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn open(base: BaseInfo, basis: Basis, engine: Handle, store: Store) -> Result<Self, StoreError> {
+        let library = Library::new(base.sites.clone(), Arc::new(basis));
+        let began = Instant::now();
+        let adapters = library.fill(&store).await?;
+        tracing::info!(adapters, seconds = began.elapsed().as_secs_f32(), "adapters loaded");
+        Ok(Self {
+            base: Arc::new(base),
+            engine,
+            metrics: Arc::default(),
+            directory: Directory::new(Arc::new(store.clone())),
+            library,
+            store,
+        })
+    }
+}

@@ -1,1 +1,18 @@
+//! The one integration binary: the router in-process over an engine whose model follows a script (`app`, `script`), and real servers over HTTP (`support`).
 
+mod app;
+mod chat;
+mod completions;
+mod contract;
+mod errors;
+mod golden;
+mod many;
+mod mixed;
+mod models;
+mod refusals;
+mod rooms;
+mod script;
+mod streams;
+mod support;
+mod system;
+mod tenants;

@@ -1,0 +1,163 @@
+//! Puts the rooms together: a base that runs, the store, the use cases, the HTTP server, and the order in which they start and stop.
+
+mod base;
+mod state;
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use tokio::net::TcpListener;
+
+pub use base::{Base, start as start_base};
+pub use state::{create_key, export_adapter, list_adapters, list_keys, open_store, revoke_key};
+
+use crate::{
+    adapter::BasisError,
+    config::{HttpArgs, ServeArgs},
+    engine::StartError,
+    http::{self, AppState, AuthMode, Limits},
+    kernel::KernelError,
+    model::ModelError,
+    service::Service,
+    store::{Store, StoreError},
+    text::{TemplateError, TokenizerError},
+};
+
+/// The program could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// A flag asks for what cannot be.
+    #[error("{0}")]
+    Flag(String),
+    /// The model cannot be found, loaded or packed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The backend cannot run it.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The basis cannot be computed.
+    #[error(transparent)]
+    Basis(#[from] BasisError),
+    /// The model's tokenizer is broken.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The model's chat template is broken.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The engine cannot start.
+    #[error(transparent)]
+    Engine(#[from] StartError),
+    /// The database cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// No randomness for a key.
+    #[error("the system gave no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
+    /// A file or the network.
+    #[error("{0}: {1}")]
+    Io(String, std::io::Error),
+    /// The engine died; a supervisor should start the program anew.
+    #[error("the engine has stopped; see the log")]
+    EngineDead,
+}
+
+/// `mote serve`: runs until `stop` resolves, then drains: no new work, running requests get `--drain-seconds`.
+///
+/// # Errors
+/// What kept it from starting; [`AppError::EngineDead`] when the engine died under it.
+pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), AppError> {
+    check_exposure(&args.http)?;
+    let listen = args.http.listen;
+    // Bound before the model is loaded, so that a taken port is known at once.
+    let listener = TcpListener::bind(listen).await.map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
+    let store = open_store(&args.state).await?;
+    let (model, engine) = (args.model.clone(), args.engine.clone());
+    let base = tokio::task::spawn_blocking(move || start_base(&model, &engine))
+        .await
+        .map_err(|error| AppError::Flag(format!("loading the model failed: {error}")))??;
+    let engine = base.engine.clone();
+    let service = Arc::new(state::service(base, store.clone()).await?);
+    if !args.http.no_auth {
+        state::first_admin_key(&store, args.http.admin_key.as_deref()).await?;
+    }
+    let state = AppState {
+        limits: Limits { body: mebibytes(args.http.max_body_mb), batch: mebibytes(args.http.max_batch_body_mb) },
+        auth: if args.http.no_auth { AuthMode::Open } else { AuthMode::Keys },
+        ..AppState::new(service)
+    };
+    let address = listener.local_addr().map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
+    tracing::info!("listening on http://{address} (documentation at http://{address}/docs)");
+    let outcome = until_stopped(listener, state, engine, stop, args.http.drain()).await;
+    store.close().await;
+    outcome
+}
+
+/// Serves, drains and stops the engine.
+async fn until_stopped(
+    listener: TcpListener,
+    state: AppState,
+    engine: crate::engine::Handle,
+    stop: impl Future<Output = ()> + Send + 'static,
+    drain: Duration,
+) -> Result<(), AppError> {
+    let lifecycle = state.lifecycle.clone();
+    let draining = Arc::new(tokio::sync::Notify::new());
+    let (watched, begun) = (engine.clone(), draining.clone());
+    let shutdown = async move {
+        tokio::select! {
+            () = stop => tracing::info!("stopping: running requests have {} s", drain.as_secs()),
+            () = engine_death(&watched) => {}
+        }
+        lifecycle.drain();
+        begun.notify_one();
+    };
+    let server = std::future::IntoFuture::into_future(
+        axum::serve(listener, http::router(state)).with_graceful_shutdown(shutdown),
+    );
+    let deadline = async {
+        draining.notified().await;
+        tokio::time::sleep(drain).await;
+    };
+    tokio::select! {
+        served = server => served.map_err(|error| AppError::Io("the HTTP server".into(), error))?,
+        () = deadline => tracing::warn!("the drain deadline is over: open requests are cut off"),
+    }
+    let dead = engine.is_dead();
+    let stopped = tokio::task::spawn_blocking(move || engine.shutdown(Duration::ZERO)).await;
+    match (dead, stopped) {
+        (true, _) => Err(AppError::EngineDead),
+        (false, _) => Ok(()),
+    }
+}
+
+/// Resolves when the engine can do no more.
+async fn engine_death(engine: &crate::engine::Handle) {
+    while !engine.is_dead() {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    tracing::error!("the engine is dead");
+}
+
+fn mebibytes(count: u32) -> usize {
+    (count as usize) << 20
+}
+
+fn check_exposure(http: &HttpArgs) -> Result<(), AppError> {
+    if http.no_auth && !http.listen.ip().is_loopback() && !http.force_no_auth {
+        return Err(AppError::Flag(format!(
+            "--no-auth on {}: anybody who reaches this address could use and change everything; listen on 127.0.0.1, or add --force-no-auth",
+            http.listen
+        )));
+    }
+    if http.admin_key.as_deref().is_some_and(|key| key.len() < 16) {
+        return Err(AppError::Flag("MOTE_ADMIN_KEY: an admin key has at least 16 characters".into()));
+    }
+    Ok(())
+}
+
+/// The use cases over a base and a store; for tests that need no HTTP.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn service(base: Base, store: Store) -> Result<Service, AppError> {
+    state::service(base, store).await
+}

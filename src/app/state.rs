@@ -1,0 +1,169 @@
+//! The database of a data directory, for the server and for the commands that work without one.
+
+use std::{fmt::Write, sync::Arc};
+
+use super::{AppError, Base};
+use crate::{
+    config::{RoleArg, StateArgs, SyncMode},
+    service::Service,
+    store::{Location, NewKey, Store, StoreConfig, Sync},
+    tenant::{ApiKey, Role},
+    types::TenantId,
+};
+
+/// The tenant of the first admin key and of `--no-auth`.
+const DEFAULT_TENANT: &str = "default";
+/// Rows a page when a command lists everything.
+const PAGE: u32 = 1000;
+
+/// Opens the store that the flags name.
+///
+/// # Errors
+/// The place cannot be used, or a newer program wrote it.
+pub async fn open_store(state: &StateArgs) -> Result<Store, AppError> {
+    let location = match &state.database_url {
+        Some(url) => Location::Postgres(url.clone()),
+        None => Location::Directory(state.data_dir.clone()),
+    };
+    let sync = match state.sync {
+        SyncMode::Normal => Sync::Process,
+        SyncMode::Full => Sync::Full,
+    };
+    Ok(Store::open(StoreConfig { sync, ..StoreConfig::new(location) }).await?)
+}
+
+/// Loads every adapter into memory and puts the use cases together.
+pub(super) async fn service(base: Base, store: Store) -> Result<Service, AppError> {
+    let service = Service::open(base.info, base.basis, base.engine, store).await?;
+    Ok(service)
+}
+
+/// On an empty store: takes the given admin key, or makes one and prints it, once, to stderr.
+pub(super) async fn first_admin_key(store: &Store, chosen: Option<&str>) -> Result<(), AppError> {
+    let key = match chosen {
+        Some(text) => ApiKey::chosen(text)
+            .ok_or_else(|| AppError::Flag("MOTE_ADMIN_KEY: this cannot be a key: use 16 to 256 printable characters without spaces".into()))?,
+        None => ApiKey::generate()?,
+    };
+    let secret = key.secret().to_owned();
+    let new = NewKey {
+        key,
+        tenant: DEFAULT_TENANT.into(),
+        create_tenant: true,
+        role: Role::Admin,
+        expires_at: None,
+        only_first: true,
+    };
+    if store.create_key(new).await?.is_some() && chosen.is_none() {
+        // Not through the log: logs are kept and shipped.
+        eprintln!("admin key (shown once): {secret}");
+    }
+    Ok(())
+}
+
+/// `mote keys create`: the new key.
+///
+/// # Errors
+/// The store cannot be used, or the tenant's name is not one.
+pub async fn create_key(state: &StateArgs, tenant: &str, role: RoleArg) -> Result<String, AppError> {
+    let store = open_store(state).await?;
+    let key = ApiKey::generate()?;
+    let secret = key.secret().to_owned();
+    let role = match role {
+        RoleArg::Member => Role::Member,
+        RoleArg::Admin => Role::Admin,
+    };
+    let new = NewKey { key, tenant: tenant.into(), create_tenant: true, role, expires_at: None, only_first: false };
+    store.create_key(new).await?;
+    store.close().await;
+    Ok(secret)
+}
+
+/// `mote keys list`: a table, newest last.
+///
+/// # Errors
+/// The store cannot be used, or has no such tenant.
+pub async fn list_keys(state: &StateArgs, tenant: Option<&str>) -> Result<String, AppError> {
+    let store = open_store(state).await?;
+    let tenants = match tenant {
+        Some(name) => vec![store.tenant(name).await?],
+        None => all_tenants(&store).await?,
+    };
+    let mut table = format!("{:<36}  {:<20}  {:<6}  {:<16}  state", "id", "tenant", "role", "key begins");
+    for tenant in tenants {
+        for key in store.keys(tenant.id).await? {
+            let state = if key.revoked_at.is_some() { "revoked" } else { "live" };
+            let role = key.role.as_str();
+            let _ = write!(table, "\n{:<36}  {:<20}  {role:<6}  {:<16}  {state}", key.id, tenant.name, key.prefix);
+        }
+    }
+    store.close().await;
+    Ok(table)
+}
+
+async fn all_tenants(store: &Store) -> Result<Vec<crate::tenant::Tenant>, AppError> {
+    let mut all: Vec<crate::tenant::Tenant> = Vec::new();
+    loop {
+        let after = all.last().map(|tenant| tenant.name.clone());
+        let page = store.tenants(after.as_deref(), PAGE).await?;
+        if page.is_empty() {
+            return Ok(all);
+        }
+        all.extend(page);
+    }
+}
+
+/// `mote keys revoke`
+///
+/// # Errors
+/// The store cannot be used, or has no such key.
+pub async fn revoke_key(state: &StateArgs, id: &str) -> Result<(), AppError> {
+    let store = open_store(state).await?;
+    store.revoke_key(id).await?;
+    store.close().await;
+    Ok(())
+}
+
+/// `mote adapters list`: a table, by name.
+///
+/// # Errors
+/// The store cannot be used, or has no such tenant.
+pub async fn list_adapters(state: &StateArgs, tenant: &str, prefix: &str) -> Result<String, AppError> {
+    let store = open_store(state).await?;
+    let tenant = store.tenant(tenant).await?.id;
+    let mut table = format!("{:<32}  {:<32}  {:<5}  {:>5}  scheme", "name", "generation", "dtype", "bytes");
+    let mut after: Option<String> = None;
+    loop {
+        let page = store.list_adapters(tenant, prefix, after.as_deref(), PAGE).await?;
+        let Some(last) = page.last() else { break };
+        after = Some(last.name.clone());
+        for adapter in &page {
+            let contents = &adapter.contents;
+            let _ = write!(
+                table,
+                "\n{:<32}  {:<32}  {:<5}  {:>5}  {}",
+                adapter.name,
+                contents.generation.to_string(),
+                contents.dtype,
+                contents.bytes.len(),
+                contents.scheme
+            );
+        }
+    }
+    store.close().await;
+    Ok(table)
+}
+
+/// `mote adapters export`: the raw bytes.
+///
+/// # Errors
+/// The store cannot be used, or has no such adapter.
+pub async fn export_adapter(state: &StateArgs, tenant: &str, name: &str) -> Result<Vec<u8>, AppError> {
+    let store = open_store(state).await?;
+    let tenant: TenantId = store.tenant(tenant).await?.id;
+    let adapter = store.own_adapter(tenant, name).await?;
+    store.close().await;
+    adapter
+        .map(|adapter| adapter.contents.bytes.to_vec())
+        .ok_or_else(|| AppError::Flag(format!("there is no adapter '{name}'")))
+}

@@ -1,0 +1,346 @@
+//! Command line and environment: one struct a concern, every flag also a variable `MOTE_*`.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// One frozen language model in memory, thousands of 26-byte adapters over it, every request under its own, all in one batch.
+#[derive(Debug, Parser)]
+#[command(name = "mote", version, about, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Log filter, e.g. `info`, `mote=debug,tower_http=info`.
+    #[arg(long, env = "MOTE_LOG", default_value = "info", global = true)]
+    pub log: String,
+    /// How log lines look on stderr.
+    #[arg(long, env = "MOTE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, global = true)]
+    pub log_format: LogFormat,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model and its adapters over HTTP (OpenAI-style API; documentation at /docs).
+    Serve(Box<ServeArgs>),
+    /// Fetch a model into the cache and print the path of its file.
+    Pull(PullArgs),
+    /// Create, list and revoke API keys, also while a server runs on the same data directory.
+    Keys(KeysArgs),
+    /// List, export and import adapters of a data directory.
+    Adapters(AdaptersArgs),
+    /// Print the OpenAPI document.
+    Openapi,
+}
+
+/// Form of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Readable.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `mote serve`
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Addresses, keys and limits of the HTTP server.
+    #[command(flatten)]
+    pub http: HttpArgs,
+    /// Batch, queue and memory of the engine.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Where state lives.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Which model, and on what.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// The base model: a .gguf file, a Hugging Face folder (config.json, tokenizer.json, *.safetensors), a hub name such as `Qwen/Qwen2.5-0.5B-Instruct` or
+    /// `org/repo:file.gguf`, or `smollm2-135m` (fetched by `mote pull`).
+    #[arg(long, env = "MOTE_MODEL", default_value = "smollm2-135m")]
+    pub model: String,
+    /// The id under which the base is served [default: the file's or folder's name].
+    #[arg(long, env = "MOTE_MODEL_ID", value_name = "NAME")]
+    pub model_id: Option<String>,
+    /// How weights are held. `auto`: as the file suggests (f32 for f32, bf16 for bf16 and f16, q8 for quantised files). `f32` dequantises everything.
+    #[arg(long, env = "MOTE_DTYPE", value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+    /// Where to run: auto, cpu, cuda, cuda:N or metal. `auto` takes a GPU this build supports, else the CPU.
+    #[arg(long, env = "MOTE_DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Largest adapter rank served; 0 turns adapters off.
+    #[arg(long, env = "MOTE_RANK", value_name = "R", default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=64))]
+    pub rank: u8,
+    /// Threads for the arithmetic [default: the machine's cores].
+    #[arg(long, env = "MOTE_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Where the basis of a model (the SVD of its weights) is cached [default: `basis` in Mote's cache folder].
+    #[arg(long, env = "MOTE_BASIS_DIR", value_name = "DIR")]
+    pub basis_dir: Option<PathBuf>,
+    /// Compute the basis anew and compare it with the cached one.
+    #[arg(long, env = "MOTE_RECOMPUTE_BASIS")]
+    pub recompute_basis: bool,
+}
+
+/// Batch, queue and memory.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// Sequences that run at once.
+    #[arg(long, env = "MOTE_MAX_BATCH", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub max_batch: u16,
+    /// Requests that may wait; one more is answered 429 queue_full.
+    #[arg(long, env = "MOTE_MAX_QUEUE", value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_queue: u32,
+    /// Longest prompt plus completion, in tokens [default: the model's context].
+    #[arg(long, env = "MOTE_MAX_MODEL_LEN", value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub max_model_len: Option<u32>,
+    /// Memory for the KV cache in MiB [default: enough for max-batch sequences of up to 1024 tokens, at most a quarter of the memory].
+    #[arg(long, env = "MOTE_KV_CACHE_MB", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub kv_cache_mb: Option<u32>,
+    /// Prompt tokens computed in one step, besides the rows of decoding sequences: smaller keeps streams smoother, larger takes prompts in faster.
+    #[arg(long, env = "MOTE_PREFILL_CHUNK", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub prefill_chunk: u32,
+    /// Do not share the KV blocks of equal prompt beginnings between requests of the same tenant and adapter.
+    #[arg(long, env = "MOTE_NO_PREFIX_CACHE")]
+    pub no_prefix_cache: bool,
+}
+
+/// The HTTP server.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "HTTP")]
+pub struct HttpArgs {
+    /// Address and port to listen on; port 0 takes a free one and logs it.
+    #[arg(long, env = "MOTE_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Serve one built-in tenant without keys or quotas. Refused on an address that is not loopback unless --force-no-auth is given.
+    #[arg(long, env = "MOTE_NO_AUTH")]
+    pub no_auth: bool,
+    /// With --no-auth: listen on any address all the same.
+    #[arg(long, env = "MOTE_FORCE_NO_AUTH", requires = "no_auth")]
+    pub force_no_auth: bool,
+    /// The admin key of an empty store, instead of a random one printed once. At least 16 characters.
+    #[arg(long, env = "MOTE_ADMIN_KEY", value_name = "KEY", hide_env_values = true)]
+    pub admin_key: Option<String>,
+    /// Largest JSON body in MiB.
+    #[arg(long, env = "MOTE_MAX_BODY_MB", value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_body_mb: u32,
+    /// Largest body of POST /adapters/batch in MiB.
+    #[arg(long, env = "MOTE_MAX_BATCH_BODY_MB", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub max_batch_body_mb: u32,
+    /// Seconds that running requests have to finish after SIGTERM.
+    #[arg(long, env = "MOTE_DRAIN_SECONDS", value_name = "N", default_value_t = 30)]
+    pub drain_seconds: u64,
+}
+
+impl HttpArgs {
+    /// The drain deadline.
+    pub fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
+}
+
+/// Where state lives.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "State")]
+pub struct StateArgs {
+    /// Folder of the database (tenants, keys, adapters).
+    #[arg(long, env = "MOTE_DATA_DIR", value_name = "DIR", default_value = "data")]
+    pub data_dir: PathBuf,
+    /// What an acknowledged write survives: `normal` the death of the process (kill -9), `full` also the loss of power.
+    #[arg(long, env = "MOTE_SYNC", value_enum, default_value_t = SyncMode::Normal)]
+    pub sync: SyncMode,
+    /// A PostgreSQL URL instead of the embedded database.
+    #[arg(long, env = "MOTE_DATABASE_URL", value_name = "URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+}
+
+/// What an acknowledged write survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SyncMode {
+    /// kill -9
+    Normal,
+    /// power loss
+    Full,
+}
+
+/// How weights are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// As the file suggests.
+    Auto,
+    /// 32-bit floats throughout.
+    F32,
+    /// bfloat16 weights, f32 sums.
+    Bf16,
+    /// 8-bit integers, a scale for 32 weights.
+    Q8,
+}
+
+/// `--device`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU that this build supports and the machine has, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU by number.
+    Cuda(usize),
+    /// The Apple GPU.
+    Metal,
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "metal" => Ok(Self::Metal),
+            other => other
+                .strip_prefix("cuda:")
+                .and_then(|number| number.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| format!("'{other}' is not one of auto, cpu, cuda, cuda:N, metal")),
+        }
+    }
+}
+
+/// `mote pull`
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// The model to fetch: `smollm2-135m` or a hub name.
+    #[arg(default_value = "smollm2-135m")]
+    pub model: String,
+}
+
+/// `mote keys`
+#[derive(Debug, Args)]
+pub struct KeysArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: KeysCommand,
+}
+
+/// Key management on a data directory.
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Create a key and print it, alone, on stdout. The tenant is made when it does not exist.
+    Create {
+        /// Whose key.
+        #[arg(long, value_name = "NAME")]
+        tenant: String,
+        /// What the key may do.
+        #[arg(long, value_enum, default_value_t = RoleArg::Member)]
+        role: RoleArg,
+        /// Where state lives.
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// List keys: id, tenant, role, prefix, state. Never the keys themselves.
+    List {
+        /// Only this tenant's.
+        #[arg(long, value_name = "NAME")]
+        tenant: Option<String>,
+        /// Where state lives.
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// Revoke a key by id; a running server refuses it within a second.
+    Revoke {
+        /// The id that `list` shows.
+        id: String,
+        /// Where state lives.
+        #[command(flatten)]
+        state: StateArgs,
+    },
+}
+
+/// A key's role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RoleArg {
+    /// Its tenant's adapters and requests.
+    Member,
+    /// Tenants, keys, everything.
+    Admin,
+}
+
+/// `mote adapters`
+#[derive(Debug, Args)]
+pub struct AdaptersArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: AdaptersCommand,
+}
+
+/// Adapters of a data directory, without a server.
+#[derive(Debug, Subcommand)]
+pub enum AdaptersCommand {
+    /// List a tenant's adapters: name, generation, scheme, dtype, bytes.
+    List {
+        /// Whose adapters.
+        #[arg(long, value_name = "NAME", default_value = "default")]
+        tenant: String,
+        /// Only names that begin so.
+        #[arg(long, default_value = "")]
+        prefix: String,
+        /// Where state lives.
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// Write an adapter's raw bytes to a file.
+    Export {
+        /// The adapter.
+        name: String,
+        /// Whose adapter.
+        #[arg(long, value_name = "NAME", default_value = "default")]
+        tenant: String,
+        /// The file to write.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Where state lives.
+        #[command(flatten)]
+        state: StateArgs,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn devices_parse() {
+        assert_eq!("cuda:3".parse(), Ok(DeviceChoice::Cuda(3)));
+        assert!("cuda:x".parse::<DeviceChoice>().is_err());
+        assert!("tpu".parse::<DeviceChoice>().is_err());
+    }
+
+    #[test]
+    fn every_flag_has_a_variable() {
+        for name in ["serve"] {
+            let command = Cli::command();
+            let serve = command.find_subcommand(name).unwrap();
+            for arg in serve.get_arguments().filter(|arg| !arg.is_global_set() && arg.get_id() != "help") {
+                let env = arg.get_env().map(|env| env.to_string_lossy().into_owned());
+                assert!(env.is_some_and(|env| env.starts_with("MOTE_")), "{} has no variable", arg.get_id());
+            }
+        }
+    }
+}

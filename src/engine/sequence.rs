@@ -1,0 +1,119 @@
+//! One sequence as the scheduler sees it: tokens, how far its KV is computed, and in which blocks.
+
+use super::{blocks::Block, prefix::Chain};
+use crate::{kernel::BLOCK_TOKENS, types::TokenId};
+
+/// Numbers of sequences grow in order of arrival.
+pub(super) type SequenceId = u64;
+
+/// Blocks that hold so many tokens.
+pub(super) fn blocks_for(tokens: usize) -> usize {
+    tokens.div_ceil(BLOCK_TOKENS)
+}
+
+/// Blocks that a request needs at its end. The KV of its last token is never computed.
+pub(super) fn blocks_at_end(prompt: usize, max_tokens: usize) -> usize {
+    blocks_for(prompt + max_tokens.saturating_sub(1))
+}
+
+/// A sequence, waiting or running.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    /// Order of arrival.
+    pub(super) id: SequenceId,
+    /// The prompt and what was generated after it.
+    pub(super) tokens: Vec<TokenId>,
+    /// Prompt tokens.
+    pub(super) prompt: usize,
+    /// Tokens to generate at most.
+    pub(super) max_tokens: usize,
+    /// Tokens whose KV is in `blocks`.
+    pub(super) computed: usize,
+    /// In order; empty while waiting.
+    pub(super) blocks: Vec<Block>,
+    /// None: this sequence neither reads nor fills the prefix cache.
+    pub(super) chain: Option<Chain>,
+    /// Somebody reads the logits of every prompt position.
+    pub(super) score_prompt: bool,
+    /// Leading prompt positions whose logits were read; survives preemption.
+    pub(super) scored: usize,
+    /// Prompt tokens found in the cache at the first admission; None before it.
+    pub(super) cached: Option<usize>,
+    /// How often the blocks were taken away.
+    pub(super) preemptions: usize,
+}
+
+impl Sequence {
+    /// A sequence that has just arrived.
+    pub(super) fn new(
+        id: SequenceId,
+        tokens: Vec<TokenId>,
+        max_tokens: usize,
+        chain: Option<Chain>,
+        score_prompt: bool,
+    ) -> Self {
+        let prompt = tokens.len();
+        Self {
+            id,
+            tokens,
+            prompt,
+            max_tokens,
+            computed: 0,
+            blocks: Vec::new(),
+            chain,
+            score_prompt,
+            scored: 0,
+            cached: None,
+            preemptions: 0,
+        }
+    }
+
+    /// Tokens generated so far.
+    pub(super) fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt
+    }
+
+    /// Tokens whose KV is still to be computed.
+    pub(super) fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Full blocks at the start that may come from the cache. The last token is always computed, for its logits, and so is every
+    /// prompt position whose logits are still to be read.
+    pub(super) fn readable_blocks(&self) -> usize {
+        let last = self.tokens.len() - 1;
+        let unread = self.score_prompt && self.scored < self.prompt - 1;
+        (if unread { last.min(self.scored) } else { last }) / BLOCK_TOKENS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn at_least_the_last_token_and_all_unread_positions_are_computed() {
+        let mut sequence = Sequence::new(0, vec![1; 33], 4, None, false);
+        assert_eq!(sequence.readable_blocks(), 2);
+        sequence.tokens.pop();
+        sequence.prompt -= 1;
+        assert_eq!(sequence.readable_blocks(), 1);
+        sequence.score_prompt = true;
+        assert_eq!(sequence.readable_blocks(), 0);
+        sequence.scored = 20;
+        assert_eq!(sequence.readable_blocks(), 1);
+        sequence.scored = 31;
+        assert_eq!(sequence.readable_blocks(), 1);
+        sequence.tokens.push(9);
+        assert_eq!(sequence.readable_blocks(), 2);
+    }
+
+    #[test]
+    fn the_last_token_needs_no_block() {
+        assert_eq!(blocks_at_end(16, 0), 1);
+        assert_eq!(blocks_at_end(16, 1), 1);
+        assert_eq!(blocks_at_end(16, 2), 2);
+        assert_eq!(blocks_at_end(1, 16), 1);
+        assert_eq!(blocks_at_end(1, 17), 2);
+    }
+}

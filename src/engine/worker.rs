@@ -1,0 +1,417 @@
+//! The one loop: receive, schedule, run, sample, commit, send.
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        mpsc::{Receiver, TryRecvError},
+    },
+    time::{Duration, Instant},
+};
+
+use super::{
+    api::{Event, FinishReason, LogProbs, Request, TokenOut, Usage},
+    batch::{self, Job, Jobs},
+    gate::{Gate, Health, Outbox},
+    sampler::{Answer, Counts, Sampler},
+    scheduler::{Chunk, Limits, Plan, Scheduler},
+    sequence::{Sequence, SequenceId},
+    stats::Stats,
+};
+use crate::{
+    kernel::{BASE_SLOT, StepBatch},
+    model::{Model, ModelError},
+    types::{CacheSalt, TokenId},
+};
+
+/// After so many failed steps without a good one the engine gives up: the device is gone, and a restart may help.
+const MAX_FAILED_STEPS: usize = 16;
+
+/// What a handle asks of the worker.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Run these.
+    Submit(Vec<Submission>),
+    /// Forget the cached blocks of this salt.
+    Purge(CacheSalt),
+    /// Finish what is here, until then at most, and end.
+    Shutdown(Instant),
+}
+
+/// A checked request on its way to the worker.
+#[derive(Debug)]
+pub(super) struct Submission {
+    /// The request; its prompt has been taken out.
+    pub(super) request: Request,
+    /// The prompt's place in the scheduler; the worker sets its id.
+    pub(super) sequence: Sequence,
+    /// Where its events go.
+    pub(super) outbox: Outbox,
+    /// When it came.
+    pub(super) submitted: Instant,
+}
+
+/// The engine's thread.
+pub(super) struct Worker {
+    model: Box<dyn Model>,
+    limits: Limits,
+    scheduler: Scheduler,
+    jobs: Jobs,
+    next_id: SequenceId,
+    commands: Receiver<Command>,
+    gate: Arc<Gate>,
+    stats: Arc<Stats>,
+    sampler: Sampler,
+    batch: StepBatch,
+    logits: Vec<f32>,
+    /// Set once the engine is stopping; the deadline, if there is one.
+    draining: Option<Option<Instant>>,
+    failed_steps: usize,
+}
+
+impl Worker {
+    /// A worker that has not begun.
+    pub(super) fn new(
+        model: Box<dyn Model>,
+        limits: Limits,
+        commands: Receiver<Command>,
+        gate: Arc<Gate>,
+        stats: Arc<Stats>,
+    ) -> Self {
+        let scheduler = Scheduler::new(limits, model.kv_blocks());
+        let worker = Self {
+            model,
+            limits,
+            scheduler,
+            jobs: Jobs::new(),
+            next_id: 0,
+            commands,
+            gate,
+            stats,
+            sampler: Sampler::new(),
+            batch: StepBatch::default(),
+            logits: Vec::new(),
+            draining: None,
+            failed_steps: 0,
+        };
+        worker.report();
+        worker
+    }
+
+    /// Runs until it is told to stop, until every handle is gone, or until it gives up.
+    pub(super) fn run(mut self) {
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(panic) => self.rebuild(&message_of(panic.as_ref())),
+            }
+            if self.failed_steps >= MAX_FAILED_STEPS {
+                tracing::error!(steps = self.failed_steps, "the engine gives up: no step succeeds any more");
+                self.gate.set(Health::Dead);
+                break;
+            }
+        }
+        self.leave();
+    }
+
+    /// Fails whatever is left, here or still in the channel; only then may a shutdown return.
+    fn leave(mut self) {
+        self.gate.set(Health::Stopped);
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+        self.fail_all("the engine stopped before the request was done");
+        self.report();
+        let gate = Arc::clone(&self.gate);
+        drop(self);
+        gate.leave();
+    }
+
+    /// One round; false at the end.
+    fn turn(&mut self) -> bool {
+        if !self.receive() {
+            return false;
+        }
+        self.cancel_deserted();
+        if !self.jobs.is_empty() {
+            let started = Instant::now();
+            let plan = self.scheduler.schedule();
+            self.step(&plan, started);
+        }
+        self.report();
+        true
+    }
+
+    /// Takes what handles sent; waits for it if there is nothing else to do. False when it is time to end.
+    fn receive(&mut self) -> bool {
+        if self.jobs.is_empty() && self.draining.is_none() {
+            match self.commands.recv() {
+                Ok(command) => self.obey(command),
+                Err(_) => return false,
+            }
+        }
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    self.draining.get_or_insert(None);
+                    break;
+                }
+            }
+        }
+        match self.draining {
+            None => true,
+            Some(deadline) => !self.jobs.is_empty() && deadline.is_none_or(|deadline| Instant::now() < deadline),
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(submissions) => submissions.into_iter().for_each(|submission| self.add(submission)),
+            Command::Purge(salt) => self.scheduler.purge(salt),
+            Command::Shutdown(deadline) => {
+                self.draining = Some(Some(deadline));
+            }
+        }
+    }
+
+    fn add(&mut self, submission: Submission) {
+        let Submission { request, mut sequence, outbox, submitted } = submission;
+        sequence.id = self.next_id;
+        self.next_id += 1;
+        let counts = Counts::for_request(&request.sampling, &sequence.tokens);
+        let scores = request.prompt_logprobs.map(|_| vec![None]);
+        self.jobs.insert(sequence.id, Job { request, outbox, submitted, counts, scores });
+        self.scheduler.add(sequence);
+    }
+
+    /// Drops the requests that nobody listens to.
+    fn cancel_deserted(&mut self) {
+        let deserted: Vec<SequenceId> =
+            self.jobs.iter().filter(|(_, job)| job.outbox.is_closed()).map(|(&id, _)| id).collect();
+        for id in deserted {
+            self.scheduler.remove(id);
+            self.jobs.remove(&id);
+            self.stats.cancelled.add(1);
+        }
+    }
+
+    /// Runs a plan. A failure, even a panic, in the model or the sampler ends the requests of this step and no other: nothing
+    /// of the scheduler has changed by then, and blocks are published only after they were computed.
+    fn step(&mut self, plan: &Plan, started: Instant) {
+        self.count_plan(plan);
+        if plan.chunks.is_empty() {
+            return;
+        }
+        batch::build(plan, &self.scheduler, &self.jobs, &mut self.batch);
+        let model_started = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            self.forward()?;
+            Ok((model_started.elapsed(), self.sample(plan)))
+        }));
+        let failure = match outcome {
+            Ok(Ok((model_time, answers))) => {
+                self.failed_steps = 0;
+                self.commit(plan, answers);
+                self.count_step(plan, started, model_time);
+                return;
+            }
+            Ok(Err(error)) => ModelError::to_string(&error),
+            Err(panic) => message_of(panic.as_ref()),
+        };
+        tracing::error!(sequences = plan.chunks.len(), error = failure, "a step failed");
+        self.failed_steps += 1;
+        self.stats.failed_steps.add(1);
+        for chunk in &plan.chunks {
+            self.fail(chunk.id, format!("the step failed: {failure}"));
+        }
+    }
+
+    fn forward(&mut self) -> Result<(), ModelError> {
+        self.logits.clear();
+        self.model.forward(&self.batch, &mut self.logits)?;
+        let expected = self.batch.logits_rows.len() * self.model.vocab_size();
+        if self.logits.len() != expected {
+            let found = self.logits.len();
+            return Err(ModelError::Unsupported(format!("the model returned {found} logits instead of {expected}")));
+        }
+        Ok(())
+    }
+
+    /// One answer a row of logits, in their order.
+    fn sample(&mut self, plan: &Plan) -> Vec<Answer> {
+        let questions = batch::questions(plan, &self.scheduler, &self.jobs);
+        self.sampler.answer(&self.logits, self.model.vocab_size(), &questions)
+    }
+
+    /// Tells the scheduler and the clients what came out.
+    fn commit(&mut self, plan: &Plan, answers: Vec<Answer>) {
+        let mut answers = answers.into_iter();
+        let mut row = 0;
+        for chunk in &plan.chunks {
+            let rows = chunk.scores.len() + usize::from(chunk.sample);
+            row += rows;
+            // In two moves: collecting straight into a Result would stop at an error and leave the rest to the next chunk.
+            let answers: Vec<Answer> = answers.by_ref().take(rows).collect();
+            match answers.into_iter().collect() {
+                Ok(answers) => self.commit_chunk(chunk, answers, row),
+                Err(error) => {
+                    tracing::error!(%error, "a request failed");
+                    self.fail(chunk.id, error.to_string());
+                }
+            }
+        }
+    }
+
+    /// `rows_before` counts the rows of logits up to this chunk's last.
+    fn commit_chunk(&mut self, chunk: &Chunk, mut answers: Vec<(TokenId, Option<LogProbs>)>, rows_before: usize) {
+        let Some(job) = self.jobs.get_mut(&chunk.id) else { return };
+        let next = if chunk.sample { answers.pop() } else { None };
+        if let Some(scores) = &mut job.scores {
+            scores.extend(answers.into_iter().map(|(_, logprobs)| logprobs));
+        }
+        if let Some(scores) = job.scores.take_if(|_| chunk.last) {
+            job.outbox.send(Event::Prompt(scores));
+        }
+        self.scheduler.commit(chunk, next.as_ref().map(|&(token, _)| token));
+        let Some((token, logprobs)) = next else {
+            if chunk.last {
+                self.finish(chunk.id, FinishReason::Length);
+            }
+            return;
+        };
+        let Some(sequence) = self.scheduler.get(chunk.id) else { return };
+        let (generated, most) = (sequence.generated(), sequence.max_tokens);
+        if generated == 1 {
+            job.outbox.send(Event::Began { cached_tokens: sequence.cached.unwrap_or(0) });
+            self.stats.first_token_seconds.observe_time(job.submitted.elapsed());
+        }
+        self.stats.generated_tokens.add(1);
+        if let Some(counts) = &mut job.counts {
+            counts.add(token);
+        }
+        let stop = job.request.stop_tokens.contains(&token);
+        let vocab = self.model.vocab_size();
+        let logits = job.request.capture_logits.then(|| self.logits[(rows_before - 1) * vocab..][..vocab].into());
+        job.outbox.send(Event::Token(TokenOut { token, stop, logprobs, logits }));
+        if stop {
+            self.finish(chunk.id, FinishReason::Stop);
+        } else if generated == most {
+            self.finish(chunk.id, FinishReason::Length);
+        }
+    }
+
+    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
+        let (Some(sequence), Some(job)) = (self.scheduler.remove(id), self.jobs.remove(&id)) else { return };
+        let usage = Usage {
+            prompt_tokens: sequence.prompt,
+            completion_tokens: sequence.generated(),
+            cached_tokens: sequence.cached.unwrap_or(0),
+            preemptions: sequence.preemptions,
+        };
+        self.stats.finished.add(1);
+        job.outbox.close(Event::Finished(reason, usage));
+    }
+
+    fn fail(&mut self, id: SequenceId, message: String) {
+        self.scheduler.remove(id);
+        if let Some(job) = self.jobs.remove(&id) {
+            self.stats.failed.add(1);
+            job.outbox.close(Event::Failed(message));
+        }
+    }
+
+    /// After a panic outside of a step nothing about sequences and blocks can be trusted: all requests fail, the cache is forgotten.
+    fn rebuild(&mut self, message: &str) {
+        tracing::error!(message, "the engine's loop failed; it starts anew");
+        self.failed_steps += 1;
+        self.scheduler = Scheduler::new(self.limits, self.model.kv_blocks());
+        self.fail_all(&format!("the engine failed: {message}"));
+    }
+
+    fn fail_all(&mut self, message: &str) {
+        let ids: Vec<SequenceId> = self.jobs.keys().copied().collect();
+        for id in ids {
+            self.fail(id, message.to_owned());
+        }
+    }
+
+    fn count_plan(&self, plan: &Plan) {
+        self.stats.preemptions.add(plan.preempted);
+        self.stats.cached_tokens.add(plan.cached_tokens);
+        for job in plan.admitted.iter().filter_map(|id| self.jobs.get(id)) {
+            self.stats.queue_seconds.observe_time(job.submitted.elapsed());
+        }
+    }
+
+    fn count_step(&self, plan: &Plan, started: Instant, model_time: Duration) {
+        let stats = &self.stats;
+        let (rows, sequences) = (self.batch.rows(), plan.chunks.len());
+        let base = self.batch.slots.contains(&BASE_SLOT);
+        let adapters = self.batch.cores.len();
+        stats.steps.add(1);
+        stats.prefill_tokens.add(plan.prefill_rows);
+        stats.peak_rows.raise(rows);
+        stats.peak_sequences.raise(sequences);
+        stats.peak_adapters.raise(adapters);
+        stats.step_rows.observe(rows as f64);
+        stats.step_sequences.observe(sequences as f64);
+        stats.step_adapters.observe(adapters as f64);
+        if adapters == sequences && !base {
+            stats.step_all_distinct.observe(sequences as f64);
+        }
+        let time = started.elapsed();
+        let seconds = if plan.prefill_rows > 0 { &stats.prefill_seconds } else { &stats.decode_seconds };
+        seconds.observe_time(time);
+        stats.overhead_seconds.observe_time(time.saturating_sub(model_time));
+    }
+
+    /// Sets the gauges.
+    fn report(&self) {
+        let pool = self.scheduler.cache().pool();
+        self.stats.waiting.set(self.scheduler.waiting());
+        self.stats.running.set(self.scheduler.running());
+        self.stats.blocks_free.set(pool.free());
+        self.stats.blocks_cached.set(pool.idle());
+        self.stats.blocks_used.set(pool.len() - pool.available());
+    }
+}
+
+/// What a panic said.
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("a panic without a message").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{
+        handle::pair,
+        tests::{adapted, config, prompt},
+    };
+
+    #[test]
+    fn after_a_panic_in_the_loop_itself_it_starts_anew() {
+        let (model, _) = crate::engine::tests::fake::Fake::model(32);
+        let (handle, mut worker) = pair(model, config()).unwrap();
+        let asked = adapted(prompt(40, 1), 2, 1);
+        let mut first = handle.submit(asked.clone()).unwrap();
+        assert!(worker.turn());
+        worker.rebuild("lost count");
+        assert!(matches!(first.try_recv().unwrap(), Event::Failed(message) if message.contains("lost count")));
+        let mut second = handle.submit(asked).unwrap();
+        (0..3).for_each(|_| assert!(worker.turn()));
+        assert_eq!(second.try_recv().unwrap(), Event::Began { cached_tokens: 0 });
+        assert!(matches!(second.try_recv().unwrap(), Event::Token(_)));
+        assert!(matches!(second.try_recv().unwrap(), Event::Token(_)));
+        let Event::Finished(_, usage) = second.try_recv().unwrap() else { panic!("not finished") };
+        assert_eq!(usage.cached_tokens, 0, "the cache was forgotten");
+        worker.report();
+        assert_eq!(handle.stats().blocks_used.get(), 0);
+        assert_eq!((handle.stats().failed.get(), handle.stats().finished.get()), (1, 1));
+    }
+}

@@ -1,0 +1,83 @@
+//! Who calls: the bearer token, and the extractor that handlers ask for.
+
+use axum::{
+    extract::FromRequestParts,
+    http::{HeaderMap, header, request::Parts},
+};
+
+use super::{
+    error::ApiError,
+    state::{AppState, AuthMode},
+};
+use crate::{
+    service::{Error, ErrorKind},
+    tenant::{AuthError, Caller},
+};
+
+/// The authenticated caller. A handler that takes it needs a key; put it before the body, so that 401 comes before 415.
+pub struct Auth(pub Caller);
+
+impl FromRequestParts<AppState> for Auth {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
+        if state.auth == AuthMode::Open {
+            return Ok(Self(Caller::built_in()));
+        }
+        let token = bearer(&parts.headers).ok_or_else(|| {
+            unauthenticated(
+                "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.",
+            )
+        })?;
+        match state.service.directory.verify(token).await {
+            Ok(caller) => Ok(Self(caller)),
+            Err(error @ AuthError::UnknownKey) => Err(unauthenticated(&error.to_string())),
+            Err(AuthError::Source(error)) => Err(Error::internal(error).into()),
+        }
+    }
+}
+
+/// An authenticated caller with the role admin; 403 for others.
+pub struct Admin(pub Caller);
+
+impl FromRequestParts<AppState> for Admin {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
+        let Auth(caller) = Auth::from_request_parts(parts, state).await?;
+        if !caller.is_admin() {
+            return Err(Error::new(ErrorKind::Forbidden, "This needs a key with the role admin.").into());
+        }
+        Ok(Self(caller))
+    }
+}
+
+fn unauthenticated(message: &str) -> ApiError {
+    Error::new(ErrorKind::Unauthenticated, message).with_code("invalid_api_key").into()
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.trim().split_once(' ')?;
+    let token = token.trim();
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_bearer_tokens_count() {
+        let token = |value: &str| {
+            let headers = HeaderMap::from_iter([(header::AUTHORIZATION, value.parse().unwrap())]);
+            bearer(&headers).map(str::to_owned)
+        };
+        assert_eq!(token("Bearer abc").as_deref(), Some("abc"));
+        assert_eq!(token("bearer  abc ").as_deref(), Some("abc"));
+        assert_eq!(token("Basic abc"), None);
+        assert_eq!(token("Bearer"), None);
+        assert_eq!(token("Bearer "), None);
+        assert_eq!(bearer(&HeaderMap::new()), None);
+    }
+}

@@ -1,0 +1,96 @@
+//! What happens around every request: its id, its time, its count, and panics.
+
+use std::{any::Any, time::Instant};
+
+use axum::{
+    extract::{MatchedPath, Request, State},
+    http::{HeaderName, HeaderValue},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+use super::{error::ApiError, state::AppState};
+use crate::{
+    service::{Error, ErrorKind},
+    telemetry::{RequestLabels, RouteLabels},
+};
+
+/// The header that names a request in logs, here and at the client.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
+const MAX_REQUEST_ID: usize = 128;
+
+/// The id of a request; handlers find it among the extensions.
+#[derive(Debug, Clone)]
+pub struct RequestId(pub String);
+
+/// Outermost: id, span, time and count of every request, found or not.
+pub(super) async fn observe(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let id = request
+        .headers()
+        .get(&REQUEST_ID)
+        .and_then(|value| value.to_str().ok())
+        .filter(|id| is_sane(id))
+        .map_or_else(|| format!("req-{}", uuid::Uuid::now_v7().simple()), str::to_owned);
+    request.extensions_mut().insert(RequestId(id.clone()));
+    // The pattern and not the path: one series a route, however many adapters there are.
+    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
+    let method = request.method().to_string();
+
+    let mut response = next.run(request).await;
+
+    let elapsed = started.elapsed();
+    let status = response.status().as_u16();
+    tracing::debug!(%id, %method, %route, status, ?elapsed, "request");
+    let route = RouteLabels { method, route };
+    state.service.metrics.request_seconds.get_or_create(&route).observe(elapsed.as_secs_f64());
+    state.service.metrics.requests.get_or_create(&RequestLabels { route, status }).inc();
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        headers.insert(REQUEST_ID, id);
+    }
+    headers.insert(PROCESSING_MS, HeaderValue::from(elapsed.as_millis().try_into().unwrap_or(u64::MAX)));
+    response
+}
+
+fn is_sane(id: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    !id.is_empty() && id.len() <= MAX_REQUEST_ID && id.bytes().all(allowed)
+}
+
+/// A panic in a handler is a 500 of this one request.
+pub(super) fn panicked(payload: Box<dyn Any + Send + 'static>) -> Response {
+    let words = payload
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| payload.downcast_ref::<&str>().copied())
+        .unwrap_or("a panic without words");
+    ApiError(Error::internal(format_args!("a handler panicked: {words}"))).into_response()
+}
+
+/// 404 for a path that no route has.
+pub(super) async fn not_found(request: Request) -> ApiError {
+    let message = format!("Unknown route: {} {}", request.method(), request.uri().path());
+    Error::new(ErrorKind::NotFound, message).into()
+}
+
+/// 405 for a route that has other methods; the router adds `allow`.
+pub(super) async fn method_not_allowed(request: Request) -> ApiError {
+    let message = format!("The method {} is not allowed for {}.", request.method(), request.uri().path());
+    Error::new(ErrorKind::MethodNotAllowed, message).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_taken_when_it_is_short_and_plain() {
+        assert!(is_sane("abc-DEF_1.2"));
+        assert!(is_sane(&"a".repeat(128)));
+        for bad in ["", "a b", "a/b", "é", &"a".repeat(129)] {
+            assert!(!is_sane(bad), "{bad}");
+        }
+    }
+}

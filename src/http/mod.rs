@@ -1,0 +1,78 @@
+//! HTTP: routes with their OpenAPI descriptions, who calls, and the error envelope. Handlers are thin; the work is in `service`.
+//!
+//! Nothing outside this folder knows a status code.
+
+mod answer;
+pub mod auth;
+mod body;
+mod chat;
+mod completions;
+pub mod error;
+pub mod extract;
+mod messages;
+mod middleware;
+mod models;
+mod sse;
+mod state;
+mod system;
+
+use axum::{Router, middleware::from_fn_with_state};
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::{
+    Modify, OpenApi,
+    openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+};
+use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::SwaggerUi;
+
+pub use middleware::{REQUEST_ID, RequestId};
+pub use state::{AppState, AuthMode, Lifecycle, Limits};
+
+/// The head of the OpenAPI document; paths and schemas are added by `routes!`, together with the handlers.
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Mote", description = "Thousands of 26-byte adapters over one frozen language model, behind the OpenAI API."),
+    security(("api_key" = [])),
+    modifiers(&BearerScheme),
+)]
+struct Document;
+
+struct BearerScheme;
+
+impl Modify for BearerScheme {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let scheme =
+            HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("A key of `mote keys create`."));
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("api_key", SecurityScheme::Http(scheme.build()));
+    }
+}
+
+/// Every route, each registered with its description.
+fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(completions::completions))
+        .routes(routes!(chat::chat_completions))
+        .routes(routes!(models::list_models))
+        .routes(routes!(models::show_model))
+        .routes(routes!(system::healthz))
+        .routes(routes!(system::readyz))
+        .routes(routes!(system::metrics))
+}
+
+/// The OpenAPI document, without a model or a server.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    routes().into_openapi()
+}
+
+/// The server: routes, documents at `/openapi.json` and `/docs`, and what happens around every request, outermost last.
+pub fn router(state: AppState) -> Router {
+    let (router, document) = routes().split_for_parts();
+    router
+        .with_state(state.clone())
+        .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
+        .fallback(middleware::not_found)
+        .method_not_allowed_fallback(middleware::method_not_allowed)
+        .layer(CatchPanicLayer::custom(middleware::panicked))
+        .layer(from_fn_with_state(state, middleware::observe))
+}

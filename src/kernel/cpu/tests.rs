@@ -1,0 +1,200 @@
+//! Every kernel on every instruction set of this machine: equal to the reference, and the same bits however the work is cut.
+
+use super::*;
+use crate::kernel::suite::{
+    self, AttentionCase, Group, Random, bits, cores, groups, mixed_rows, rows_batch, run_product,
+};
+use crate::kernel::{BASE_SLOT, reference::ReferenceBackend};
+
+fn backend(isa: Isa, threads: usize) -> CpuBackend {
+    CpuBackend::new(threads, Some(isa)).unwrap()
+}
+
+#[test]
+fn products_equal_the_reference() {
+    for isa in Isa::available() {
+        // Sums of up to 257 terms in f32: the weights are rounded alike, so the error is that of the sums at every precision.
+        suite::products_equal_reference(backend(isa, 2), |_| 4e-6);
+    }
+}
+
+#[test]
+fn attention_equals_the_reference() {
+    for isa in Isa::available() {
+        // A key that differs in its last f32 bit may round to the other bfloat16 neighbour: one part in 256 of one term.
+        let tolerance = |precision| if precision == Precision::F32 { 4e-6 } else { 1e-3 };
+        suite::attention_equals_reference(backend(isa, 2), tolerance);
+    }
+}
+
+#[test]
+fn bad_batches_and_shapes_are_refused() {
+    suite::bad_batches_are_refused(backend(Isa::Portable, 1));
+    suite::bad_shapes_are_refused(backend(Isa::Portable, 1));
+    suite::bad_batches_are_refused(ReferenceBackend);
+    suite::bad_shapes_are_refused(ReferenceBackend);
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_and_in_any_batch_on_any_threads() {
+    for isa in Isa::available() {
+        for (number, group) in groups().into_iter().enumerate() {
+            for precision in suite::PRECISIONS {
+                let group = Group { precision, ..group.clone() };
+                let all_cores = vec![cores(7, group.rank, 3), cores(8, group.rank, 3)];
+                let (rows, width) = (mixed_rows(41), group.width());
+                let run = |threads, rows: &[(u32, u32)]| {
+                    let mut backend = backend(isa, threads);
+                    let linear = group.pack(&backend, number as u64);
+                    let batch = rows_batch(rows, all_cores.clone());
+                    bits(&run_product(&mut backend, &group, &linear, &batch, Rows::All, 3, 41).unwrap())
+                };
+                let want = run(1, &rows);
+                let row_of = |result: &[u32], row: usize| result[row * width..(row + 1) * width].to_vec();
+                for threads in 2..4 {
+                    assert_eq!(run(threads, &rows), want, "{isa} {group:?}: {threads} threads");
+                }
+                let mut shuffled = rows.clone();
+                let mut random = Random(4);
+                (1..rows.len()).rev().for_each(|i| shuffled.swap(i, random.below(i + 1)));
+                for size in [1, 2, 3, 5, 8, 12, 13, 40] {
+                    let rows = &shuffled[..size];
+                    let result = run(2, rows);
+                    for (i, row) in rows.iter().enumerate() {
+                        assert_eq!(row_of(&result, i), row_of(&want, row.0 as usize), "{isa} {group:?}: {size} rows");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_on_the_base_have_the_bits_of_a_linear_without_adapters() {
+    for isa in Isa::available() {
+        for (number, group) in groups().into_iter().enumerate().filter(|(_, group)| group.rank > 0) {
+            for precision in suite::PRECISIONS {
+                let group = Group { precision, ..group.clone() };
+                let mut backend = backend(isa, 2);
+                let mut run = |rank: usize, rows: &[(u32, u32)]| {
+                    // The same W and bias at rank 0: the parts' factors are drawn, then left out.
+                    let linear = group.pack_with_rank(&backend, number as u64, rank);
+                    let batch = rows_batch(rows, vec![cores(7, rank, 3), cores(8, rank, 3)]);
+                    run_product(&mut backend, &group, &linear, &batch, Rows::All, 3, 20).unwrap()
+                };
+                let (mixed, base) = (mixed_rows(20), (0..20).map(|row| (row, BASE_SLOT)).collect::<Vec<_>>());
+                let (adapted, bare) = (run(group.rank, &mixed), run(0, &base));
+                let width = group.width();
+                let mut changed = 0;
+                for (row, (_, slot)) in mixed.iter().enumerate() {
+                    let rows = row * width..(row + 1) * width;
+                    let same = bits(&adapted[rows.clone()]) == bits(&bare[rows]);
+                    assert!(same || *slot != BASE_SLOT, "{isa} {group:?}: base row {row} changed");
+                    changed += usize::from(!same);
+                }
+                assert!(changed > 0, "{isa} {group:?}: no adapter had an effect");
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_has_the_same_bits_however_a_sequence_is_cut() {
+    let case = AttentionCase {
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 24,
+        norms: true,
+        precision: Precision::F32,
+        lengths: vec![40, 21, 100],
+    };
+    for isa in Isa::available() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let case = AttentionCase { precision, ..case.clone() };
+            let run = |threads, steps: &[Vec<(usize, usize)>]| {
+                case.run(&mut backend(isa, threads), steps)
+                    .into_iter()
+                    .map(|rows| bits(&rows.concat()))
+                    .collect::<Vec<_>>()
+            };
+            let whole = run(1, &[vec![(0, 40), (1, 21), (2, 100)]]);
+            let cuts: [Vec<Vec<(usize, usize)>>; 4] = [
+                vec![vec![(0, 40)], vec![(1, 21)], vec![(2, 100)]],
+                vec![vec![(2, 99), (0, 7)], vec![(0, 33), (1, 16), (2, 1)], vec![(1, 5)]],
+                (0..40).map(|_| vec![(0, 1)]).chain([vec![(1, 21), (2, 16)], vec![(2, 84)]]).collect(),
+                (0..21).map(|_| vec![(2, 4), (1, 1), (0, 1)]).chain([vec![(0, 19), (2, 16)]]).collect(),
+            ];
+            for (number, steps) in cuts.iter().enumerate() {
+                for threads in 1..4 {
+                    assert_eq!(run(threads, steps), whole, "{isa} {precision:?}: cut {number}, {threads} threads");
+                }
+            }
+        }
+    }
+}
+
+/// A block that another sequence left full of NaN must not reach the next owner, which has not filled it.
+#[test]
+fn stale_slots_of_a_block_are_never_read() {
+    for isa in Isa::available() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let case =
+                AttentionCase { heads: 2, kv_heads: 1, head_dim: 16, norms: false, precision, lengths: vec![3, 16] };
+            let spec = case.spec();
+            let mut backend = backend(isa, 1);
+            let attention = backend.attention(&spec).unwrap();
+            let shape = KvShape { layers: 1, blocks: 1, kv_heads: 1, head_dim: 16 };
+            let mut run = |kv: &mut CpuKv, rows: usize, value: f32| {
+                let mut batch = rows_batch(&vec![(0, BASE_SLOT); rows], Vec::new());
+                batch.positions = (0..rows as u32).collect();
+                batch.sequences = vec![crate::kernel::SequenceRows { first_row: 0, rows, start: 0, blocks: vec![0] }];
+                let step = backend.begin(&batch).unwrap();
+                let weight = Weight::from_f32(1, case.width(), vec![value; case.width()]).unwrap();
+                let table = backend.table(&weight, Precision::F32).unwrap();
+                let (mut qkv, mut out) = (backend.buffer(case.width()).unwrap(), backend.buffer(32).unwrap());
+                backend.embed(&step, &table, &mut qkv).unwrap();
+                backend.attend(&step, &attention, 0, &qkv, kv, &mut out).unwrap();
+                let mut values = Vec::new();
+                backend.read(&out, &mut values).unwrap();
+                values
+            };
+            let mut fresh = CpuKv::new(shape, precision).unwrap();
+            let mut stale = CpuKv::new(shape, precision).unwrap();
+            assert!(run(&mut stale, 16, f32::NAN).iter().all(|value| value.is_nan()));
+            let (clean, reused) = (run(&mut fresh, 3, 0.5), run(&mut stale, 3, 0.5));
+            assert!(clean.iter().all(|value| value.is_finite()));
+            assert_eq!(bits(&clean), bits(&reused), "{isa} {precision:?}");
+        }
+    }
+}
+
+#[test]
+fn avx512_and_avx2_give_the_same_bits() {
+    let fused: Vec<Isa> = Isa::available().into_iter().filter(|isa| *isa != Isa::Portable).collect();
+    let group = Group { precision: Precision::Q8, ..groups().remove(0) };
+    let results = fused.iter().map(|&isa| {
+        let mut backend = backend(isa, 1);
+        let linear = group.pack(&backend, 1);
+        let batch = rows_batch(&mixed_rows(9), vec![cores(7, 2, 3), cores(8, 2, 3)]);
+        bits(&run_product(&mut backend, &group, &linear, &batch, Rows::All, 3, 9).unwrap())
+    });
+    let results: Vec<_> = results.collect();
+    assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn exp_is_within_two_ulp_and_keeps_nan() {
+    use super::isa::lanes_for_tests::each_exp;
+    let xs: Vec<f32> = (0..16_000).map(|i| -86.9 + i as f32 * 0.0109).collect();
+    for (isa, exp) in each_exp() {
+        for chunk in xs.chunks_exact(16) {
+            for (x, got) in chunk.iter().zip(exp(chunk.try_into().unwrap())) {
+                let want = f64::from(*x).exp();
+                let error = (f64::from(got) - want).abs() / want;
+                assert!(error < 2.4e-7, "{isa}: exp({x}) = {got}, error {error:e}");
+            }
+        }
+        assert!(exp([f32::NAN; 16])[3].is_nan(), "{isa}");
+        assert_eq!(exp([0.0; 16])[0], 1.0, "{isa}");
+    }
+}

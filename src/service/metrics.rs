@@ -1,0 +1,118 @@
+//! Everything that is counted, as Prometheus reads it.
+
+use std::fmt;
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, text},
+    metrics::{
+        MetricType,
+        counter::ConstCounter,
+        gauge::{ConstGauge, Gauge},
+    },
+    registry::Registry,
+};
+
+use super::Service;
+use crate::engine::{Handle, Health, Histogram, Reading, Stats};
+
+impl Service {
+    /// All metrics in the OpenMetrics text format.
+    pub fn metrics_text(&self) -> Result<String, fmt::Error> {
+        let mut registry = Registry::default();
+        self.metrics.register(&mut registry);
+        registry.register_collector(Box::new(EngineCollector(self.engine.clone())));
+        let adapters: Gauge = Gauge::default();
+        adapters.set(i64::try_from(self.library.registry.len()).unwrap_or(i64::MAX));
+        registry.register("mote_adapters_resident", "Adapters in memory, of all tenants", adapters);
+        let mut out = String::new();
+        text::encode(&mut out, &registry)?;
+        Ok(out)
+    }
+
+    /// Does the engine take requests?
+    pub fn is_ready(&self) -> bool {
+        self.engine.health() == Health::Running
+    }
+}
+
+/// Reads the engine's counters when Prometheus asks.
+#[derive(Debug)]
+struct EngineCollector(Handle);
+
+type Blocks = (&'static str, fn(&Stats) -> &Reading);
+type Counter = (&'static str, &'static str, fn(&Stats) -> &Reading);
+type Sizes = (&'static str, &'static str, fn(&Stats) -> &Histogram);
+
+const COUNTERS: [Counter; 11] = [
+    ("mote_engine_steps", "Steps of the engine", |stats| &stats.steps),
+    ("mote_engine_failed_steps", "Steps that an error ended", |stats| &stats.failed_steps),
+    ("mote_engine_accepted", "Sequences taken into the queue", |stats| &stats.accepted),
+    ("mote_engine_refused", "Sequences refused because the queue was full", |stats| &stats.refused),
+    ("mote_engine_finished", "Sequences that came to their end", |stats| &stats.finished),
+    ("mote_engine_cancelled", "Sequences whose client went away or had enough", |stats| &stats.cancelled),
+    ("mote_engine_failed", "Sequences that a failed step ended", |stats| &stats.failed),
+    ("mote_engine_prefill_tokens", "Rows of prompts that were computed", |stats| &stats.prefill_tokens),
+    ("mote_engine_cached_tokens", "Prompt tokens whose KV came from the prefix cache", |stats| &stats.cached_tokens),
+    ("mote_engine_generated_tokens", "Tokens sampled", |stats| &stats.generated_tokens),
+    ("mote_engine_preemptions", "Times a sequence lost its KV blocks to another", |stats| &stats.preemptions),
+];
+
+const GAUGES: [Counter; 5] = [
+    ("mote_engine_queue", "Sequences that wait for a place in the batch", |stats| &stats.waiting),
+    ("mote_engine_running", "Sequences in the batch", |stats| &stats.running),
+    ("mote_engine_peak_rows", "Most rows in one step", |stats| &stats.peak_rows),
+    ("mote_engine_peak_sequences", "Most sequences in one step", |stats| &stats.peak_sequences),
+    ("mote_engine_peak_adapters", "Most distinct adapters in one step", |stats| &stats.peak_adapters),
+];
+
+const BLOCKS: [Blocks; 3] = [
+    ("free", |stats| &stats.blocks_free),
+    ("used", |stats| &stats.blocks_used),
+    ("cached", |stats| &stats.blocks_cached),
+];
+
+const HISTOGRAMS: [Sizes; 9] = [
+    ("mote_engine_step_rows", "Rows of each step", |stats| &stats.step_rows),
+    ("mote_engine_step_sequences", "Sequences of each step", |stats| &stats.step_sequences),
+    ("mote_engine_step_adapters", "Distinct adapters of each step", |stats| &stats.step_adapters),
+    (
+        "mote_engine_step_all_distinct",
+        "Sequences of the steps in which each ran under an adapter of its own",
+        |stats| &stats.step_all_distinct,
+    ),
+    ("mote_engine_decode_step_seconds", "Time of steps without prompt rows", |stats| &stats.decode_seconds),
+    ("mote_engine_prefill_step_seconds", "Time of steps with prompt rows", |stats| &stats.prefill_seconds),
+    ("mote_engine_step_overhead_seconds", "Time of each step outside the model", |stats| &stats.overhead_seconds),
+    ("mote_engine_queue_seconds", "Time from submission to the first step", |stats| &stats.queue_seconds),
+    ("mote_engine_first_token_seconds", "Time from submission to the first token", |stats| &stats.first_token_seconds),
+];
+
+impl Collector for EngineCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let stats = self.0.stats();
+        for (name, help, read) in COUNTERS {
+            let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            ConstCounter::new(read(stats).get()).encode(metric)?;
+        }
+        for (name, help, read) in GAUGES {
+            let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            gauge(read(stats)).encode(metric)?;
+        }
+        let help = "Blocks of the KV cache";
+        let mut blocks = encoder.encode_descriptor("mote_engine_kv_blocks", help, None, MetricType::Gauge)?;
+        for (state, read) in BLOCKS {
+            gauge(read(stats)).encode(blocks.encode_family(&[("state", state)])?)?;
+        }
+        for (name, help, read) in HISTOGRAMS {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            let snapshot = read(stats).snapshot();
+            metric.encode_histogram::<NoLabelSet>(snapshot.sum, snapshot.count, &snapshot.buckets, None)?;
+        }
+        Ok(())
+    }
+}
+
+fn gauge(reading: &Reading) -> ConstGauge {
+    ConstGauge::new(i64::try_from(reading.get()).unwrap_or(i64::MAX))
+}

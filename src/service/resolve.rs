@@ -1,0 +1,215 @@
+//! Which adapter a request runs under: `model` and the `adapter` field to a lease. An adapter that is unknown, foreign or of another base is
+//! an error, never the base.
+
+use std::sync::Arc;
+
+use base64::{
+    Engine, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
+use serde_json::Value;
+
+use super::{AdapterField, Error, ErrorKind, Lease, Library, Service, Target};
+use crate::{
+    adapter::{Adapter, Facts, Scheme, SchemeError, codec},
+    tenant::Caller,
+};
+
+/// Most adapters in a mix.
+pub const MAX_MIX: usize = 16;
+/// Base64 characters of the largest adapter that travels in a request: 64 KiB of numbers.
+const MAX_INLINE: usize = 88 << 10;
+
+const LENIENT: GeneralPurposeConfig =
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+const STANDARD: GeneralPurpose = GeneralPurpose::new(&alphabet::STANDARD, LENIENT);
+const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, LENIENT);
+
+/// Bytes of base64 in the standard or the URL alphabet, padded or not.
+pub(super) fn decode_base64(text: &str) -> Option<Vec<u8>> {
+    let engine = if text.contains(['-', '_']) { &URL_SAFE } else { &STANDARD };
+    engine.decode(text).ok()
+}
+
+/// What `model` means, before anything is looked up.
+#[derive(Debug, PartialEq)]
+enum Named<'a> {
+    Base,
+    Adapter(&'a str),
+    Inline(&'a str),
+}
+
+fn parse_model<'a>(base: &str, model: &'a str) -> Named<'a> {
+    match model.strip_prefix(base) {
+        Some("") => Named::Base,
+        Some(rest) => match (rest.strip_prefix(':'), rest.strip_prefix('+')) {
+            (Some(name), _) => Named::Adapter(name),
+            (_, Some(data)) => Named::Inline(data),
+            // The base's id is the beginning of an adapter's name.
+            _ => Named::Adapter(model),
+        },
+        None => Named::Adapter(model),
+    }
+}
+
+impl Service {
+    /// Resolves what a request names. The lease keeps its adapter whatever happens to the name.
+    ///
+    /// # Errors
+    /// 404 for an unknown or foreign adapter, 422 for one of another base, 400 for one that is malformed.
+    pub async fn resolve(&self, caller: &Caller, target: &Target) -> Result<Lease, Error> {
+        let named = parse_model(&self.base.model_id, &target.model);
+        let of_model: Option<Arc<Adapter>> = match named {
+            Named::Base => None,
+            Named::Adapter(name) => {
+                let found = self.find(caller, name);
+                Some(found.ok_or_else(|| Error::model_not_found(&target.model))?)
+            }
+            Named::Inline(data) => Some(self.inline(data, None, "model")?),
+        };
+        let parts = match (&target.adapter, of_model) {
+            (None, None) => Vec::new(),
+            (None, Some(adapter)) => vec![(adapter, 1.0)],
+            (Some(_), Some(_)) => {
+                return Err(Error::invalid(
+                    "adapter",
+                    "'model' names an adapter already; give the base's id there, or no 'adapter'",
+                ));
+            }
+            (Some(field), None) => self.field(caller, field)?,
+        };
+        self.lease(caller, &parts)
+    }
+
+    fn find(&self, caller: &Caller, name: &str) -> Option<Arc<Adapter>> {
+        self.library.registry.resolve(caller.tenant, name).map(|lease| lease.adapter)
+    }
+
+    fn stored(&self, caller: &Caller, name: &str, param: &str) -> Result<Arc<Adapter>, Error> {
+        self.find(caller, name).ok_or_else(|| Error::adapter_not_found(name, Some(param)))
+    }
+
+    /// The adapters of the body's field, with their weights.
+    fn field(&self, caller: &Caller, field: &AdapterField) -> Result<Vec<(Arc<Adapter>, f32)>, Error> {
+        match field {
+            AdapterField::Named { name, scale } => {
+                Ok(vec![(self.stored(caller, name, "adapter.name")?, weight(*scale, "adapter.scale")?)])
+            }
+            AdapterField::Inline { data, scheme, scale } => {
+                let adapter = self.inline(data, scheme.as_ref(), "adapter.data")?;
+                Ok(vec![(adapter, weight(*scale, "adapter.scale")?)])
+            }
+            AdapterField::Mix(parts) => {
+                if parts.is_empty() || parts.len() > MAX_MIX {
+                    return Err(Error::invalid("adapter.mix", format!("a mix has 1 to {MAX_MIX} adapters")));
+                }
+                let part = |(i, (name, share)): (usize, &(String, f64))| {
+                    let adapter = self.stored(caller, name, &format!("adapter.mix.{i}.name"))?;
+                    Ok((adapter, weight(*share, &format!("adapter.mix.{i}.weight"))?))
+                };
+                parts.iter().enumerate().map(part).collect()
+            }
+        }
+    }
+
+    /// An adapter inside the request: never stored, gone when the request ends.
+    fn inline(&self, data: &str, scheme: Option<&Value>, param: &str) -> Result<Arc<Adapter>, Error> {
+        let invalid = |message: String| Error::invalid(param, message);
+        if data.len() > MAX_INLINE {
+            return Err(invalid(format!("an adapter inside a request has at most {MAX_INLINE} base64 characters")));
+        }
+        let bytes = decode_base64(data).ok_or_else(|| invalid("the adapter is not base64".into()))?;
+        let scheme = match scheme {
+            None => Scheme::default(),
+            Some(value) => Scheme::from_json(value).map_err(|error| scheme_error(&error, "adapter."))?,
+        };
+        self.check_scheme(&scheme, "adapter.")?;
+        let numbers = scheme.numbers(&self.base.sites);
+        let dtype = codec::type_of_length(bytes.len(), numbers).map_err(|error| invalid(error.to_string()))?;
+        let facts = Facts { scheme, signs: None, fingerprint: self.library.fingerprint, dtype, approximate: false };
+        self.library.interner.adapter(facts, &bytes, numbers).map_err(|error| invalid(error.to_string()))
+    }
+
+    /// Does this server serve the scheme? `prefix` is what stands before `scheme` in the error's path.
+    ///
+    /// # Errors
+    /// 400 that names the field of the scheme.
+    pub(super) fn check_scheme(&self, scheme: &Scheme, prefix: &str) -> Result<(), Error> {
+        if self.base.rank == 0 {
+            return Err(Error::invalid(format!("{prefix}scheme"), "this server serves no adapters (--rank 0)"));
+        }
+        scheme.validate(&self.base.sites, self.base.rank).map_err(|error| scheme_error(&error, prefix))
+    }
+
+    fn lease(&self, caller: &Caller, parts: &[(Arc<Adapter>, f32)]) -> Result<Lease, Error> {
+        let library = &self.library;
+        for (adapter, _) in parts {
+            if !library.is_compatible(adapter) {
+                return Err(other_base(library, adapter));
+            }
+            if let Err(error) = adapter.scheme().validate(&self.base.sites, self.base.rank) {
+                let message = format!(
+                    "The adapter cannot run on this server as it was started (--rank {}): {error}.",
+                    self.base.rank
+                );
+                return Err(Error::new(ErrorKind::Incompatible, message).with_code("incompatible_adapter"));
+            }
+        }
+        let borrowed: Vec<(&Adapter, f32)> = parts.iter().map(|(adapter, weight)| (&**adapter, *weight)).collect();
+        let salt = library.salt(caller.tenant, &borrowed);
+        let cores = if borrowed.is_empty() { None } else { Some(library.cores(salt, &borrowed)?) };
+        let generation = match parts {
+            [(adapter, _)] => Some(adapter.generation()),
+            _ => None,
+        };
+        Ok(Lease { cores, salt, generation })
+    }
+}
+
+/// 422 that names both fingerprints.
+pub(super) fn other_base(library: &Library, adapter: &Adapter) -> Error {
+    let (theirs, ours) = (adapter.facts().fingerprint, library.fingerprint);
+    let message = format!("The adapter was made for the base {theirs}, but this server serves {ours}.");
+    Error::new(ErrorKind::Incompatible, message).with_code("incompatible_adapter")
+}
+
+/// A scheme's own error, under the field that holds the scheme.
+pub(super) fn scheme_error(error: &SchemeError, prefix: &str) -> Error {
+    Error::invalid(format!("{prefix}{}", error.path()), error.to_string())
+}
+
+fn weight(value: f64, param: &str) -> Result<f32, Error> {
+    let narrow = value as f32;
+    if narrow.is_finite() { Ok(narrow) } else { Err(Error::invalid(param, "must be a finite number")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_the_base_an_adapter_or_bytes() {
+        for (model, want) in [
+            ("base", Named::Base),
+            ("alice", Named::Adapter("alice")),
+            ("base:alice", Named::Adapter("alice")),
+            ("base:", Named::Adapter("")),
+            ("base+AAAA", Named::Inline("AAAA")),
+            ("base-2", Named::Adapter("base-2")),
+            ("", Named::Adapter("")),
+        ] {
+            assert_eq!(parse_model("base", model), want, "{model}");
+        }
+    }
+
+    #[test]
+    fn base64_of_either_alphabet_with_or_without_padding() {
+        let bytes = [0xfb, 0xff, 0xbf, 0x01];
+        for text in ["+/+/AQ==", "-_-_AQ==", "-_-_AQ", "+/+/AQ"] {
+            assert_eq!(decode_base64(text).as_deref(), Some(&bytes[..]), "{text}");
+        }
+        for text in ["+/-_AQ", "A", "====", "ä", "AA AA"] {
+            assert_eq!(decode_base64(text), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Metric names, and the counters that more than one room writes to.
+//!
+//! Labels are bounded: routes, statuses and kinds, never an adapter, a key or a path.
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    registry::Registry,
+};
+
+/// Upper bounds of the buckets for durations, in seconds.
+const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+
+/// A route, by its pattern.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RouteLabels {
+    /// GET, POST, ...
+    pub method: String,
+    /// `/adapters/{name}`, or `unmatched`.
+    pub route: String,
+}
+
+/// A route and how it went.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabels {
+    /// The route.
+    #[prometheus(flatten)]
+    pub route: RouteLabels,
+    /// HTTP status.
+    pub status: u16,
+}
+
+/// Prompt or completion.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TokenLabels {
+    /// `prompt` or `completion`.
+    pub kind: &'static str,
+}
+
+/// Counters of the server; the engine keeps its own and is asked on each scrape.
+#[derive(Debug)]
+pub struct Metrics {
+    /// `mote_http_requests_total`
+    pub requests: Family<RequestLabels, Counter>,
+    /// `mote_http_request_seconds`: until the response headers are ready, so to the first byte of a stream.
+    pub request_seconds: Family<RouteLabels, Histogram>,
+    /// `mote_tokens_total`: of finished requests, as billed.
+    pub tokens: Family<TokenLabels, Counter>,
+    /// `mote_cached_prompt_tokens_total`
+    pub cached_tokens: Counter,
+    /// `mote_time_to_first_text_seconds`
+    pub first_text_seconds: Histogram,
+}
+
+fn seconds() -> Histogram {
+    Histogram::new(SECONDS)
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            requests: Family::default(),
+            request_seconds: Family::new_with_constructor(seconds),
+            tokens: Family::default(),
+            cached_tokens: Counter::default(),
+            first_text_seconds: seconds(),
+        }
+    }
+}
+
+impl Metrics {
+    /// Registers everything under its name (the encoder adds `_total` to counters).
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register("mote_http_requests", "Requests by route and status", self.requests.clone());
+        registry.register(
+            "mote_http_request_seconds",
+            "Time until the response headers are ready",
+            self.request_seconds.clone(),
+        );
+        registry.register("mote_tokens", "Tokens of finished requests", self.tokens.clone());
+        registry.register(
+            "mote_cached_prompt_tokens",
+            "Prompt tokens of finished requests whose KV came from the prefix cache",
+            self.cached_tokens.clone(),
+        );
+        registry.register(
+            "mote_time_to_first_text_seconds",
+            "Time from the arrival of a completion to its first text",
+            self.first_text_seconds.clone(),
+        );
+    }
+}
