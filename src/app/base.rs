@@ -12,7 +12,7 @@ use crate::{
     adapter::{Basis, BasisCache, Loaded, ModelFiles, Origin, fingerprint_of_weights},
     config::{DeviceChoice, Dtype, EngineArgs, ModelArgs},
     engine::{Engine, EngineConfig, Handle},
-    kernel::{Backend, CandleBackend, CpuBackend, Precision, SiteFactors},
+    kernel::{Backend, Precision, SiteFactors, cpu::CpuBackend},
     model::{LoadedModel, Model, ModelSpec, ModelWeights, Sources, Transformer, TransformerOptions, kv_blocks, load},
     service::BaseInfo,
     text::{ChatTemplate, Tokenizer},
@@ -195,7 +195,7 @@ fn on_device(
         ),
     };
     match device {
-        Some(device) => packed(CandleBackend::new(device), spec, weights, basis, options),
+        Some(device) => Err(AppError::Flag(format!("{device:?}"))),
         None => {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let threads = args.threads.map_or(cores, usize::from);

@@ -1,6 +1,6 @@
 //! The database of a data directory, for the server and for the commands that work without one.
 
-use std::{fmt::Write, sync::Arc};
+use std::fmt::Write;
 
 use super::{AppError, Base};
 use crate::{
@@ -34,8 +34,7 @@ pub async fn open_store(state: &StateArgs) -> Result<Store, AppError> {
 
 /// Loads every adapter into memory and puts the use cases together.
 pub(super) async fn service(base: Base, store: Store) -> Result<Service, AppError> {
-    let service = Service::open(base.info, base.basis, base.engine, store).await?;
-    Ok(service)
+    Ok(Service::open(base.info, base.basis, base.engine, store).await?)
 }
 
 /// On an empty store: takes the given admin key, or makes one and prints it, once, to stderr.
@@ -145,7 +144,7 @@ pub async fn list_adapters(state: &StateArgs, tenant: &str, prefix: &str) -> Res
                 adapter.name,
                 contents.generation.to_string(),
                 contents.dtype,
-                contents.bytes.len(),
+                contents.data.len(),
                 contents.scheme
             );
         }
@@ -164,6 +163,6 @@ pub async fn export_adapter(state: &StateArgs, tenant: &str, name: &str) -> Resu
     let adapter = store.own_adapter(tenant, name).await?;
     store.close().await;
     adapter
-        .map(|adapter| adapter.contents.bytes.to_vec())
+        .map(|adapter| adapter.contents.data)
         .ok_or_else(|| AppError::Flag(format!("there is no adapter '{name}'")))
 }

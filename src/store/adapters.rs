@@ -1,0 +1,367 @@
+//! Writing adapters: uploads in bulk, deletion, rollback.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use sqlx::{Row as _, any::AnyRow};
+
+use super::{
+    AdapterRecord, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
+    rows::RowsSql,
+    writer::{PutResults, Tx},
+};
+use crate::types::{AdapterId, Generation, TenantId};
+
+static EXISTING: RowsSql = RowsSql::new(
+    "SELECT a.id, a.tenant, a.name, a.public, a.metadata, a.created_at, g.generation \
+     FROM adapters a JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
+     WHERE a.deleted = 0 AND (a.tenant, a.name) IN (VALUES",
+    2,
+    ")",
+);
+static TENANTS: RowsSql = RowsSql::new("SELECT id, name FROM tenants WHERE deleted = 0 AND id IN (VALUES", 1, ")");
+static INSERT_ADAPTERS: RowsSql = RowsSql::new(
+    "INSERT INTO adapters (id, tenant, name, seq, public, metadata, created_at, updated_at, change_seq) VALUES",
+    9,
+    "",
+);
+static INSERT_GENERATIONS: RowsSql = RowsSql::new(
+    "INSERT INTO generations \
+     (adapter, seq, generation, data, dtype, scheme, signs, fingerprint, forced_onto, created_at) VALUES",
+    10,
+    "",
+);
+
+/// An adapter that an upload's name points at.
+struct Existing {
+    id: AdapterId,
+    public: bool,
+    metadata: String,
+    created_at: i64,
+    generation: Generation,
+}
+
+/// A generation on its way into the table.
+struct NewGeneration {
+    adapter: AdapterId,
+    seq: i64,
+    scheme: i64,
+    signs: Option<i64>,
+    contents: Contents,
+}
+
+type Key = (TenantId, String);
+
+impl Tx<'_> {
+    /// Writes uploads in order; each succeeds or fails by itself.
+    pub(super) async fn put_adapters(&mut self, items: Vec<NewAdapter>) -> Result<PutResults> {
+        let mut results = Vec::with_capacity(items.len());
+        let mut round: Vec<NewAdapter> = Vec::new();
+        let mut names: HashSet<Key> = HashSet::new();
+        for item in items {
+            // A round has each name once; what needs questions of its own is a round by itself.
+            let special = item.idempotency.is_some() || item.public == Some(true);
+            let key = (item.tenant, item.name.clone());
+            if special || names.contains(&key) {
+                self.put_round(std::mem::take(&mut round), &mut results).await?;
+                names.clear();
+            }
+            if special {
+                results.push(self.put_special(item).await?);
+            } else {
+                names.insert(key);
+                round.push(item);
+            }
+        }
+        self.put_round(round, &mut results).await?;
+        Ok(results)
+    }
+
+    /// An upload that may be a retry, or claims a public name.
+    async fn put_special(&mut self, item: NewAdapter) -> Result<Result<Stored>> {
+        let idempotency = item.idempotency.clone();
+        let tenant = item.tenant;
+        if let Some(known) = &idempotency {
+            match idempotency::answer(self.connection, tenant, known.route, &known.key, &known.request_hash).await {
+                Ok(Some(response)) => return Ok(Ok(Stored::Replayed(response))),
+                Ok(None) => {}
+                Err(error) if error.is_fatal() => return Err(error),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        if item.public == Some(true) && self.public_name_is_taken(tenant, &item.name).await? {
+            return Ok(Err(StoreError::PublicNameTaken));
+        }
+        let mut results = Vec::with_capacity(1);
+        self.put_round(vec![item], &mut results).await?;
+        let result = results.pop().unwrap_or(Err(StoreError::Closed));
+        if let (Some(new), Ok(Stored::New { record, .. })) = (idempotency, &result) {
+            self.keep_answer(tenant, &new, (new.respond)(record)).await?;
+        }
+        Ok(result)
+    }
+
+    async fn public_name_is_taken(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
+        let row =
+            sqlx::query("SELECT id FROM adapters WHERE public = 1 AND deleted = 0 AND name = $1 AND tenant <> $2")
+                .bind(name)
+                .bind(tenant.0)
+                .fetch_optional(&mut *self.connection)
+                .await?;
+        Ok(row.is_some())
+    }
+
+    /// Uploads of distinct names: the new ones are inserted together.
+    async fn put_round(&mut self, items: Vec<NewAdapter>, results: &mut PutResults) -> Result<()> {
+        if items.is_empty() {
+            return Ok(());
+        }
+        let tenants = self.tenant_names(&items).await?;
+        let mut existing = self.existing(&items).await?;
+        let mut created: Vec<AdapterRecord> = Vec::new();
+        let mut generations: Vec<NewGeneration> = Vec::new();
+        for item in items {
+            let key = (item.tenant, item.name.clone());
+            let result = match (tenants.get(&item.tenant), existing.remove(&key), item.on_conflict) {
+                (None, ..) => Err(StoreError::TenantNotFound),
+                (_, Some(_), OnConflict::Error) => Err(StoreError::NameTaken),
+                (_, None, OnConflict::Replace(_)) => Err(StoreError::AdapterNotFound),
+                (_, Some(old), OnConflict::Replace(Some(expected))) if old.generation != expected => {
+                    Err(StoreError::GenerationMismatch { current: old.generation })
+                }
+                (Some(owner), Some(old), _) => {
+                    let replaced = Some(old.generation);
+                    let record = self.replace(item, old, owner.clone()).await?;
+                    Ok(Stored::New { record, replaced })
+                }
+                (Some(owner), None, _) => {
+                    let scheme = self.intern_scheme(&item.contents.scheme).await?;
+                    let signs = match &item.contents.signs {
+                        Some(mask) => Some(self.intern_signs(mask).await?),
+                        None => None,
+                    };
+                    let adapter = AdapterId(self.next_seq());
+                    let record = self.new_record(adapter, item, owner.clone());
+                    generations.push(NewGeneration {
+                        adapter,
+                        seq: 1,
+                        scheme,
+                        signs,
+                        contents: record.contents.clone(),
+                    });
+                    created.push(record.clone());
+                    Ok(Stored::New { record, replaced: None })
+                }
+            };
+            results.push(result);
+        }
+        self.insert_adapters(&created).await?;
+        self.insert_generations(&generations).await
+    }
+
+    fn new_record(&self, id: AdapterId, item: NewAdapter, owner: Arc<str>) -> AdapterRecord {
+        AdapterRecord {
+            id,
+            tenant: item.tenant,
+            owner,
+            name: item.name,
+            public: item.public.unwrap_or(false),
+            metadata: item.metadata.unwrap_or_else(|| "{}".to_owned()),
+            created_at: self.now,
+            updated_at: self.now,
+            contents: item.contents,
+        }
+    }
+
+    async fn tenant_names(&mut self, items: &[NewAdapter]) -> Result<HashMap<TenantId, Arc<str>>> {
+        let mut ids: Vec<TenantId> = items.iter().map(|item| item.tenant).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let mut names = HashMap::with_capacity(ids.len());
+        for (sql, size, piece) in TENANTS.padded(&ids) {
+            let mut query = sqlx::query(sql);
+            for id in fill(piece, size) {
+                query = query.bind(id.0);
+            }
+            for row in query.fetch_all(&mut *self.connection).await? {
+                names.insert(TenantId(row.try_get(0)?), row.try_get::<&str, _>(1)?.into());
+            }
+        }
+        Ok(names)
+    }
+
+    async fn existing(&mut self, items: &[NewAdapter]) -> Result<HashMap<Key, Existing>> {
+        let mut found = HashMap::new();
+        for (sql, size, piece) in EXISTING.padded(items) {
+            let mut query = sqlx::query(sql);
+            for item in fill(piece, size) {
+                query = query.bind(item.tenant.0).bind(&*item.name);
+            }
+            for row in query.fetch_all(&mut *self.connection).await? {
+                let (key, existing) = decode_existing(&row)?;
+                found.insert(key, existing);
+            }
+        }
+        Ok(found)
+    }
+
+    async fn insert_adapters(&mut self, created: &[AdapterRecord]) -> Result<()> {
+        for (sql, piece) in INSERT_ADAPTERS.exact(created) {
+            let mut query = sqlx::query(sql);
+            for record in piece {
+                query = query
+                    .bind(record.id.0)
+                    .bind(record.tenant.0)
+                    .bind(&*record.name)
+                    .bind(1i64)
+                    .bind(i64::from(record.public))
+                    .bind(&*record.metadata)
+                    .bind(record.created_at)
+                    .bind(record.updated_at)
+                    .bind(record.id.0);
+            }
+            query.execute(&mut *self.connection).await?;
+        }
+        Ok(())
+    }
+
+    async fn insert_generations(&mut self, generations: &[NewGeneration]) -> Result<()> {
+        for (sql, piece) in INSERT_GENERATIONS.exact(generations) {
+            let mut query = sqlx::query(sql);
+            for new in piece {
+                query = query
+                    .bind(new.adapter.0)
+                    .bind(new.seq)
+                    .bind(&new.contents.generation.0[..])
+                    .bind(&*new.contents.data)
+                    .bind(&*new.contents.dtype)
+                    .bind(new.scheme)
+                    .bind(new.signs)
+                    .bind(&new.contents.fingerprint.0[..])
+                    .bind(new.contents.forced_onto.map(|base| base.0.to_vec()))
+                    .bind(self.now);
+            }
+            query.execute(&mut *self.connection).await?;
+        }
+        Ok(())
+    }
+
+    /// Another generation for an adapter that exists. One that it had before is pointed at again.
+    async fn replace(&mut self, item: NewAdapter, old: Existing, owner: Arc<str>) -> Result<AdapterRecord> {
+        let scheme = self.intern_scheme(&item.contents.scheme).await?;
+        let signs = match &item.contents.signs {
+            Some(mask) => Some(self.intern_signs(mask).await?),
+            None => None,
+        };
+        let row = sqlx::query(
+            "SELECT MAX(seq), MAX(CASE WHEN generation = $2 THEN seq END) FROM generations WHERE adapter = $1",
+        )
+        .bind(old.id.0)
+        .bind(&item.contents.generation.0[..])
+        .fetch_one(&mut *self.connection)
+        .await?;
+        let (last, same): (i64, Option<i64>) = (row.try_get(0)?, row.try_get(1)?);
+        let seq = same.unwrap_or(last + 1);
+        if same.is_none() {
+            let contents = item.contents.clone();
+            self.insert_generations(&[NewGeneration { adapter: old.id, seq, scheme, signs, contents }]).await?;
+        } else {
+            sqlx::query("UPDATE generations SET forced_onto = $1 WHERE adapter = $2 AND seq = $3")
+                .bind(item.contents.forced_onto.map(|base| base.0.to_vec()))
+                .bind(old.id.0)
+                .bind(seq)
+                .execute(&mut *self.connection)
+                .await?;
+        }
+        let record = AdapterRecord {
+            id: old.id,
+            tenant: item.tenant,
+            owner,
+            name: item.name,
+            public: item.public.unwrap_or(old.public),
+            metadata: item.metadata.unwrap_or(old.metadata),
+            created_at: old.created_at,
+            updated_at: self.now,
+            contents: item.contents,
+        };
+        let change = self.next_seq();
+        sqlx::query(
+            "UPDATE adapters SET seq = $1, public = $2, metadata = $3, updated_at = $4, change_seq = $5 WHERE id = $6",
+        )
+        .bind(seq)
+        .bind(i64::from(record.public))
+        .bind(&*record.metadata)
+        .bind(self.now)
+        .bind(change)
+        .bind(record.id.0)
+        .execute(&mut *self.connection)
+        .await?;
+        Ok(record)
+    }
+
+    /// Erases an adapter's generations and metadata; a mark stays.
+    pub(super) async fn delete_adapter(&mut self, tenant: TenantId, name: &str) -> Result<AdapterId> {
+        let row = sqlx::query("SELECT id FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2")
+            .bind(tenant.0)
+            .bind(name)
+            .fetch_optional(&mut *self.connection)
+            .await?;
+        let id: i64 = row.ok_or(StoreError::AdapterNotFound)?.try_get(0)?;
+        sqlx::query("DELETE FROM generations WHERE adapter = $1").bind(id).execute(&mut *self.connection).await?;
+        let change = self.next_seq();
+        sqlx::query(
+            "UPDATE adapters SET deleted = 1, public = 0, metadata = '{}', updated_at = $1, change_seq = $2 WHERE id = $3",
+        )
+        .bind(self.now)
+        .bind(change)
+        .bind(id)
+        .execute(&mut *self.connection)
+        .await?;
+        self.erased = true;
+        Ok(AdapterId(id))
+    }
+
+    /// Points a name at a generation that it had before; gives the adapter and the generation that was current.
+    pub(super) async fn rollback(
+        &mut self,
+        tenant: TenantId,
+        name: &str,
+        generation: Generation,
+    ) -> Result<(AdapterRecord, Generation)> {
+        let old = decode::own_record(self.connection, tenant, name).await?.ok_or(StoreError::AdapterNotFound)?;
+        let row = sqlx::query("SELECT seq FROM generations WHERE adapter = $1 AND generation = $2")
+            .bind(old.id.0)
+            .bind(&generation.0[..])
+            .fetch_optional(&mut *self.connection)
+            .await?;
+        let seq: i64 = row.ok_or(StoreError::GenerationNotFound)?.try_get(0)?;
+        let change = self.next_seq();
+        sqlx::query("UPDATE adapters SET seq = $1, updated_at = $2, change_seq = $3 WHERE id = $4")
+            .bind(seq)
+            .bind(self.now)
+            .bind(change)
+            .bind(old.id.0)
+            .execute(&mut *self.connection)
+            .await?;
+        let record = decode::own_record(self.connection, tenant, name).await?.ok_or(StoreError::AdapterNotFound)?;
+        Ok((record, old.contents.generation))
+    }
+}
+
+/// A piece's items, and then its last one until there are `size`.
+fn fill<T>(piece: &[T], size: usize) -> impl Iterator<Item = &T> {
+    let last = piece.last();
+    piece.iter().chain(std::iter::repeat_with(move || last).flatten()).take(size)
+}
+
+fn decode_existing(row: &AnyRow) -> Result<(Key, Existing)> {
+    let key = (TenantId(row.try_get(1)?), row.try_get(2)?);
+    let existing = Existing {
+        id: AdapterId(row.try_get(0)?),
+        public: row.try_get::<i64, _>(3)? != 0,
+        metadata: row.try_get(4)?,
+        created_at: row.try_get(5)?,
+        generation: Generation(decode::array(row.try_get(6)?, "generation")?),
+    };
+    Ok((key, existing))
+}

@@ -1,0 +1,202 @@
+//! Opening a database: SQLite in a directory or PostgreSQL by URL, and bringing its tables up to date.
+
+use std::{path::Path, path::PathBuf, time::Duration};
+
+use sqlx::{
+    AnyConnection, AnyPool, ConnectOptions as _, Connection as _,
+    any::{AnyConnectOptions, AnyPoolOptions},
+    migrate::{MigrateError, Migrator},
+};
+
+use super::{Result, StoreError};
+
+static SQLITE: Migrator = sqlx::migrate!("src/store/migrations/sqlite");
+static POSTGRES: Migrator = sqlx::migrate!("src/store/migrations/postgres");
+
+/// The database's file in the data directory.
+pub const FILE_NAME: &str = "mote.db";
+
+/// How long a statement waits for another process (`mote keys`) to finish its write.
+const BUSY_MS: u32 = 10_000;
+
+/// Where the state is kept.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Location {
+    /// SQLite, in the file [`FILE_NAME`] of a directory that is made when it is not there.
+    Directory(PathBuf),
+    /// PostgreSQL, `postgres://user:password@host/database`.
+    Postgres(String),
+}
+
+/// It shows no password.
+impl std::fmt::Display for Location {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Location::Directory(path) => write!(f, "{}", path.join(FILE_NAME).display()),
+            Location::Postgres(url) => f.write_str(url.rsplit_once('@').map_or("postgres", |(_, host)| host)),
+        }
+    }
+}
+
+impl std::fmt::Debug for Location {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// What an acknowledged write survives. (PostgreSQL has its own setting, `synchronous_commit`.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sync {
+    /// The end of the process, kill -9 included.
+    #[default]
+    Process,
+    /// The loss of power too: every commit waits for the disk.
+    Full,
+}
+
+/// How to open the store.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// Where.
+    pub location: Location,
+    /// What a write survives.
+    pub sync: Sync,
+    /// Connections for reading, besides the one that writes.
+    pub readers: u32,
+}
+
+impl StoreConfig {
+    /// The usual configuration of a place.
+    pub fn new(location: Location) -> Self {
+        Self { location, sync: Sync::default(), readers: 4 }
+    }
+}
+
+/// Opens connections of one configuration.
+#[derive(Clone)]
+pub(super) struct Connector {
+    options: AnyConnectOptions,
+    pragmas: Option<String>,
+    location: String,
+}
+
+impl Connector {
+    pub(super) fn new(config: &StoreConfig) -> Result<Self> {
+        sqlx::any::install_default_drivers();
+        let location = config.location.to_string();
+        let failed = |cause: String| StoreError::Open { location: location.clone(), cause };
+        let (url, pragmas) = match &config.location {
+            Location::Directory(path) => {
+                let file = prepare_file(path).map_err(|error| failed(error.to_string()))?;
+                (sqlite_url(&file).map_err(failed)?, Some(pragmas(config.sync)))
+            }
+            Location::Postgres(url) if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
+                (url.clone(), None)
+            }
+            Location::Postgres(_) => return Err(failed("the URL does not begin with postgres://".into())),
+        };
+        let options: AnyConnectOptions = url.parse().map_err(|error: sqlx::Error| failed(error.to_string()))?;
+        // Statements carry adapters' names and hashes of keys; errors are logged where they are handled.
+        Ok(Self { options: options.disable_statement_logging(), pragmas, location })
+    }
+
+    pub(super) fn is_sqlite(&self) -> bool {
+        self.pragmas.is_some()
+    }
+
+    /// One connection.
+    pub(super) async fn connect(&self) -> Result<AnyConnection> {
+        let mut connection = self.options.connect().await.map_err(|error| self.failed(error))?;
+        self.set_up(&mut connection).await.map_err(|error| self.failed(error))?;
+        Ok(connection)
+    }
+
+    /// A pool for reading.
+    pub(super) async fn pool(&self, size: u32) -> Result<AnyPool> {
+        let this = self.clone();
+        AnyPoolOptions::new()
+            .max_connections(size.max(1))
+            .acquire_timeout(Duration::from_secs(30))
+            .test_before_acquire(!self.is_sqlite())
+            .after_connect(move |connection, _| {
+                let this = this.clone();
+                Box::pin(async move { this.set_up(connection).await })
+            })
+            .connect_with(self.options.clone())
+            .await
+            .map_err(|error| self.failed(error))
+    }
+
+    async fn set_up(&self, connection: &mut AnyConnection) -> std::result::Result<(), sqlx::Error> {
+        if let Some(pragmas) = &self.pragmas {
+            sqlx::raw_sql(sqlx::AssertSqlSafe(pragmas.clone())).execute(connection).await?;
+        }
+        Ok(())
+    }
+
+    /// How a writing transaction begins: SQLite takes the write lock at once, so that what is read in it stays true.
+    pub(super) fn begin_statement(&self) -> &'static str {
+        if self.is_sqlite() { "BEGIN IMMEDIATE" } else { "BEGIN" }
+    }
+
+    /// Brings the tables to the newest schema that this program knows.
+    pub(super) async fn migrate(&self, connection: &mut AnyConnection) -> Result<()> {
+        let migrator = if self.is_sqlite() { &SQLITE } else { &POSTGRES };
+        // One transaction under the write lock: of two processes that open a new directory, one waits for the other.
+        let mut tx = connection.begin_with(self.begin_statement()).await.map_err(|error| self.failed(error))?;
+        match migrator.run_direct(None, &mut *tx, false).await {
+            Ok(()) => tx.commit().await.map_err(|error| self.failed(error)),
+            Err(MigrateError::VersionMissing(found)) => {
+                let known = migrator.iter().map(|migration| migration.version).max().unwrap_or(0);
+                Err(StoreError::NewerSchema { found, known })
+            }
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    fn failed(&self, cause: impl std::fmt::Display) -> StoreError {
+        StoreError::Open { location: self.location.clone(), cause: cause.to_string() }
+    }
+}
+
+/// Makes the directory and the file, readable for their owner only when they are new.
+fn prepare_file(directory: &Path) -> std::io::Result<PathBuf> {
+    std::fs::create_dir_all(directory)?;
+    let file = std::path::absolute(directory)?.join(FILE_NAME);
+    let mut options = std::fs::OpenOptions::new();
+    // Never an existing one: closing it would drop the locks that this process may hold on it through SQLite.
+    options.create_new(true).write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    match options.open(&file) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(file),
+    }
+}
+
+/// A URL of a file, whatever characters its path has.
+fn sqlite_url(file: &Path) -> std::result::Result<String, String> {
+    let path = file.to_str().ok_or("the path is not UTF-8")?;
+    let mut url = String::from("sqlite://");
+    for byte in path.bytes() {
+        match byte {
+            b'/' | b'-' | b'.' | b'_' | b'~' => url.push(byte as char),
+            byte if byte.is_ascii_alphanumeric() => url.push(byte as char),
+            byte => url.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    Ok(url + "?mode=rw")
+}
+
+/// WAL: readers and the writer do not wait for each other, and a commit is one append. `secure_delete`: what is deleted is
+/// overwritten with zeros.
+fn pragmas(sync: Sync) -> String {
+    let sync = match sync {
+        Sync::Process => "NORMAL",
+        Sync::Full => "FULL",
+    };
+    format!(
+        "PRAGMA busy_timeout = {BUSY_MS}; PRAGMA journal_mode = WAL; PRAGMA synchronous = {sync}; \
+         PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768;"
+    )
+}

@@ -1,0 +1,87 @@
+//! What can go wrong with the store.
+
+use std::sync::Arc;
+
+use crate::types::Generation;
+
+/// A result of the store.
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+/// Why the store did not do as asked. Clonable, since one failed transaction answers many writers.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    /// The tenant has an adapter of that name.
+    #[error("the name is taken")]
+    NameTaken,
+    /// Somebody's public adapter has that name.
+    #[error("a public adapter has that name")]
+    PublicNameTaken,
+    /// The tenant has no such adapter.
+    #[error("no such adapter")]
+    AdapterNotFound,
+    /// The adapter never had that generation.
+    #[error("no such generation")]
+    GenerationNotFound,
+    /// The adapter's current generation is not the expected one.
+    #[error("the current generation is {current}")]
+    GenerationMismatch {
+        /// What it is.
+        current: Generation,
+    },
+    /// There is a tenant of that name.
+    #[error("the tenant exists")]
+    TenantExists,
+    /// There is no such tenant.
+    #[error("no such tenant")]
+    TenantNotFound,
+    /// The built-in tenant cannot be deleted.
+    #[error("the built-in tenant cannot be deleted")]
+    BuiltInTenant,
+    /// There is no such key.
+    #[error("no such key")]
+    KeyNotFound,
+    /// The idempotency key came before with another request.
+    #[error("the idempotency key was used with another request")]
+    IdempotencyMismatch,
+    /// The database was written by a newer program.
+    #[error(
+        "the database is at schema version {found}, and this program knows versions up to {known}: \
+         run the program that wrote it, or a newer one"
+    )]
+    NewerSchema {
+        /// The version found.
+        found: i64,
+        /// The newest version known here.
+        known: i64,
+    },
+    /// The database cannot be opened.
+    #[error("cannot open the database {location}: {cause}")]
+    Open {
+        /// Where it is, without secrets.
+        location: String,
+        /// Why.
+        cause: String,
+    },
+    /// The database refused a statement or went away.
+    #[error("database: {0}")]
+    Database(Arc<sqlx::Error>),
+    /// A row holds what the program never writes.
+    #[error("the database holds an invalid {0}")]
+    Corrupt(&'static str),
+    /// The store is closed.
+    #[error("the store is closed")]
+    Closed,
+}
+
+impl StoreError {
+    /// Did the transaction fail, and not just the request in it?
+    pub(super) fn is_fatal(&self) -> bool {
+        matches!(self, Self::Database(_) | Self::Corrupt(_) | Self::Closed)
+    }
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(Arc::new(error))
+    }
+}

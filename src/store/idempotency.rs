@@ -1,0 +1,71 @@
+//! Answers kept under the key of the request they answered, so that a retried request is the same request.
+
+use sqlx::{AnyConnection, Row as _};
+
+use super::{Idempotency, Result, Store, StoreError, decode, writer::Tx};
+use crate::types::TenantId;
+
+/// How long an answer is kept, in seconds.
+const KEEP: i64 = 24 * 60 * 60;
+
+/// The answer kept for a key, unless it was to another request.
+pub(super) async fn answer(
+    connection: &mut AnyConnection,
+    tenant: TenantId,
+    route: &str,
+    key: &str,
+    request_hash: &[u8; 32],
+) -> Result<Option<String>> {
+    let row =
+        sqlx::query("SELECT request_hash, response FROM idempotency WHERE tenant = $1 AND route = $2 AND key = $3")
+            .bind(tenant.0)
+            .bind(route)
+            .bind(key)
+            .fetch_optional(connection)
+            .await?;
+    let Some(row) = row else { return Ok(None) };
+    if decode::array::<32>(row.try_get(0)?, "request hash")? != *request_hash {
+        return Err(StoreError::IdempotencyMismatch);
+    }
+    Ok(Some(row.try_get(1)?))
+}
+
+impl Tx<'_> {
+    /// Keeps an answer, and drops those that are old.
+    pub(super) async fn keep_answer(&mut self, tenant: TenantId, of: &Idempotency, response: String) -> Result<()> {
+        sqlx::query("DELETE FROM idempotency WHERE created_at < $1")
+            .bind(self.now - KEEP)
+            .execute(&mut *self.connection)
+            .await?;
+        sqlx::query(
+            "INSERT INTO idempotency (tenant, route, key, request_hash, response, created_at) \
+             VALUES ($1, $2, $3, $4, $5, $6)",
+        )
+        .bind(tenant.0)
+        .bind(of.route)
+        .bind(&*of.key)
+        .bind(&of.request_hash[..])
+        .bind(response)
+        .bind(self.now)
+        .execute(&mut *self.connection)
+        .await?;
+        Ok(())
+    }
+}
+
+impl Store {
+    /// The answer kept for an idempotency key: asked before any work. The upload itself asks again in its transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::IdempotencyMismatch`] when the key came with another request.
+    pub async fn kept_answer(
+        &self,
+        tenant: TenantId,
+        route: &str,
+        key: &str,
+        request_hash: &[u8; 32],
+    ) -> Result<Option<String>> {
+        let mut connection = self.pool.acquire().await?;
+        answer(&mut connection, tenant, route, key, request_hash).await
+    }
+}

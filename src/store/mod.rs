@@ -1,0 +1,115 @@
+//! The state that survives: tenants, keys, adapters with their generations, in SQLite or PostgreSQL.
+//!
+//! One connection writes ([`writer`]), a few read. A write is answered after its commit, and so survives kill -9 (with
+//! [`Sync::Full`] the loss of power too). Every changed row takes a number of one rising sequence, in the order of commits.
+//!
+//! **Invariant.** Nothing else in the program does disk I/O for state.
+
+mod adapters;
+mod connect;
+mod decode;
+mod error;
+mod idempotency;
+mod intern;
+mod read;
+mod records;
+mod rows;
+mod tenants;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
+pub use error::{Result, StoreError};
+pub use records::{
+    AdapterRecord, Contents, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter, OnConflict, Stored,
+};
+pub use tenants::NewKey;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use sqlx::AnyPool;
+
+use crate::types::{AdapterId, Generation, TenantId};
+use connect::Connector;
+use writer::Writer;
+
+/// The open database. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    writer: Writer,
+    pool: AnyPool,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Store")
+    }
+}
+
+impl Store {
+    /// Opens the database, makes it when there is none, and brings its tables up to date.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] says what is wrong with the place, [`StoreError::NewerSchema`] that a newer program wrote it.
+    pub async fn open(config: StoreConfig) -> Result<Self> {
+        let connector = Connector::new(&config)?;
+        let mut connection = connector.connect().await?;
+        connector.migrate(&mut connection).await?;
+        let pool = connector.pool(config.readers).await?;
+        let writer = Writer::start(connector, connection);
+        Ok(Self { writer, pool })
+    }
+
+    /// Writes what is queued and closes the database. Later calls fail with [`StoreError::Closed`].
+    pub async fn close(&self) {
+        self.writer.close().await;
+        self.pool.close().await;
+    }
+
+    /// Writes one upload; those that arrive together share a commit.
+    ///
+    /// # Errors
+    /// [`StoreError::NameTaken`], [`StoreError::PublicNameTaken`], [`StoreError::AdapterNotFound`],
+    /// [`StoreError::GenerationMismatch`], [`StoreError::TenantNotFound`], [`StoreError::IdempotencyMismatch`].
+    pub async fn put_adapter(&self, new: NewAdapter) -> Result<Stored> {
+        self.put_adapters(vec![new]).await?.pop().unwrap_or(Err(StoreError::Closed))
+    }
+
+    /// Writes uploads in order in one transaction. Each succeeds or fails by itself, with the errors of
+    /// [`Self::put_adapter`]; the outer error is the database's, and then nothing was written.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn put_adapters(&self, new: Vec<NewAdapter>) -> Result<Vec<Result<Stored>>> {
+        self.writer.put(new).await
+    }
+
+    /// Erases an adapter with all its generations; gives its number.
+    ///
+    /// # Errors
+    /// [`StoreError::AdapterNotFound`].
+    pub async fn delete_adapter(&self, tenant: TenantId, name: &str) -> Result<AdapterId> {
+        let name = name.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.delete_adapter(tenant, &name).await })).await
+    }
+
+    /// Points a name at a generation it had before; gives the adapter as it is then, and the generation that was current.
+    ///
+    /// # Errors
+    /// [`StoreError::AdapterNotFound`], [`StoreError::GenerationNotFound`].
+    pub async fn rollback(
+        &self,
+        tenant: TenantId,
+        name: &str,
+        generation: Generation,
+    ) -> Result<(AdapterRecord, Generation)> {
+        let name = name.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.rollback(tenant, &name, generation).await })).await
+    }
+}
+
+/// Unix seconds.
+fn unix_now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}

@@ -1,0 +1,213 @@
+//! Reading adapters.
+
+use std::{collections::HashMap, sync::Arc};
+
+use futures::TryStreamExt as _;
+use sqlx::{AnyConnection, Connection as _, Row as _, any::AnyRow};
+
+use super::{
+    AdapterRecord, Contents, GenerationRecord, LoadedAdapter, Result, Store, StoreError,
+    decode::{self, select_records},
+};
+use crate::types::{AdapterId, Fingerprint, Generation, TenantId};
+
+/// Sorts after every name that begins with a prefix: names are ASCII.
+const AFTER_ALL: char = '\u{7f}';
+
+impl Store {
+    /// A tenant's own adapter.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn own_adapter(&self, tenant: TenantId, name: &str) -> Result<Option<AdapterRecord>> {
+        let mut connection = self.pool.acquire().await?;
+        decode::own_record(&mut connection, tenant, name).await
+    }
+
+    /// What a name means to a tenant: its own adapter, or else a public one.
+    ///
+    /// # Errors
+    /// [`StoreError::AdapterNotFound`].
+    pub async fn adapter(&self, tenant: TenantId, name: &str) -> Result<AdapterRecord> {
+        if let Some(own) = self.own_adapter(tenant, name).await? {
+            return Ok(own);
+        }
+        let row =
+            sqlx::query(select_records!("a.public = 1 AND a.name = $1")).bind(name).fetch_optional(&self.pool).await?;
+        decode::record(&row.ok_or(StoreError::AdapterNotFound)?)
+    }
+
+    /// What a tenant sees, in the order of names: at most `limit` adapters whose name begins with `prefix` and comes after
+    /// `after`. A public adapter under the name of an own one is not seen.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn list_adapters(
+        &self,
+        tenant: TenantId,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<AdapterRecord>> {
+        let end = format!("{prefix}{AFTER_ALL}");
+        let page = |sql: &'static str| {
+            sqlx::query(sql)
+                .bind(prefix.to_owned())
+                .bind(end.clone())
+                .bind(after.unwrap_or("").to_owned())
+                .bind(i64::from(limit))
+                .bind(tenant.0)
+        };
+        let own = page(select_records!(
+            "a.tenant = $5 AND a.name >= $1 AND a.name < $2 AND a.name > $3 ORDER BY a.name LIMIT $4"
+        ))
+        .fetch_all(&self.pool)
+        .await?;
+        let public = page(select_records!(
+            "a.public = 1 AND a.tenant <> $5 AND a.name >= $1 AND a.name < $2 AND a.name > $3 ORDER BY a.name LIMIT $4"
+        ))
+        .fetch_all(&self.pool)
+        .await?;
+        let mut records = own.iter().chain(&public).map(decode::record).collect::<Result<Vec<_>>>()?;
+        // Stable: of one name the own comes first.
+        records.sort_by(|a, b| a.name.cmp(&b.name));
+        records.dedup_by(|public, own| public.name == own.name);
+        records.truncate(limit as usize);
+        Ok(records)
+    }
+
+    /// The name of an adapter that a tenant sees, by its number.
+    ///
+    /// # Errors
+    /// [`StoreError::AdapterNotFound`].
+    pub async fn adapter_name(&self, tenant: TenantId, id: AdapterId) -> Result<String> {
+        let row =
+            sqlx::query("SELECT name FROM adapters WHERE id = $1 AND deleted = 0 AND (tenant = $2 OR public = 1)")
+                .bind(id.0)
+                .bind(tenant.0)
+                .fetch_optional(&self.pool)
+                .await?;
+        Ok(row.ok_or(StoreError::AdapterNotFound)?.try_get(0)?)
+    }
+
+    /// Every generation of an adapter, newest upload first.
+    ///
+    /// # Errors
+    /// Only the database's. An adapter that is gone has none.
+    pub async fn generations(&self, adapter: AdapterId) -> Result<Vec<GenerationRecord>> {
+        let rows = sqlx::query(
+            "SELECT g.seq, CASE WHEN g.seq = a.seq THEN 1 ELSE 0 END, g.created_at, \
+             g.generation, g.data, g.dtype, s.json, m.mask, g.fingerprint, g.forced_onto \
+             FROM generations g JOIN adapters a ON a.id = g.adapter \
+             JOIN schemes s ON s.id = g.scheme LEFT JOIN signs m ON m.id = g.signs \
+             WHERE g.adapter = $1 AND a.deleted = 0 ORDER BY g.seq DESC",
+        )
+        .bind(adapter.0)
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(generation_record).collect()
+    }
+
+    /// Gives every adapter to `each`, in no order; at start. What is interned in the database is shared in memory.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn load_all(&self, mut each: impl FnMut(LoadedAdapter)) -> Result<u64> {
+        let mut connection = self.pool.acquire().await?;
+        // One snapshot: the schemes are those of the adapters read after them.
+        let begin = match connection.backend_name() {
+            "PostgreSQL" => "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+            _ => "BEGIN",
+        };
+        let mut tx = connection.begin_with(begin).await?;
+        let schemes = schemes(&mut tx).await?;
+        let masks = masks(&mut tx).await?;
+        let mut count = 0;
+        let mut rows = sqlx::query(
+            "SELECT a.id, a.tenant, a.name, a.public, g.generation, g.data, g.dtype, g.scheme, g.signs, \
+             g.fingerprint, g.forced_onto \
+             FROM adapters a JOIN generations g ON g.adapter = a.id AND g.seq = a.seq WHERE a.deleted = 0",
+        )
+        .fetch(&mut *tx);
+        while let Some(row) = rows.try_next().await? {
+            each(loaded(&row, &schemes, &masks)?);
+            count += 1;
+        }
+        drop(rows);
+        tx.commit().await?;
+        Ok(count)
+    }
+
+    /// A fact about the whole store, such as the base it was last opened on.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn meta(&self, name: &str) -> Result<Option<String>> {
+        let row = sqlx::query("SELECT value FROM meta WHERE name = $1").bind(name).fetch_optional(&self.pool).await?;
+        Ok(row.map(|row| row.try_get(0)).transpose()?)
+    }
+
+    /// Notes a fact about the whole store.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn set_meta(&self, name: &'static str, value: String) -> Result<()> {
+        self.writer
+            .job(move |tx| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "INSERT INTO meta (name, value) VALUES ($1, $2) \
+                         ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                    )
+                    .bind(name)
+                    .bind(value)
+                    .execute(&mut *tx.connection)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+}
+
+async fn schemes(connection: &mut AnyConnection) -> Result<HashMap<i64, Arc<str>>> {
+    let rows = sqlx::query("SELECT id, json FROM schemes").fetch_all(connection).await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get::<&str, _>(1)?.into()))).collect()
+}
+
+async fn masks(connection: &mut AnyConnection) -> Result<HashMap<i64, Arc<[u8]>>> {
+    let rows = sqlx::query("SELECT id, mask FROM signs").fetch_all(connection).await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get::<&[u8], _>(1)?.into()))).collect()
+}
+
+fn loaded(row: &AnyRow, schemes: &HashMap<i64, Arc<str>>, masks: &HashMap<i64, Arc<[u8]>>) -> Result<LoadedAdapter> {
+    let scheme = schemes.get(&row.try_get(7)?).ok_or(StoreError::Corrupt("scheme"))?;
+    let signs = match row.try_get::<Option<i64>, _>(8)? {
+        Some(id) => Some(masks.get(&id).ok_or(StoreError::Corrupt("sign mask"))?.clone()),
+        None => None,
+    };
+    Ok(LoadedAdapter {
+        id: AdapterId(row.try_get(0)?),
+        tenant: TenantId(row.try_get(1)?),
+        name: row.try_get(2)?,
+        public: row.try_get::<i64, _>(3)? != 0,
+        contents: Contents {
+            generation: Generation(decode::array(row.try_get(4)?, "generation")?),
+            data: row.try_get(5)?,
+            dtype: row.try_get(6)?,
+            scheme: scheme.clone(),
+            signs,
+            fingerprint: Fingerprint(decode::array(row.try_get(9)?, "fingerprint")?),
+            forced_onto: decode::forced_onto(row.try_get(10)?)?,
+        },
+    })
+}
+
+fn generation_record(row: &AnyRow) -> Result<GenerationRecord> {
+    Ok(GenerationRecord {
+        seq: row.try_get(0)?,
+        current: row.try_get::<i64, _>(1)? != 0,
+        created_at: row.try_get(2)?,
+        contents: decode::contents(row, 3)?,
+    })
+}

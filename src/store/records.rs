@@ -1,0 +1,138 @@
+//! What goes into the store and what comes out.
+
+use std::sync::Arc;
+
+use crate::types::{AdapterId, Fingerprint, Generation, TenantId};
+
+/// What an adapter holds: everything that its generation is the hash of, and how it was written down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contents {
+    /// The hash of numbers, full scheme, sign mask and base.
+    pub generation: Generation,
+    /// The numbers as uploaded.
+    pub data: Vec<u8>,
+    /// How `data` is written: bf16 or f32.
+    pub dtype: String,
+    /// The full scheme, canonical JSON. Interned.
+    pub scheme: Arc<str>,
+    /// The sign mask of an imported checkpoint. Interned.
+    pub signs: Option<Arc<[u8]>>,
+    /// The base under which the numbers were made.
+    pub fingerprint: Fingerprint,
+    /// The other base for which it was accepted by force: there it means nearly what it meant.
+    pub forced_onto: Option<Fingerprint>,
+}
+
+/// What to do about a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnConflict {
+    /// The name must be free.
+    Error,
+    /// A new adapter, or a new generation of the one there is.
+    NewGeneration,
+    /// A new generation of an adapter that must exist, and have this current generation if one is named.
+    Replace(Option<Generation>),
+}
+
+/// An upload.
+#[derive(Debug, Clone)]
+pub struct NewAdapter {
+    /// The owner.
+    pub tenant: TenantId,
+    /// A checked name.
+    pub name: String,
+    /// Visible to every tenant? None leaves an adapter that exists as it is.
+    pub public: Option<bool>,
+    /// A JSON object. None leaves that of an adapter that exists.
+    pub metadata: Option<String>,
+    /// The numbers.
+    pub contents: Contents,
+    /// What to do when the name is taken.
+    pub on_conflict: OnConflict,
+    /// Makes a retried upload the same upload.
+    pub idempotency: Option<Idempotency>,
+}
+
+/// Under which key an upload happens once, and what to answer when it comes again.
+#[derive(Clone)]
+pub struct Idempotency {
+    /// The route, method included.
+    pub route: &'static str,
+    /// The client's key.
+    pub key: String,
+    /// Another hash under the same key is an error.
+    pub request_hash: [u8; 32],
+    /// The answer to keep, made of what was stored.
+    pub respond: Arc<dyn Fn(&AdapterRecord) -> String + Send + Sync>,
+}
+
+impl std::fmt::Debug for Idempotency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Idempotency").field("route", &self.route).finish_non_exhaustive()
+    }
+}
+
+/// What became of an upload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stored {
+    /// It was written.
+    New {
+        /// The adapter as it is now.
+        record: AdapterRecord,
+        /// The generation that was current before, of an adapter that existed.
+        replaced: Option<Generation>,
+    },
+    /// It had been written before under the same idempotency key, and this was the answer.
+    Replayed(String),
+}
+
+/// An adapter and its current generation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterRecord {
+    /// Its number; a name deleted and uploaded again has a new one.
+    pub id: AdapterId,
+    /// The owner.
+    pub tenant: TenantId,
+    /// The owner's name.
+    pub owner: Arc<str>,
+    /// Its name.
+    pub name: String,
+    /// Visible to every tenant?
+    pub public: bool,
+    /// A JSON object.
+    pub metadata: String,
+    /// Unix seconds.
+    pub created_at: i64,
+    /// Unix seconds.
+    pub updated_at: i64,
+    /// The current generation.
+    pub contents: Contents,
+}
+
+/// An adapter as the registry needs it at start: without what only a display shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadedAdapter {
+    /// Its number.
+    pub id: AdapterId,
+    /// The owner.
+    pub tenant: TenantId,
+    /// Its name.
+    pub name: String,
+    /// Visible to every tenant?
+    pub public: bool,
+    /// The current generation.
+    pub contents: Contents,
+}
+
+/// One of the generations that an adapter has had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GenerationRecord {
+    /// 1, 2, ... in the order of uploads.
+    pub seq: i64,
+    /// Is it the one that the name points at?
+    pub current: bool,
+    /// Unix seconds.
+    pub created_at: i64,
+    /// What it holds.
+    pub contents: Contents,
+}

@@ -1,0 +1,87 @@
+//! Statements over many rows: `VALUES ($1, $2), ($3, $4), ...` in a few sizes, so that each is prepared once.
+
+use std::{fmt::Write as _, sync::OnceLock};
+
+use sqlx::{AssertSqlSafe, SqlSafeStr as _, SqlStr};
+
+/// Rows a statement may have. With up to 10 columns the largest stays under SQLite's 32,766 parameters and PostgreSQL's 65,535.
+const SIZES: [usize; 6] = [1024, 256, 64, 16, 4, 1];
+
+/// A statement with a list of rows in its middle.
+pub(super) struct RowsSql {
+    head: &'static str,
+    columns: usize,
+    tail: &'static str,
+    statements: [OnceLock<SqlStr>; SIZES.len()],
+}
+
+impl RowsSql {
+    /// `head`, rows of so many parameters, `tail`.
+    pub(super) const fn new(head: &'static str, columns: usize, tail: &'static str) -> Self {
+        Self { head, columns, tail, statements: [const { OnceLock::new() }; SIZES.len()] }
+    }
+
+    /// Cuts items into pieces that have a statement of exactly their size.
+    pub(super) fn exact<'a, T>(&'static self, mut items: &'a [T]) -> impl Iterator<Item = (SqlStr, &'a [T])> {
+        std::iter::from_fn(move || {
+            let index = SIZES.iter().position(|size| *size <= items.len())?;
+            let (piece, rest) = items.split_at(SIZES[index]);
+            items = rest;
+            Some((self.statement(index), piece))
+        })
+    }
+
+    /// Cuts items into pieces and gives the smallest statement that holds each, with its size: the caller repeats the last item to
+    /// fill it. For statements in which a repeated row changes nothing.
+    pub(super) fn padded<'a, T>(&'static self, items: &'a [T]) -> impl Iterator<Item = (SqlStr, usize, &'a [T])> {
+        items.chunks(SIZES[0]).map(|piece| {
+            // The sizes fall, and a piece is no larger than the first.
+            let index = SIZES.iter().rposition(|size| *size >= piece.len()).unwrap_or(0);
+            (self.statement(index), SIZES[index], piece)
+        })
+    }
+
+    fn statement(&self, index: usize) -> SqlStr {
+        self.statements[index].get_or_init(|| self.build(SIZES[index])).clone()
+    }
+
+    fn build(&self, rows: usize) -> SqlStr {
+        let mut sql = String::from(self.head);
+        for row in 0..rows {
+            sql.push_str(if row == 0 { " (" } else { ", (" });
+            for column in 0..self.columns {
+                let separator = if column == 0 { "" } else { ", " };
+                // Writing to a String does not fail.
+                let _ = write!(sql, "{separator}${}", row * self.columns + column + 1);
+            }
+            sql.push(')');
+        }
+        sql.push_str(self.tail);
+        AssertSqlSafe(sql).into_sql_str()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static SQL: RowsSql = RowsSql::new("VALUES", 2, ";");
+
+    #[test]
+    fn pieces_cover_every_item_once() {
+        for count in [0, 1, 3, 4, 5, 63, 64, 100, 1023, 1024, 5000] {
+            let items: Vec<usize> = (0..count).collect();
+            let exact: Vec<usize> = SQL.exact(&items).flat_map(|(_, piece)| piece.to_vec()).collect();
+            assert_eq!(exact, items);
+            let mut padded = Vec::new();
+            for (sql, size, piece) in SQL.padded(&items) {
+                assert!(piece.len() <= size);
+                assert!(sql.as_str().ends_with(&format!("${});", 2 * size)));
+                padded.extend_from_slice(piece);
+            }
+            assert_eq!(padded, items);
+        }
+        let (sql, ..) = SQL.padded(&[0, 1]).next().unwrap();
+        assert_eq!(sql.as_str(), "VALUES ($1, $2), ($3, $4), ($5, $6), ($7, $8);");
+    }
+}

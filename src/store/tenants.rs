@@ -1,0 +1,281 @@
+//! Tenants and their keys.
+
+use futures::future::BoxFuture;
+use sqlx::{Row as _, any::AnyRow};
+
+use super::{Result, Store, StoreError, decode, writer::Tx};
+use crate::{
+    tenant::{ApiKey, BUILT_IN_TENANT, KeyHash, KeyRecord, KeySource, KeySourceError, Role, Tenant},
+    types::TenantId,
+};
+
+/// Keys with their owners, as [`key_record`] reads them.
+macro_rules! select_keys {
+    ($condition:literal) => {
+        concat!(
+            "SELECT k.id, k.tenant, t.name, k.hash, k.prefix, k.role, k.created_at, k.expires_at, k.revoked_at, \
+             k.last_used_at FROM keys k JOIN tenants t ON t.id = k.tenant WHERE t.deleted = 0 AND ",
+            $condition
+        )
+    };
+}
+
+fn key_record(row: &AnyRow) -> Result<KeyRecord> {
+    Ok(KeyRecord {
+        id: row.try_get(0)?,
+        tenant: TenantId(row.try_get(1)?),
+        tenant_name: row.try_get(2)?,
+        hash: KeyHash(decode::array(row.try_get(3)?, "key hash")?),
+        prefix: row.try_get(4)?,
+        role: row.try_get::<&str, _>(5)?.parse().map_err(|_| StoreError::Corrupt("role"))?,
+        created_at: row.try_get(6)?,
+        expires_at: row.try_get(7)?,
+        revoked_at: row.try_get(8)?,
+        last_used_at: row.try_get(9)?,
+    })
+}
+
+fn tenant(row: &AnyRow) -> Result<Tenant> {
+    Ok(Tenant { id: TenantId(row.try_get(0)?), name: row.try_get(1)?, created_at: row.try_get(2)? })
+}
+
+/// A key to be made known.
+#[derive(Debug, Clone)]
+pub struct NewKey {
+    /// Its hash and its first characters are kept.
+    pub key: ApiKey,
+    /// The owner's name.
+    pub tenant: String,
+    /// Make the tenant when there is none of that name?
+    pub create_tenant: bool,
+    /// What it may do.
+    pub role: Role,
+    /// Unix seconds from which it no longer works.
+    pub expires_at: Option<i64>,
+    /// Only if no key was ever made: for the first admin key, of which two starts at once must make one.
+    pub only_first: bool,
+}
+
+impl Tx<'_> {
+    async fn living_tenant(&mut self, name: &str) -> Result<Option<Tenant>> {
+        let row = sqlx::query("SELECT id, name, created_at FROM tenants WHERE deleted = 0 AND name = $1")
+            .bind(name)
+            .fetch_optional(&mut *self.connection)
+            .await?;
+        row.as_ref().map(tenant).transpose()
+    }
+
+    async fn create_tenant(&mut self, name: String) -> Result<Tenant> {
+        if self.living_tenant(&name).await?.is_some() {
+            return Err(StoreError::TenantExists);
+        }
+        let id = self.next_seq();
+        sqlx::query("INSERT INTO tenants (id, name, created_at, change_seq) VALUES ($1, $2, $3, $4)")
+            .bind(id)
+            .bind(&*name)
+            .bind(self.now)
+            .bind(id)
+            .execute(&mut *self.connection)
+            .await?;
+        Ok(Tenant { id: TenantId(id), name, created_at: self.now })
+    }
+
+    async fn delete_tenant(&mut self, name: &str) -> Result<TenantId> {
+        let id = self.living_tenant(name).await?.ok_or(StoreError::TenantNotFound)?.id;
+        if id == BUILT_IN_TENANT {
+            return Err(StoreError::BuiltInTenant);
+        }
+        let (now, change) = (self.now, self.next_seq());
+        // Without contents first, since generations point at adapters.
+        for sql in [
+            "DELETE FROM generations WHERE adapter IN (SELECT id FROM adapters WHERE tenant = $1)",
+            "DELETE FROM idempotency WHERE tenant = $1",
+            "DELETE FROM keys WHERE tenant = $1",
+        ] {
+            sqlx::query(sql).bind(id.0).execute(&mut *self.connection).await?;
+        }
+        sqlx::query(
+            "UPDATE adapters SET deleted = 1, public = 0, metadata = '{}', updated_at = $1, change_seq = $2 \
+             WHERE tenant = $3 AND deleted = 0",
+        )
+        .bind(now)
+        .bind(change)
+        .bind(id.0)
+        .execute(&mut *self.connection)
+        .await?;
+        sqlx::query("UPDATE tenants SET deleted = 1, change_seq = $1 WHERE id = $2")
+            .bind(change)
+            .bind(id.0)
+            .execute(&mut *self.connection)
+            .await?;
+        self.erased = true;
+        Ok(id)
+    }
+
+    async fn create_key(&mut self, new: NewKey) -> Result<Option<KeyRecord>> {
+        if new.only_first
+            && sqlx::query("SELECT id FROM keys LIMIT 1").fetch_optional(&mut *self.connection).await?.is_some()
+        {
+            return Ok(None);
+        }
+        let tenant = match self.living_tenant(&new.tenant).await? {
+            Some(tenant) => tenant,
+            None if new.create_tenant => self.create_tenant(new.tenant).await?,
+            None => return Err(StoreError::TenantNotFound),
+        };
+        let change = self.next_seq();
+        let record = KeyRecord {
+            // Of the hash: unique, and tells nothing about the key.
+            id: format!("key_{}", hex(&new.key.hash().0[..8])),
+            tenant: tenant.id,
+            tenant_name: tenant.name,
+            hash: new.key.hash(),
+            prefix: new.key.visible_prefix().to_owned(),
+            role: new.role,
+            created_at: self.now,
+            expires_at: new.expires_at,
+            revoked_at: None,
+            last_used_at: None,
+        };
+        sqlx::query(
+            "INSERT INTO keys (id, tenant, hash, prefix, role, created_at, expires_at, change_seq) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        )
+        .bind(&*record.id)
+        .bind(record.tenant.0)
+        .bind(&record.hash.0[..])
+        .bind(&*record.prefix)
+        .bind(record.role.as_str())
+        .bind(record.created_at)
+        .bind(record.expires_at)
+        .bind(change)
+        .execute(&mut *self.connection)
+        .await?;
+        Ok(Some(record))
+    }
+
+    async fn revoke_key(&mut self, id: &str) -> Result<()> {
+        let (now, change) = (self.now, self.next_seq());
+        let done = sqlx::query("UPDATE keys SET revoked_at = COALESCE(revoked_at, $1), change_seq = $2 WHERE id = $3")
+            .bind(now)
+            .bind(change)
+            .bind(id)
+            .execute(&mut *self.connection)
+            .await?;
+        if done.rows_affected() == 0 { Err(StoreError::KeyNotFound) } else { Ok(()) }
+    }
+
+    async fn touch_key(&mut self, id: &str, at: i64) -> Result<()> {
+        let change = self.next_seq();
+        sqlx::query("UPDATE keys SET last_used_at = $1, change_seq = $2 WHERE id = $3")
+            .bind(at)
+            .bind(change)
+            .bind(id)
+            .execute(&mut *self.connection)
+            .await?;
+        Ok(())
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Store {
+    /// A new tenant with a checked name.
+    ///
+    /// # Errors
+    /// [`StoreError::TenantExists`].
+    pub async fn create_tenant(&self, name: &str) -> Result<Tenant> {
+        let name = name.to_owned();
+        self.writer.job(move |tx| Box::pin(tx.create_tenant(name))).await
+    }
+
+    /// Erases a tenant with its keys and adapters; gives its number.
+    ///
+    /// # Errors
+    /// [`StoreError::TenantNotFound`], [`StoreError::BuiltInTenant`].
+    pub async fn delete_tenant(&self, name: &str) -> Result<TenantId> {
+        let name = name.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.delete_tenant(&name).await })).await
+    }
+
+    /// The tenant of a name.
+    ///
+    /// # Errors
+    /// [`StoreError::TenantNotFound`].
+    pub async fn tenant(&self, name: &str) -> Result<Tenant> {
+        let row = sqlx::query("SELECT id, name, created_at FROM tenants WHERE deleted = 0 AND name = $1")
+            .bind(name)
+            .fetch_optional(&self.pool)
+            .await?;
+        tenant(&row.ok_or(StoreError::TenantNotFound)?)
+    }
+
+    /// At most `limit` tenants in the order of their names, those after `after`.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn tenants(&self, after: Option<&str>, limit: u32) -> Result<Vec<Tenant>> {
+        let rows = sqlx::query(
+            "SELECT id, name, created_at FROM tenants WHERE deleted = 0 AND name > $1 ORDER BY name LIMIT $2",
+        )
+        .bind(after.unwrap_or(""))
+        .bind(i64::from(limit))
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(tenant).collect()
+    }
+
+    /// Makes a key known. None: it was to be the first, and is not.
+    ///
+    /// # Errors
+    /// [`StoreError::TenantNotFound`].
+    pub async fn create_key(&self, new: NewKey) -> Result<Option<KeyRecord>> {
+        self.writer.job(move |tx| Box::pin(tx.create_key(new))).await
+    }
+
+    /// Ends a key; it stays listed. Revoking again changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyNotFound`].
+    pub async fn revoke_key(&self, id: &str) -> Result<()> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.revoke_key(&id).await })).await
+    }
+
+    /// A key by its public identifier.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyNotFound`].
+    pub async fn key(&self, id: &str) -> Result<KeyRecord> {
+        let row = sqlx::query(select_keys!("k.id = $1")).bind(id).fetch_optional(&self.pool).await?;
+        key_record(&row.ok_or(StoreError::KeyNotFound)?)
+    }
+
+    /// The keys of a tenant, oldest first, revoked ones too.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn keys(&self, tenant: TenantId) -> Result<Vec<KeyRecord>> {
+        let rows = sqlx::query(select_keys!("k.tenant = $1 ORDER BY k.created_at, k.id"))
+            .bind(tenant.0)
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter().map(key_record).collect()
+    }
+}
+
+impl KeySource for Store {
+    fn key_by_hash(&self, hash: KeyHash) -> BoxFuture<'_, std::result::Result<Option<KeyRecord>, KeySourceError>> {
+        Box::pin(async move {
+            let row = sqlx::query(select_keys!("k.hash = $1")).bind(&hash.0[..]).fetch_optional(&self.pool).await;
+            let record = row.map_err(StoreError::from).and_then(|row| row.as_ref().map(key_record).transpose());
+            record.map_err(|error| KeySourceError(error.to_string()))
+        })
+    }
+
+    fn touch_key(&self, id: String, at: i64) {
+        self.writer.try_job(move |tx| Box::pin(async move { tx.touch_key(&id, at).await }));
+    }
+}

@@ -1,0 +1,321 @@
+//! The one writer: a task that puts whatever is waiting into one transaction, and answers after the commit.
+//!
+//! A commit costs far more than a row, so single uploads that arrive together share one; nobody waits for company,
+//! since the next group gathers while the last one is written.
+
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use sqlx::{AnyConnection, Connection as _, Row as _};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use super::{NewAdapter, Result, StoreError, Stored, connect::Connector, intern::Interner, unix_now};
+
+/// Jobs that may wait for the writer; more wait in their senders.
+const QUEUE: usize = 1024;
+
+/// Rows after which a group is closed, so that nobody waits long for a commit.
+const GROUP_ROWS: usize = 4096;
+
+/// Numbers of the change sequence that a job other than an upload may use.
+const SEQS_A_JOB: i64 = 4;
+
+/// After a deletion the log is emptied too (SQLite), but not more often than this.
+const ERASE_AFTER: Duration = Duration::from_secs(1);
+
+/// Uploads' results, in their order.
+pub(super) type PutResults = Vec<Result<Stored>>;
+
+/// A writing transaction and what all jobs in it share.
+pub(super) struct Tx<'c> {
+    pub(super) connection: &'c mut AnyConnection,
+    pub(super) interner: &'c mut Interner,
+    /// Unix seconds, one time for the whole group.
+    pub(super) now: i64,
+    /// Something was deleted that must not stay in the log either.
+    pub(super) erased: bool,
+    seq: i64,
+    seqs_end: i64,
+}
+
+impl Tx<'_> {
+    /// The next number of the change sequence.
+    pub(super) fn next_seq(&mut self) -> i64 {
+        self.seq += 1;
+        debug_assert!(self.seq <= self.seqs_end, "a job used more numbers than it announced");
+        self.seq
+    }
+}
+
+/// The senders' end.
+#[derive(Clone)]
+pub(super) struct Writer {
+    sender: mpsc::Sender<Message>,
+}
+
+impl Writer {
+    /// Starts the task on a connection whose tables are up to date.
+    pub(super) fn start(connector: Connector, connection: AnyConnection) -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let task = Task { connector, connection: Some(connection), interner: Interner::default(), erase_at: None };
+        tokio::spawn(task.run(receiver));
+        Self { sender }
+    }
+
+    /// Uploads, in order, all in one transaction.
+    pub(super) async fn put(&self, items: Vec<NewAdapter>) -> Result<PutResults> {
+        let (sender, receiver) = oneshot::channel();
+        let message = Message::Put { items, results: None, sender };
+        self.sender.send(message).await.map_err(|_| StoreError::Closed)?;
+        receiver.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// Any other write. `work` must have written nothing when it fails with an error that is not fatal.
+    pub(super) async fn job<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: for<'t> FnOnce(&'t mut Tx<'_>) -> BoxFuture<'t, Result<T>> + Send + 'static,
+    {
+        let (sender, receiver) = oneshot::channel();
+        let job = TypedJob { work: Some(work), result: None, sender };
+        self.sender.send(Message::Job(Box::new(job))).await.map_err(|_| StoreError::Closed)?;
+        receiver.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// A write whose loss nobody minds: dropped when the queue is full.
+    pub(super) fn try_job<F>(&self, work: F)
+    where
+        F: for<'t> FnOnce(&'t mut Tx<'_>) -> BoxFuture<'t, Result<()>> + Send + 'static,
+    {
+        let (sender, _) = oneshot::channel();
+        let _ = self.sender.try_send(Message::Job(Box::new(TypedJob { work: Some(work), result: None, sender })));
+    }
+
+    /// Ends the task after what is queued.
+    pub(super) async fn close(&self) {
+        let (sender, receiver) = oneshot::channel();
+        if self.sender.send(Message::Close(sender)).await.is_ok() {
+            let _ = receiver.await;
+        }
+    }
+}
+
+enum Message {
+    Put { items: Vec<NewAdapter>, results: Option<PutResults>, sender: oneshot::Sender<Result<PutResults>> },
+    Job(Box<dyn Job>),
+    Close(oneshot::Sender<()>),
+}
+
+impl Message {
+    fn rows(&self) -> usize {
+        match self {
+            Message::Put { items, .. } => items.len(),
+            _ => 1,
+        }
+    }
+
+    /// Numbers of the change sequence that it uses at most: an upload may also intern a scheme and a sign mask.
+    fn seqs(&self) -> i64 {
+        match self {
+            Message::Put { items, .. } => 3 * items.len() as i64,
+            _ => SEQS_A_JOB,
+        }
+    }
+
+    /// Tells the sender what happened; `failed` is why the whole group did not.
+    fn answer(self, failed: Option<&StoreError>) {
+        match self {
+            // A sender that is gone has lost interest.
+            Message::Put { results, sender, .. } => {
+                let _ = sender.send(outcome(results, failed));
+            }
+            Message::Job(job) => job.answer(failed),
+            Message::Close(sender) => {
+                let _ = sender.send(());
+            }
+        }
+    }
+}
+
+fn outcome<T>(result: Option<T>, failed: Option<&StoreError>) -> Result<T> {
+    match failed {
+        Some(error) => Err(error.clone()),
+        None => result.ok_or(StoreError::Closed),
+    }
+}
+
+/// A job that is not an upload: its work, then what became of it.
+trait Job: Send {
+    fn run<'t>(&'t mut self, tx: &'t mut Tx<'_>) -> BoxFuture<'t, Result<()>>;
+    fn answer(self: Box<Self>, failed: Option<&StoreError>);
+}
+
+struct TypedJob<T, F> {
+    work: Option<F>,
+    result: Option<Result<T>>,
+    sender: oneshot::Sender<Result<T>>,
+}
+
+impl<T, F> Job for TypedJob<T, F>
+where
+    T: Send + 'static,
+    F: for<'t> FnOnce(&'t mut Tx<'_>) -> BoxFuture<'t, Result<T>> + Send + 'static,
+{
+    fn run<'t>(&'t mut self, tx: &'t mut Tx<'_>) -> BoxFuture<'t, Result<()>> {
+        Box::pin(async move {
+            let Some(work) = self.work.take() else { return Ok(()) };
+            match work(tx).await {
+                Err(error) if error.is_fatal() => Err(error),
+                other => {
+                    self.result = Some(other);
+                    Ok(())
+                }
+            }
+        })
+    }
+
+    fn answer(self: Box<Self>, failed: Option<&StoreError>) {
+        let _ = self.sender.send(outcome(self.result, failed).and_then(|result| result));
+    }
+}
+
+struct Task {
+    connector: Connector,
+    /// None after it was lost.
+    connection: Option<AnyConnection>,
+    interner: Interner,
+    /// When the log is to be emptied.
+    erase_at: Option<Instant>,
+}
+
+impl Task {
+    async fn run(mut self, mut receiver: mpsc::Receiver<Message>) {
+        while let Some(first) = self.next(&mut receiver).await {
+            let mut rows = first.rows();
+            let mut group = vec![first];
+            while rows < GROUP_ROWS
+                && !matches!(group.last(), Some(Message::Close(_)))
+                && let Ok(message) = receiver.try_recv()
+            {
+                rows += message.rows();
+                group.push(message);
+            }
+            let outcome = self.write(&mut group).await;
+            let closing = matches!(group.last(), Some(Message::Close(_)));
+            if closing {
+                self.close().await;
+            }
+            for message in group {
+                message.answer(outcome.as_ref().err());
+            }
+            if closing {
+                return;
+            }
+        }
+        self.close().await;
+    }
+
+    /// The next message; while there is none, the log is emptied when that is due.
+    async fn next(&mut self, receiver: &mut mpsc::Receiver<Message>) -> Option<Message> {
+        while let Some(at) = self.erase_at {
+            if Instant::now() >= at {
+                self.erase_log().await;
+            } else if let Ok(message) = tokio::time::timeout_at(at, receiver.recv()).await {
+                return message;
+            }
+        }
+        receiver.recv().await
+    }
+
+    /// Writes a group in one transaction.
+    async fn write(&mut self, group: &mut [Message]) -> Result<()> {
+        let outcome = self.transaction(group).await;
+        if let Err(error) = &outcome {
+            tracing::error!(%error, "a transaction failed and was rolled back");
+            // What it interned is gone with it, and so may be the connection.
+            self.interner = Interner::default();
+            self.connection = None;
+        }
+        outcome
+    }
+
+    async fn transaction(&mut self, group: &mut [Message]) -> Result<()> {
+        let seqs = group.iter().map(Message::seqs).sum();
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            None => self.connection.insert(self.connector.connect().await?),
+        };
+        let mut transaction = connection.begin_with(self.connector.begin_statement()).await?;
+        // The first statement takes the row that all writers take: numbers rise in the order of commits on PostgreSQL too.
+        let seqs_end: i64 = sqlx::query("UPDATE counter SET value = value + $1 WHERE id = 1 RETURNING value")
+            .bind::<i64>(seqs)
+            .fetch_one(&mut *transaction)
+            .await?
+            .try_get(0)?;
+        let mut tx = Tx {
+            connection: &mut transaction,
+            interner: &mut self.interner,
+            now: unix_now(),
+            erased: false,
+            seq: seqs_end - seqs,
+            seqs_end,
+        };
+        run_group(&mut tx, group).await?;
+        let erased = tx.erased;
+        transaction.commit().await?;
+        if erased && self.connector.is_sqlite() {
+            self.erase_at.get_or_insert_with(|| Instant::now() + ERASE_AFTER);
+        }
+        Ok(())
+    }
+
+    /// Moves the log into the database and cuts it, so that deleted contents are nowhere on disk.
+    async fn erase_log(&mut self) {
+        self.erase_at = None;
+        if let Some(connection) = &mut self.connection
+            && let Err(error) = sqlx::raw_sql("PRAGMA wal_checkpoint(TRUNCATE)").execute(connection).await
+        {
+            tracing::warn!(%error, "deleted adapters stay in the database's log until it is emptied");
+            self.erase_at = Some(Instant::now() + ERASE_AFTER);
+        }
+    }
+
+    async fn close(&mut self) {
+        if self.erase_at.is_some() {
+            self.erase_log().await;
+        }
+        if let Some(connection) = self.connection.take()
+            && let Err(error) = connection.close().await
+        {
+            tracing::warn!(%error, "closing the database");
+        }
+    }
+}
+
+/// Runs a group's jobs in order. Uploads next to each other are written together.
+async fn run_group(tx: &mut Tx<'_>, group: &mut [Message]) -> Result<()> {
+    for run in group.chunk_by_mut(|a, b| matches!((a, b), (Message::Put { .. }, Message::Put { .. }))) {
+        if let [Message::Job(job)] = run {
+            job.run(tx).await?;
+            continue;
+        }
+        let mut all = Vec::new();
+        let mut counts = Vec::with_capacity(run.len());
+        for message in run.iter_mut() {
+            if let Message::Put { items, .. } = message {
+                counts.push(items.len());
+                all.append(items);
+            }
+        }
+        let mut written = tx.put_adapters(all).await?.into_iter();
+        for (message, count) in run.iter_mut().zip(counts) {
+            if let Message::Put { results, .. } = message {
+                *results = Some(written.by_ref().take(count).collect());
+            }
+        }
+    }
+    Ok(())
+}
