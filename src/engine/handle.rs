@@ -23,6 +23,9 @@ use crate::{kernel::BLOCK_TOKENS, model::Model, types::CacheSalt};
 /// How long a shutdown waits beyond its deadline for a step that is still running.
 const LAST_STEP: Duration = Duration::from_secs(10);
 
+/// Nobody waits longer, and an `Instant` has an end.
+const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
+
 /// What the engine may use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -230,7 +233,7 @@ impl Handle {
     /// Takes no more requests, lets those that it has (waiting ones included) end within `drain`, fails the rest, and ends the thread. Waits for it: call it
     /// where waiting is allowed. True if nothing was cut off.
     pub fn shutdown(&self, drain: Duration) -> bool {
-        let deadline = Instant::now() + drain;
+        let deadline = Instant::now() + drain.min(LONGEST_DRAIN);
         self.inner.gate.set(Health::Draining);
         let failed = self.inner.stats.failed.get();
         let _ = self.inner.commands.send(Command::Shutdown(deadline));

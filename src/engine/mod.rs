@@ -2,8 +2,8 @@
 //!
 //! It knows no HTTP, no tenant's name and no text. The scheduler, blocks and sequences are integers only.
 //!
-//! One step: [`worker`] receives commands, [`scheduler`] plans rows (over [`sequence`], [`blocks`] and [`prefix`]), [`batch`] writes the plan as a
-//! ragged batch, the model runs it, [`sampler`] (over [`logits`]) chooses tokens, and the worker commits and sends them.
+//! One step: `worker` receives commands, `scheduler` plans rows (over `sequence`, `blocks` and `prefix`), `batch` writes the plan as a
+//! ragged batch, the model runs it, `sampler` (over `logits`) chooses tokens, and the worker commits and sends them.
 //!
 //! **Invariants.** The tokens of a request depend on nothing but the request: not on its neighbours, on how its prompt is cut, on a cache hit, or on
 //! losing its blocks in between. A block is published only after it was computed and never written again. The engine never waits for a client.

@@ -1,4 +1,5 @@
-//! What the worker counts, for /metrics. One thread writes, anyone reads; a reading is not one instant's.
+//! What the engine counts, for /metrics. The worker writes (handles only what they take and refuse), anyone reads; what is read together need not
+//! be of one instant.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -142,7 +143,7 @@ pub struct Stats {
     pub decode_seconds: Histogram,
     /// Seconds of steps with prompt chunks.
     pub prefill_seconds: Histogram,
-    /// Seconds of those in which the engine itself worked: everything but the model.
+    /// Seconds of each step that were not the model's: scheduling, sampling, sending.
     pub overhead_seconds: Histogram,
     /// Seconds from submission to admission.
     pub queue_seconds: Histogram,

@@ -80,7 +80,7 @@ impl Worker {
         stats: Arc<Stats>,
     ) -> Self {
         let scheduler = Scheduler::new(limits, model.kv_blocks());
-        Self {
+        let worker = Self {
             model,
             limits,
             scheduler,
@@ -94,12 +94,13 @@ impl Worker {
             logits: Vec::new(),
             draining: None,
             failed_steps: 0,
-        }
+        };
+        worker.report();
+        worker
     }
 
     /// Runs until it is told to stop, until every handle is gone, or until it gives up.
     pub(super) fn run(mut self) {
-        self.report();
         loop {
             match catch_unwind(AssertUnwindSafe(|| self.turn())) {
                 Ok(true) => {}
@@ -382,4 +383,33 @@ impl Worker {
 fn message_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("a panic without a message").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{
+        handle::pair,
+        tests::{adapted, config, prompt},
+    };
+
+    #[test]
+    fn after_a_panic_in_the_loop_itself_it_starts_anew() {
+        let (model, _) = crate::engine::tests::fake::Fake::model(32);
+        let (handle, mut worker) = pair(model, config()).unwrap();
+        let asked = adapted(prompt(40, 1), 2, 1);
+        let mut first = handle.submit(asked.clone()).unwrap();
+        assert!(worker.turn());
+        worker.rebuild("lost count");
+        assert!(matches!(first.try_recv().unwrap(), Event::Failed(message) if message.contains("lost count")));
+        let mut second = handle.submit(asked).unwrap();
+        (0..3).for_each(|_| assert!(worker.turn()));
+        assert!(matches!(second.try_recv().unwrap(), Event::Token(_)));
+        assert!(matches!(second.try_recv().unwrap(), Event::Token(_)));
+        let Event::Finished(_, usage) = second.try_recv().unwrap() else { panic!("not finished") };
+        assert_eq!(usage.cached_tokens, 0, "the cache was forgotten");
+        worker.report();
+        assert_eq!(handle.stats().blocks_used.get(), 0);
+        assert_eq!((handle.stats().failed.get(), handle.stats().finished.get()), (1, 1));
+    }
 }

@@ -6,8 +6,9 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use crate::{
@@ -16,13 +17,13 @@ use crate::{
     types::TokenId,
 };
 
-pub(super) const VOCAB: usize = 40;
-pub(super) const RANK: usize = 2;
-pub(super) const SITES: usize = 3;
+pub(in crate::engine) const VOCAB: usize = 40;
+pub(in crate::engine) const RANK: usize = 2;
+pub(in crate::engine) const SITES: usize = 3;
 /// Tokens with an effect of their own when they are in a batch.
-pub(super) const PANICS: TokenId = 39;
-pub(super) const ERRS: TokenId = 38;
-pub(super) const NAN: TokenId = 37;
+pub(in crate::engine) const PANICS: TokenId = 39;
+pub(in crate::engine) const ERRS: TokenId = 38;
+pub(in crate::engine) const NAN: TokenId = 37;
 
 fn mix(a: u64, b: u64) -> u64 {
     let mut x = a.rotate_left(23) ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -49,12 +50,12 @@ fn row(state: u64, token: TokenId) -> impl Iterator<Item = f32> {
 }
 
 /// An adapter; equal numbers make equal adapters.
-pub(super) fn cores(number: u32) -> Arc<Cores> {
+pub(in crate::engine) fn cores(number: u32) -> Arc<Cores> {
     Arc::new(Cores { rank: RANK, data: vec![number as f32; SITES * RANK * RANK].into() })
 }
 
 /// The logits after each of these tokens, computed without any cache.
-pub(super) fn logits_alone(cores: Option<&Cores>, tokens: &[TokenId]) -> Vec<Vec<f32>> {
+pub(in crate::engine) fn logits_alone(cores: Option<&Cores>, tokens: &[TokenId]) -> Vec<Vec<f32>> {
     let adapter = hash_of(cores);
     let mut fold = 0;
     let step = |(position, &token)| {
@@ -66,22 +67,24 @@ pub(super) fn logits_alone(cores: Option<&Cores>, tokens: &[TokenId]) -> Vec<Vec
 
 /// What the tests may look at while the engine owns the model.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
-    pub(super) steps: AtomicUsize,
-    pub(super) rows: AtomicUsize,
+pub(in crate::engine) struct Watch {
+    pub(in crate::engine) steps: AtomicUsize,
+    pub(in crate::engine) rows: AtomicUsize,
     /// (sequences, adapters) of each step.
-    pub(super) shapes: Mutex<Vec<(usize, usize)>>,
+    pub(in crate::engine) shapes: Mutex<Vec<(usize, usize)>>,
+    /// Milliseconds that a step takes at least.
+    pub(in crate::engine) slow: AtomicU64,
     /// The model waits for this lock before each step.
-    pub(super) hold: Mutex<()>,
+    pub(in crate::engine) hold: Mutex<()>,
 }
 
-pub(super) struct Fake {
+pub(in crate::engine) struct Fake {
     cache: Vec<[Option<u64>; BLOCK_TOKENS]>,
     watch: Arc<Watch>,
 }
 
 impl Fake {
-    pub(super) fn model(blocks: usize) -> (Box<dyn Model>, Arc<Watch>) {
+    pub(in crate::engine) fn model(blocks: usize) -> (Box<dyn Model>, Arc<Watch>) {
         let watch = Arc::new(Watch::default());
         (Box::new(Self { cache: vec![[None; BLOCK_TOKENS]; blocks], watch: Arc::clone(&watch) }), watch)
     }
@@ -126,6 +129,7 @@ impl Model for Fake {
 
     fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         drop(self.watch.hold.lock());
+        std::thread::sleep(Duration::from_millis(self.watch.slow.load(SeqCst)));
         check(batch);
         self.watch.steps.fetch_add(1, SeqCst);
         self.watch.rows.fetch_add(batch.rows(), SeqCst);

@@ -75,19 +75,15 @@ fn shutdown_lets_everything_end_first() {
         assert_eq!(collect(events), alone(request));
     }
     assert_eq!(handle.health(), Health::Stopped);
-    assert!(handle.shutdown(Duration::ZERO), "a second time is nothing");
+    assert!(handle.shutdown(Duration::MAX), "a second time is nothing");
 }
 
 #[test]
 fn shutdown_cuts_off_at_its_deadline() {
     let (handle, watch) = engine(64, config());
-    let held = watch.hold.lock().unwrap();
+    watch.slow.store(20, std::sync::atomic::Ordering::SeqCst);
     let events = handle.submit(request(prompt(10, 1), 500)).unwrap();
-    let other = handle.clone();
-    let stopping = std::thread::spawn(move || other.shutdown(Duration::ZERO));
-    wait_for(|| handle.health() == Health::Draining);
-    drop(held);
-    assert!(!stopping.join().unwrap());
+    assert!(!handle.shutdown(Duration::ZERO));
     assert!(collect(events).failed.unwrap().contains("stopped"));
 }
 

@@ -78,7 +78,7 @@ fn serve(handle: &Handle, clients: &[Client]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn every_request_gets_what_it_gets_alone(
         clients in prop::collection::vec(client(), 1..14),
@@ -91,7 +91,10 @@ proptest! {
         let (late, early): (Vec<Client>, Vec<Client>) = clients.into_iter().partition(|client| client.late);
         serve(&handle, &early);
         serve(&handle, &late);
-        settle(&handle, blocks);
         prop_assert!(handle.shutdown(Duration::from_secs(5)));
+        let stats = handle.stats();
+        prop_assert_eq!(stats.blocks_free.get() + stats.blocks_cached.get(), blocks as u64);
+        prop_assert_eq!((stats.running.get(), stats.waiting.get(), stats.blocks_used.get()), (0, 0, 0));
+        prop_assert!(prefix_cache || stats.blocks_cached.get() == 0);
     }
 }
