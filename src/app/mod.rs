@@ -68,7 +68,8 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
     check_exposure(&args.http)?;
     let listen = args.http.listen;
     // Bound before the model is loaded, so that a taken port is known at once.
-    let listener = TcpListener::bind(listen).await.map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
+    let listener =
+        TcpListener::bind(listen).await.map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
     let store = open_store(&args.state).await?;
     let (model, engine) = (args.model.clone(), args.engine.clone());
     let base = tokio::task::spawn_blocking(move || start_base(&model, &engine))

@@ -40,8 +40,11 @@ pub(super) async fn service(base: Base, store: Store) -> Result<Service, AppErro
 /// On an empty store: takes the given admin key, or makes one and prints it, once, to stderr.
 pub(super) async fn first_admin_key(store: &Store, chosen: Option<&str>) -> Result<(), AppError> {
     let key = match chosen {
-        Some(text) => ApiKey::chosen(text)
-            .ok_or_else(|| AppError::Flag("MOTE_ADMIN_KEY: this cannot be a key: use 16 to 256 printable characters without spaces".into()))?,
+        Some(text) => ApiKey::chosen(text).ok_or_else(|| {
+            AppError::Flag(
+                "MOTE_ADMIN_KEY: this cannot be a key: use 16 to 256 printable characters without spaces".into(),
+            )
+        })?,
         None => ApiKey::generate()?,
     };
     let secret = key.secret().to_owned();
@@ -162,7 +165,5 @@ pub async fn export_adapter(state: &StateArgs, tenant: &str, name: &str) -> Resu
     let tenant: TenantId = store.tenant(tenant).await?.id;
     let adapter = store.own_adapter(tenant, name).await?;
     store.close().await;
-    adapter
-        .map(|adapter| adapter.contents.data)
-        .ok_or_else(|| AppError::Flag(format!("there is no adapter '{name}'")))
+    adapter.map(|adapter| adapter.contents.data).ok_or_else(|| AppError::Flag(format!("there is no adapter '{name}'")))
 }
