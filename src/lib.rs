@@ -5,6 +5,7 @@
 //! ARCHITECTURE.md has the import table, the invariants and the path of a request.
 
 pub mod adapter;
+pub mod app;
 pub mod config;
 pub mod engine;
 pub mod http;

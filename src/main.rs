@@ -69,9 +69,7 @@ async fn keys(command: KeysCommand) -> anyhow::Result<()> {
 
 async fn adapters(command: AdaptersCommand) -> anyhow::Result<()> {
     match command {
-        AdaptersCommand::List { tenant, prefix, state } => {
-            say(&app::list_adapters(&state, &tenant, &prefix).await?)
-        }
+        AdaptersCommand::List { tenant, prefix, state } => say(&app::list_adapters(&state, &tenant, &prefix).await?),
         AdaptersCommand::Export { name, tenant, out, state } => {
             let bytes = app::export_adapter(&state, &tenant, &name).await?;
             std::fs::write(&out, bytes).with_context(|| out.display().to_string())

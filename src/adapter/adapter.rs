@@ -48,10 +48,13 @@ struct Interned {
     digest: [u8; 32],
 }
 
+/// The digest of facts, and whether they are approximate.
+type InternKey = ([u8; 32], bool);
+
 /// Where equal [`Facts`] become one. Adapters are made here.
 #[derive(Debug, Default)]
 pub struct Interner {
-    known: Mutex<HashMap<([u8; 32], bool), Weak<Interned>>>,
+    known: Mutex<HashMap<InternKey, Weak<Interned>>>,
 }
 
 /// Entries of the interner below which dropped facts are not looked for.
@@ -214,7 +217,8 @@ mod tests {
         let mut salts: HashSet<_> =
             adapters.iter().map(|adapter| cache_salt(TenantId(1), "b", &[(adapter, 1.0)])).collect();
         let (a, b) = (&*adapters[0], &*adapters[1]);
-        let requests: [(i64, &str, &[(&Adapter, f32)]); 7] = [
+        type Parts<'a> = &'a [(&'a Adapter, f32)];
+        let requests: [(i64, &str, Parts<'_>); 7] = [
             (1, "b", &[]),
             (2, "b", &[]),
             (1, "c", &[]),

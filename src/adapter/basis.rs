@@ -115,7 +115,15 @@ impl Basis {
         let of_site = |site: usize| {
             let values = fingerprint::load(sites, site, &weights)?;
             let (outputs, inputs) = sites.shape(site);
-            Ok((SiteBasis::compute(&values, outputs, inputs, rank), fingerprint::site_hash(sites, site, &values)))
+            let (basis, converged) = SiteBasis::compute(&values, outputs, inputs, rank);
+            if !converged {
+                let module = sites.module(site);
+                tracing::warn!(
+                    module,
+                    "singular values too close to separate their vectors; adapters may not carry over"
+                );
+            }
+            Ok((basis, fingerprint::site_hash(sites, site, &values)))
         };
         let results: Result<Vec<_>, BasisError> = (0..sites.len()).into_par_iter().map(of_site).collect();
         let (site_bases, hashes): (Vec<_>, Vec<_>) = results?.into_iter().unzip();
@@ -156,8 +164,7 @@ impl Basis {
                 }
                 for k in 0..rank {
                     let cosine = cosine(column(a, self.rank, k), column(b, other.rank, k));
-                    // `!(>=)` so that a NaN is the worst of all.
-                    if !(cosine >= worst.cosine) {
+                    if cosine.is_nan() || cosine < worst.cosine {
                         worst = Agreement { cosine, site, k };
                     }
                 }
@@ -168,7 +175,8 @@ impl Basis {
 }
 
 impl SiteBasis {
-    fn compute(weights: &[f32], outputs: usize, inputs: usize, rank: usize) -> Self {
+    /// The basis, and whether its vectors converged.
+    fn compute(weights: &[f32], outputs: usize, inputs: usize, rank: usize) -> (Self, bool) {
         let count = (rank + 1).min(outputs.min(inputs));
         let mut svd = truncated_svd(weights, outputs, inputs, count, rank);
         for k in 0..rank {
@@ -177,12 +185,13 @@ impl SiteBasis {
                 svd.v[k].iter_mut().for_each(|x| *x = -*x);
             }
         }
-        Self {
+        let basis = Self {
             u: interleave(&svd.u[..rank]),
             s: svd.s[..rank].iter().map(|&s| s as f32).collect(),
             v: interleave(&svd.v[..rank]),
             next_sigma: svd.s.get(rank).map_or(0.0, |&s| s as f32),
-        }
+        };
+        (basis, svd.converged)
     }
 
     fn truncated(&self, from: usize, to: usize) -> Self {

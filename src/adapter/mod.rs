@@ -29,7 +29,10 @@ pub use codec::{CodecError, NumberType};
 pub use cores::{ExpandError, Expander};
 pub use fingerprint::of_weights as fingerprint_of_weights;
 pub use projection::projection;
-pub use registry::{Lease, Registry, RegistryError, check_name};
-pub use scheme::{Assignment, Convention, ProjectionDtype, Scheme, SchemeError, Targets, Ties};
+pub use registry::{Lease, MAX_NAME, Registry, RegistryError, check_name};
+pub use scheme::{
+    Assignment, Convention, MAX_NUMBERS, MAX_PROJECTION_VALUES, MAX_RANK, MAX_U, ProjectionDtype, Scheme, SchemeError,
+    Targets, Ties,
+};
 pub use signs::{SignMask, SignMaskError};
 pub use sites::{SiteKind, Sites};

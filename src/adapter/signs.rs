@@ -75,7 +75,7 @@ mod tests {
         assert_eq!(SignMask::new(3, 2, |_, _| true), None, "D and -D are one");
         let mask = SignMask::new(5, 3, |site, k| (site + k) % 3 == 0).unwrap();
         for site in 0..5 {
-            let sign = |k: usize| if (site + k) % 3 == 0 { -1.0 } else { 1.0 };
+            let sign = |k: usize| if (site + k).is_multiple_of(3) { -1.0 } else { 1.0 };
             assert!((0..3).all(|k| mask.sign(site, k) == sign(k) * sign(0)));
         }
         assert_eq!(mask.sign(0, 3), 1.0, "beyond the rank");

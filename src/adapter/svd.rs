@@ -307,21 +307,21 @@ fn norm(x: &[f64]) -> f64 {
     dot(x, x).sqrt()
 }
 
+/// All singular values with their right vectors, by a one-sided Jacobi on every column: what the truncated one is held to.
+#[cfg(test)]
+pub(super) fn full_svd(w: &[f32], rows: usize, cols: usize) -> Vec<(f64, Vec<f64>)> {
+    let mut a: Vec<Vec<f64>> = (0..cols).map(|j| (0..rows).map(|i| f64::from(w[i * cols + j])).collect()).collect();
+    let mut v: Vec<Vec<f64>> = (0..cols).map(|j| (0..cols).map(|i| f64::from(u8::from(i == j))).collect()).collect();
+    one_sided_jacobi(&mut a, &mut v);
+    let mut pairs: Vec<(f64, Vec<f64>)> = a.iter().map(|a| norm(a)).zip(v).collect();
+    pairs.sort_by(|a, b| b.0.total_cmp(&a.0));
+    pairs
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::adapter::fixtures::noise;
-
-    /// A full SVD: one-sided Jacobi on all columns of W.
-    fn full_svd(w: &[f32], rows: usize, cols: usize) -> Vec<(f64, Vec<f64>)> {
-        let mut a: Vec<Vec<f64>> = (0..cols).map(|j| (0..rows).map(|i| f64::from(w[i * cols + j])).collect()).collect();
-        let mut v: Vec<Vec<f64>> =
-            (0..cols).map(|j| (0..cols).map(|i| f64::from(u8::from(i == j))).collect()).collect();
-        one_sided_jacobi(&mut a, &mut v);
-        let mut pairs: Vec<(f64, Vec<f64>)> = a.iter().map(|a| norm(a)).zip(v).collect();
-        pairs.sort_by(|a, b| b.0.total_cmp(&a.0));
-        pairs
-    }
 
     fn assert_matches(w: &[f32], rows: usize, cols: usize, exact: usize) {
         let count = (exact + 1).min(rows.min(cols));

@@ -12,8 +12,11 @@ use crate::{
     adapter::{Basis, BasisCache, Loaded, ModelFiles, Origin, fingerprint_of_weights},
     config::{DeviceChoice, Dtype, EngineArgs, ModelArgs},
     engine::{Engine, EngineConfig, Handle},
-    kernel::{Backend, CandleBackend, CpuBackend, Precision, SiteFactors},
-    model::{LoadedModel, Model, ModelSpec, ModelWeights, Sources, Transformer, TransformerOptions, kv_blocks, load},
+    kernel::{Backend, Precision, candle::CandleBackend, cpu::CpuBackend},
+    model::{
+        LoadedModel, Model, ModelSpec, ModelWeights, Sources, Transformer, TransformerOptions, kv_blocks, load,
+        site_factors,
+    },
     service::BaseInfo,
     text::{ChatTemplate, Tokenizer},
 };
@@ -40,7 +43,6 @@ pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
     let LoadedModel { spec, weights, tokenizer, chat_template, special_tokens, files, .. } = loaded;
     let sites = spec.sites();
     let rank = usize::from(model.rank);
-    let files: Vec<PathBuf> = files.into_iter().map(|file| file.path).collect();
     let folder = model.basis_dir.clone().unwrap_or_else(|| sources.cache.join("basis"));
     let basis = find_basis(&spec, &weights, rank, &files, folder, model.recompute_basis)?;
 
@@ -111,11 +113,15 @@ fn find_basis(
         return Ok(Basis { rank: 0, fingerprint, sites: Vec::new() });
     }
     let began = Instant::now();
-    let files = ModelFiles::of(files).inspect_err(|error| tracing::warn!(%error, "the model's files cannot be looked at")).ok();
+    let files =
+        ModelFiles::of(files).inspect_err(|error| tracing::warn!(%error, "the model's files cannot be looked at")).ok();
     let cache = BasisCache::new(folder);
     let Loaded { basis, origin, agreement } = cache.load_or_compute(&sites, rank, files.as_ref(), recompute, values)?;
     if let Some(agreement) = agreement.filter(|agreement| !agreement.holds()) {
-        tracing::warn!(?agreement, "a recomputed basis differs from the cached one, which stays: adapters were made for it");
+        tracing::warn!(
+            ?agreement,
+            "a recomputed basis differs from the cached one, which stays: adapters were made for it"
+        );
     }
     if origin == Origin::Computed {
         let unstable = basis.unstable();
@@ -142,7 +148,12 @@ fn precision(dtype: Dtype, weights: &ModelWeights) -> Precision {
 }
 
 /// How many KV blocks the flags or the machine allow.
-fn blocks(spec: &ModelSpec, precision: Precision, max_model_len: usize, engine: &EngineArgs) -> Result<usize, AppError> {
+fn blocks(
+    spec: &ModelSpec,
+    precision: Precision,
+    max_model_len: usize,
+    engine: &EngineArgs,
+) -> Result<usize, AppError> {
     if let Some(mebibytes) = engine.kv_cache_mb {
         let blocks = kv_blocks(spec, precision, mebibytes as usize);
         return match blocks {
@@ -189,10 +200,11 @@ fn on_device(
         DeviceChoice::Cuda(number) => Some(Device::new_cuda(number).map_err(|error| {
             AppError::Flag(format!("--device cuda:{number}: {error}; is there a GPU of that number, and its driver?"))
         })?),
-        DeviceChoice::Metal => Some(
-            Device::new_metal(0)
-                .map_err(|error| AppError::Flag(format!("--device metal: {error}; is there a GPU that Metal knows?")))?,
-        ),
+        DeviceChoice::Metal => {
+            Some(Device::new_metal(0).map_err(|error| {
+                AppError::Flag(format!("--device metal: {error}; is there a GPU that Metal knows?"))
+            })?)
+        }
     };
     match device {
         Some(device) => packed(CandleBackend::new(device), spec, weights, basis, options),
@@ -211,11 +223,5 @@ fn packed<B: Backend + 'static>(
     basis: &Basis,
     options: TransformerOptions,
 ) -> Result<Box<dyn Model>, AppError> {
-    let factors: Vec<SiteFactors<'_>> = basis
-        .sites
-        .iter()
-        .enumerate()
-        .map(|(site, of_site)| SiteFactors { site, u: &of_site.u, v: &of_site.v, rank: basis.rank })
-        .collect();
-    Ok(Box::new(Transformer::new(backend, spec, weights, &factors, options)?))
+    Ok(Box::new(Transformer::new(backend, spec, weights, &site_factors(basis), options)?))
 }

@@ -13,7 +13,7 @@ pub use state::{create_key, export_adapter, list_adapters, list_keys, open_store
 use crate::{
     adapter::BasisError,
     config::{HttpArgs, ServeArgs},
-    engine::StartError,
+    engine::{Handle, Health, StartError},
     http::{self, AppState, AuthMode, Limits},
     kernel::KernelError,
     model::ModelError,
@@ -68,7 +68,8 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
     check_exposure(&args.http)?;
     let listen = args.http.listen;
     // Bound before the model is loaded, so that a taken port is known at once.
-    let listener = TcpListener::bind(listen).await.map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
+    let listener =
+        TcpListener::bind(listen).await.map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
     let store = open_store(&args.state).await?;
     let (model, engine) = (args.model.clone(), args.engine.clone());
     let base = tokio::task::spawn_blocking(move || start_base(&model, &engine))
@@ -95,7 +96,7 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
 async fn until_stopped(
     listener: TcpListener,
     state: AppState,
-    engine: crate::engine::Handle,
+    engine: Handle,
     stop: impl Future<Output = ()> + Send + 'static,
     drain: Duration,
 ) -> Result<(), AppError> {
@@ -121,17 +122,18 @@ async fn until_stopped(
         served = server => served.map_err(|error| AppError::Io("the HTTP server".into(), error))?,
         () = deadline => tracing::warn!("the drain deadline is over: open requests are cut off"),
     }
-    let dead = engine.is_dead();
-    let stopped = tokio::task::spawn_blocking(move || engine.shutdown(Duration::ZERO)).await;
-    match (dead, stopped) {
-        (true, _) => Err(AppError::EngineDead),
-        (false, _) => Ok(()),
+    if engine.health() == Health::Dead {
+        return Err(AppError::EngineDead);
     }
+    // Requests whose clients are still connected were waited for above; the rest ends now.
+    let ended = tokio::task::spawn_blocking(move || engine.shutdown(Duration::ZERO)).await;
+    tracing::info!(cut_off = !ended.unwrap_or(false), "stopped");
+    Ok(())
 }
 
 /// Resolves when the engine can do no more.
-async fn engine_death(engine: &crate::engine::Handle) {
-    while !engine.is_dead() {
+async fn engine_death(engine: &Handle) {
+    while engine.health() != Health::Dead {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     tracing::error!("the engine is dead");

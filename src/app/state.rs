@@ -1,6 +1,6 @@
 //! The database of a data directory, for the server and for the commands that work without one.
 
-use std::{fmt::Write, sync::Arc};
+use std::fmt::Write;
 
 use super::{AppError, Base};
 use crate::{
@@ -34,15 +34,17 @@ pub async fn open_store(state: &StateArgs) -> Result<Store, AppError> {
 
 /// Loads every adapter into memory and puts the use cases together.
 pub(super) async fn service(base: Base, store: Store) -> Result<Service, AppError> {
-    let service = Service::open(base.info, base.basis, base.engine, store).await?;
-    Ok(service)
+    Ok(Service::open(base.info, base.basis, base.engine, store).await?)
 }
 
 /// On an empty store: takes the given admin key, or makes one and prints it, once, to stderr.
 pub(super) async fn first_admin_key(store: &Store, chosen: Option<&str>) -> Result<(), AppError> {
     let key = match chosen {
-        Some(text) => ApiKey::chosen(text)
-            .ok_or_else(|| AppError::Flag("MOTE_ADMIN_KEY: this cannot be a key: use 16 to 256 printable characters without spaces".into()))?,
+        Some(text) => ApiKey::chosen(text).ok_or_else(|| {
+            AppError::Flag(
+                "MOTE_ADMIN_KEY: this cannot be a key: use 16 to 256 printable characters without spaces".into(),
+            )
+        })?,
         None => ApiKey::generate()?,
     };
     let secret = key.secret().to_owned();
@@ -145,7 +147,7 @@ pub async fn list_adapters(state: &StateArgs, tenant: &str, prefix: &str) -> Res
                 adapter.name,
                 contents.generation.to_string(),
                 contents.dtype,
-                contents.bytes.len(),
+                contents.data.len(),
                 contents.scheme
             );
         }
@@ -163,7 +165,5 @@ pub async fn export_adapter(state: &StateArgs, tenant: &str, name: &str) -> Resu
     let tenant: TenantId = store.tenant(tenant).await?.id;
     let adapter = store.own_adapter(tenant, name).await?;
     store.close().await;
-    adapter
-        .map(|adapter| adapter.contents.bytes.to_vec())
-        .ok_or_else(|| AppError::Flag(format!("there is no adapter '{name}'")))
+    adapter.map(|adapter| adapter.contents.data).ok_or_else(|| AppError::Flag(format!("there is no adapter '{name}'")))
 }

@@ -13,6 +13,7 @@
 //! and attention walks the blocks of a sequence from 0 in fixed tiles for prefill and decode alike.
 
 mod backend;
+pub mod candle;
 mod check;
 pub mod cpu;
 pub mod reference;

@@ -230,9 +230,9 @@ impl Backend for ReferenceBackend {
             }
         }
         for sequence in &step.sequences {
-            for row in sequence.first_row..sequence.first_row + sequence.rows {
+            for (row, query) in queries.iter().enumerate().skip(sequence.first_row).take(sequence.rows) {
                 for head in 0..heads {
-                    let q = &queries[row][head * head_dim..(head + 1) * head_dim];
+                    let q = &query[head * head_dim..(head + 1) * head_dim];
                     let offset = head / (heads / kv_heads) * head_dim;
                     let positions = 0..=step.positions[row] as usize;
                     let at: Vec<usize> = positions.map(|p| kv.at(layer, &sequence.blocks, p) + offset).collect();
@@ -326,4 +326,77 @@ fn attend_head(q: &[f32], keys: &[f32], values: &[f32], at: &[usize]) -> Vec<f32
     let total: f64 = weights.iter().sum();
     let column = |d: usize| weights.iter().zip(at).map(|(w, at)| w * f64::from(values[at + d])).sum::<f64>() / total;
     (0..q.len()).map(|d| column(d) as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::kernel::{Cores, SequenceRows, SiteFactors};
+
+    /// One token in one sequence, under slot 0 of these cores.
+    fn one_row(position: usize, token: u32, cores: Vec<Arc<Cores>>) -> StepBatch {
+        StepBatch {
+            tokens: vec![token],
+            positions: vec![position as u32],
+            slots: vec![if cores.is_empty() { BASE_SLOT } else { 0 }],
+            cores,
+            sequences: vec![SequenceRows { first_row: 0, rows: 1, start: position, blocks: vec![0] }],
+            logits_rows: vec![0],
+        }
+    }
+
+    /// W = [[1, 2], [3, 4]], b = [10, 20], x = [1, -1]: W x + b = [9, 19]. V^T x = [3, -1] for V = [[1, 0], [-2, 1]];
+    /// C = [[1, 2], [0, 5]] makes [1, -5]; U = [[1, 0], [0, 2]] adds [1, -10].
+    #[test]
+    fn a_product_by_hand() {
+        let mut backend = ReferenceBackend;
+        let weight = Weight::from_f32(2, 2, vec![1.0, 2.0, 3.0, 4.0]).unwrap();
+        let factors = SiteFactors { site: 1, u: &[1.0, 0.0, 0.0, 2.0], v: &[1.0, 0.0, -2.0, 1.0], rank: 2 };
+        let part = LinearPart { weight: &weight, bias: Some(&[10.0, 20.0]), factors: Some(factors) };
+        let linear = backend.linear(&[part], Precision::F32).unwrap();
+        let core = [9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 0.0, 5.0];
+        let cores = Arc::new(Cores { rank: 2, data: core.into() });
+        let table = backend.table(&Weight::from_f32(1, 2, vec![1.0, -1.0]).unwrap(), Precision::F32).unwrap();
+        let (mut x, mut out) = (backend.buffer(2).unwrap(), backend.buffer(2).unwrap());
+        for (cores, want) in [(vec![cores], [10.0, 9.0]), (Vec::new(), [9.0, 19.0])] {
+            let step = backend.begin(&one_row(0, 0, cores)).unwrap();
+            backend.embed(&step, &table, &mut x).unwrap();
+            backend.product(&step, &linear, Rows::All, None, &x, Epilogue::Store, &mut out).unwrap();
+            let mut values = Vec::new();
+            backend.read(&out, &mut values).unwrap();
+            assert_eq!(values, want);
+        }
+    }
+
+    /// Two tokens, one head of size 2, no rotation at position 0 and a quarter turn at position 1. Token 0 sees itself: its value.
+    /// Token 1: q = [0, 1] turns to [-1, 0], its key [sqrt(2) ln 3, 0] turns to [0, sqrt(2) ln 3], token 0's key is [-sqrt(2) ln 3, 0]: scores are
+    /// ln 3 and 0, weights 3/4 and 1/4.
+    #[test]
+    fn an_attention_by_hand() {
+        let mut backend = ReferenceBackend;
+        let key = 2f32.sqrt() * 3f32.ln();
+        let rows = vec![0.0, 1.0, -key, 0.0, 4.0, 8.0, 0.0, 1.0, key, 0.0, 0.0, 4.0];
+        let table = backend.table(&Weight::from_f32(2, 6, rows).unwrap(), Precision::F32).unwrap();
+        let spec = AttentionSpec {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 2,
+            q_norm: None,
+            k_norm: None,
+            cos: Arc::new(vec![1.0, 0.0]),
+            sin: Arc::new(vec![0.0, 1.0]),
+        };
+        let mut kv = backend.kv(KvShape { layers: 1, blocks: 1, kv_heads: 1, head_dim: 2 }, Precision::F32).unwrap();
+        let (mut qkv, mut out) = (backend.buffer(6).unwrap(), backend.buffer(2).unwrap());
+        for (position, want) in [(0, [4.0, 8.0]), (1, [3.0, 7.0])] {
+            let step = backend.begin(&one_row(position, position as u32, Vec::new())).unwrap();
+            backend.embed(&step, &table, &mut qkv).unwrap();
+            backend.attend(&step, &spec, 0, &qkv, &mut kv, &mut out).unwrap();
+            let mut values = Vec::new();
+            backend.read(&out, &mut values).unwrap();
+            assert!(values.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-6), "{values:?}");
+        }
+    }
 }

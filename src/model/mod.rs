@@ -9,11 +9,11 @@ mod spec;
 mod transformer;
 mod weights;
 
-pub use loader::{FileIdentity, LoadedModel, SpecialTokens, load};
+pub use loader::{LoadedModel, SpecialTokens, load};
 pub use pull::{DEFAULT_MODEL, pull};
 pub use source::{ResolvedModel, Sources};
 pub use spec::{Architecture, ModelSpec, RopeScaling, RopeSpec};
-pub use transformer::{Transformer, TransformerOptions, kv_blocks, kv_precision};
+pub use transformer::{Transformer, TransformerOptions, kv_blocks, kv_precision, site_factors};
 pub use weights::{LayerWeights, ModelWeights};
 
 use crate::kernel::{KernelError, StepBatch};

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use super::{LayerWeights, Model, ModelError, ModelSpec, ModelWeights, rope};
-use crate::kernel::{
-    AttentionSpec, BLOCK_TOKENS, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors,
-    StepBatch, Weight,
+use crate::{
+    adapter::Basis,
+    kernel::{
+        AttentionSpec, BLOCK_TOKENS, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors,
+        StepBatch, Weight,
+    },
 };
 
 /// How to run a model.
@@ -36,6 +39,12 @@ pub fn kv_blocks(spec: &ModelSpec, precision: Precision, mebibytes: usize) -> us
     };
     let block = 2 * bytes * spec.layers * spec.kv_heads * spec.head_dim * BLOCK_TOKENS;
     mebibytes.saturating_mul(1 << 20) / block.max(1)
+}
+
+/// U and V of every site of a basis, as [`Transformer::new`] takes them.
+pub fn site_factors(basis: &Basis) -> Vec<SiteFactors<'_>> {
+    let sites = basis.sites.iter().enumerate();
+    sites.map(|(site, factors)| SiteFactors { site, u: &factors.u, v: &factors.v, rank: basis.rank }).collect()
 }
 
 impl ModelWeights {

@@ -182,16 +182,18 @@ fn check_factors(
     Ok(factors)
 }
 
-/// Is a singular pair ours up to a sign? `!(>)` so that NaN is not.
+/// Is a singular pair ours up to a sign? Written so that NaN is not.
 fn compare(v_cosine: f64, u_cosine: f64, value_ratio: f64) -> Result<(), String> {
     let worst = v_cosine.abs().min(u_cosine.abs());
-    if !(v_cosine.abs() > SAME_VECTOR && u_cosine.abs() > SAME_VECTOR) {
+    let same_vectors = v_cosine.abs() > SAME_VECTOR && u_cosine.abs() > SAME_VECTOR;
+    if !same_vectors {
         return Err(format!("agrees with this base's only by a cosine of {worst:.3}"));
     }
     if v_cosine.signum() != u_cosine.signum() {
         return Err("has opposite signs in tinylora_A and tinylora_B".into());
     }
-    if !((value_ratio - 1.0).abs() <= SAME_VALUE) {
+    let same_value = (value_ratio - 1.0).abs() <= SAME_VALUE;
+    if !same_value {
         return Err(format!("is {value_ratio:.3} times as large as this base's"));
     }
     Ok(())

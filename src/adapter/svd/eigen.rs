@@ -13,6 +13,8 @@ pub(super) fn symmetric_eigen(matrix: &[f64], n: usize) -> Vec<(f64, Vec<f64>)> 
     pairs
 }
 
+// Indexed as in EISPACK: rows and columns of one matrix are read and written in the same loops.
+#[allow(clippy::needless_range_loop)]
 /// Reduces `z` to tridiagonal form; returns the diagonal and, from index 1, the off-diagonal. `z` becomes the transform.
 fn tridiagonalise(z: &mut [Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
     let n = z.len();
@@ -60,6 +62,7 @@ fn tridiagonalise(z: &mut [Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
     (d, e)
 }
 
+#[allow(clippy::needless_range_loop)] // as above
 /// Multiplies the Householder reflections together and collects the diagonal.
 fn accumulate(z: &mut [Vec<f64>], d: &mut [f64]) {
     let n = z.len();

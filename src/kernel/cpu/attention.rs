@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::{
     format::{Bf16, F32, Format, Store},
     isa::{Kernels, Tiling},
-    lanes::{LANES, Lanes, exp, largest, sum},
+    lanes::{LANES, Lanes, exp, sum},
     memory::{Lines, Shared},
     product::rms_norm,
     step::CpuStep,
@@ -188,8 +188,8 @@ pub(super) struct Scratch {
     scores: Vec<f32>,
     /// `[head_dim / 16][queries, 16]`
     sums: Vec<f32>,
-    /// Largest score so far, and the sum of weights relative to it, of each query.
-    running: Vec<(f32, f32)>,
+    /// Largest score so far of each query, and the weights relative to it, summed in sixteen chains.
+    running: Vec<(f32, [f32; LANES])>,
     /// Panels of a product.
     panels: Vec<*const u8>,
 }
@@ -215,7 +215,7 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
     scratch.sums.clear();
     scratch.sums.resize(head_dim.div_ceil(LANES) * queries * LANES, 0.0);
     scratch.running.clear();
-    scratch.running.resize(queries, (f32::NEG_INFINITY, 0.0));
+    scratch.running.resize(queries, (f32::NEG_INFINITY, [0.0; LANES]));
 
     let start = job.step.positions[chunk.first_row] as usize;
     let blocks = &job.step.blocks[chunk.blocks.clone()];
@@ -235,7 +235,7 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
             }
         }
         for query in 0..queries {
-            let total = scratch.running[query].1;
+            let total = sum(T::Lanes::load(scratch.running[query].1.as_ptr()));
             let row = chunk.first_row + query / group;
             let out = job.out.0.add(row * width + (head * group + query % group) * head_dim);
             for d in 0..head_dim {
@@ -295,22 +295,23 @@ unsafe fn weigh<L: Lanes>(scores: *mut f32, tokens: usize, query: usize, queries
         for token in tokens..LANES {
             *scores.add(token) = f32::NEG_INFINITY;
         }
-        let (before, total) = scratch.running[query];
-        let maximum = before.max(largest(L::load(scores)));
+        let running = &mut scratch.running[query];
+        let before = running.0;
+        let maximum = before.max(L::load(scores).largest());
         exp(L::load(scores).sub(L::splat(maximum))).store(scores);
         for token in tokens..LANES {
             *scores.add(token) = 0.0;
         }
-        let decay = exp(L::splat(before - maximum));
-        let total = L::splat(total).fma(decay, L::splat(sum(L::load(scores))));
-        let mut first = [0f32; LANES];
-        total.store(first.as_mut_ptr());
-        scratch.running[query] = (maximum, first[0]);
+        let total = running.1.as_mut_ptr();
         if maximum > before {
+            let decay = exp(L::splat(before - maximum));
+            L::load(total).mul(decay).store(total);
             for panel in scratch.sums.chunks_exact_mut(queries * LANES) {
                 let sums = panel[query * LANES..(query + 1) * LANES].as_mut_ptr();
                 L::load(sums).mul(decay).store(sums);
             }
         }
+        L::load(total).add(L::load(scores)).store(total);
+        running.0 = maximum;
     }
 }

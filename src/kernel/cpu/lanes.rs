@@ -27,6 +27,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn at_least(self, floor: Self) -> Self;
     /// At most `ceiling`; NaN stays NaN.
     unsafe fn at_most(self, ceiling: Self) -> Self;
+    /// The largest lane, if none is NaN.
+    unsafe fn largest(self) -> f32;
     /// `2^n` where the low nine bits of each lane's representation hold n.
     unsafe fn power_of_two(self) -> Self;
     /// Sixteen pairs of bfloat16: the first and the second of each.
@@ -80,23 +82,6 @@ pub(super) unsafe fn sum<L: Lanes>(x: L) -> f32 {
     for width in [8, 4, 2, 1] {
         for i in 0..width {
             lanes[i] += lanes[i + width];
-        }
-    }
-    lanes[0]
-}
-
-/// The largest lane.
-///
-/// # Safety
-/// As for [`Lanes`].
-#[inline(always)]
-pub(super) unsafe fn largest<L: Lanes>(x: L) -> f32 {
-    let mut lanes = [0f32; LANES];
-    // SAFETY: `lanes` holds sixteen numbers.
-    unsafe { x.store(lanes.as_mut_ptr()) };
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            lanes[i] = lanes[i].max(lanes[i + width]);
         }
     }
     lanes[0]

@@ -16,6 +16,8 @@ mod format;
 pub mod isa;
 mod lanes;
 mod linear;
+#[cfg(test)]
+mod measure;
 mod memory;
 mod pool;
 mod product;

@@ -34,6 +34,22 @@ pub(super) struct Tiles {
     pub(super) add: bool,
 }
 
+/// Repeats a statement for every row and panel of a tile, written out: the compiler leaves a loop over twelve rows a loop, and keeps the sums
+/// of a loop in memory.
+macro_rules! each {
+    ($index:ident < $limit:ident: $body:block) => {
+        each!(@unroll $index $limit $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@unroll $index:ident $limit:ident $body:block, $($number:literal)*) => {
+        {
+            $(if $number < $limit {
+                let $index = $number;
+                $body
+            })*
+        }
+    };
+}
+
 struct Accumulators<L, const R: usize, const P: usize> {
     sums: [[L; P]; R],
     data: *const f32,
@@ -43,14 +59,12 @@ struct Accumulators<L, const R: usize, const P: usize> {
 impl<L: Lanes, const R: usize, const P: usize> Sink<L, P> for Accumulators<L, R, P> {
     #[inline(always)]
     unsafe fn step(&mut self, k: usize, weights: [L; P]) {
-        for row in 0..R {
-            // SAFETY: the tile has R rows with input k, by the contract of `multiply`.
-            unsafe {
-                let x = L::splat(*self.data.add(row * self.stride + k));
-                for panel in 0..P {
-                    self.sums[row][panel] = x.fma(weights[panel], self.sums[row][panel]);
-                }
-            }
+        // SAFETY: the tile has R rows with input k, by the contract of `multiply`.
+        unsafe {
+            each!(row < R: {
+                let x = L::splat(self.data.add(row * self.stride + k).read());
+                each!(panel < P: { self.sums[row][panel] = x.fma(weights[panel], self.sums[row][panel]) });
+            });
         }
     }
 }
@@ -63,21 +77,13 @@ unsafe fn tile<L: Lanes, F: Format, const R: usize, const P: usize>(left: Left, 
         let place = |row: usize, panel: usize| out.data.add(panel * out.panel_stride + row * LANES);
         let mut sums = [[L::splat(0.0); P]; R];
         if out.add {
-            for row in 0..R {
-                for panel in 0..P {
-                    sums[row][panel] = L::load(place(row, panel));
-                }
-            }
+            each!(row < R: { each!(panel < P: { sums[row][panel] = L::load(place(row, panel)) }) });
         }
         let mut accumulators = Accumulators { sums, data: left.data, stride: left.stride };
         let mut pointers = [std::ptr::null(); P];
         pointers.copy_from_slice(&panels[..P]);
         F::walk(pointers, left.inputs, &mut accumulators);
-        for row in 0..R {
-            for panel in 0..P {
-                accumulators.sums[row][panel].store(place(row, panel));
-            }
-        }
+        each!(row < R: { each!(panel < P: { accumulators.sums[row][panel].store(place(row, panel)) }) });
     }
 }
 
@@ -106,6 +112,10 @@ unsafe fn rows<T: Tiling, F: Format, const P: usize>(left: Left, panels: &[*cons
                 4.. if T::ROWS >= 4 => {
                     tile::<T::Lanes, F, 4, P>(left, panels, out);
                     4
+                }
+                3.. if T::ROWS >= 3 => {
+                    tile::<T::Lanes, F, 3, P>(left, panels, out);
+                    3
                 }
                 2.. => {
                     tile::<T::Lanes, F, 2, P>(left, panels, out);

@@ -18,7 +18,7 @@ use candle_core::{
     },
 };
 
-use super::{FileIdentity, LoadedModel, SpecialTokens, cannot_read, gguf_tokenizer, name_of};
+use super::{LoadedModel, SpecialTokens, cannot_read, gguf_tokenizer, name_of};
 use crate::{
     kernel::Weight,
     model::{Architecture, LayerWeights, ModelError, ModelSpec, ModelWeights, RopeScaling, RopeSpec},
@@ -38,7 +38,6 @@ const ENDS: [&str; 5] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|
 
 pub(super) fn load(path: &Path) -> Result<LoadedModel, ModelError> {
     let file = File::open(path).map_err(|error| cannot_read(path, &error))?;
-    let identity = FileIdentity::of(path, &file)?;
     let mut reader = BufReader::new(file);
     // candle divides by `general.alignment` unchecked, so a corrupt file can make it panic.
     let content = catch_unwind(AssertUnwindSafe(|| Content::read(&mut reader)))
@@ -74,7 +73,7 @@ pub(super) fn load(path: &Path) -> Result<LoadedModel, ModelError> {
         chat_template: meta.string("tokenizer.chat_template").map(str::to_owned),
         tokenizer: parts.build()?,
         add_bos_token: false,
-        files: vec![identity],
+        files: vec![path.to_owned()],
     })
 }
 

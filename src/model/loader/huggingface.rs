@@ -42,7 +42,7 @@ pub(super) fn load(folder: &Path) -> Result<LoadedModel, ModelError> {
     }
     Ok(LoadedModel {
         name: name_of(folder),
-        files: tensors.identities(),
+        files: paths,
         spec: config.spec,
         weights,
         tokenizer,

@@ -5,11 +5,7 @@ mod gguf_tokenizer;
 mod huggingface;
 mod tensors;
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-    time::SystemTime,
-};
+use std::path::{Path, PathBuf};
 
 pub(super) use huggingface::ShardIndex;
 use tokenizers::Tokenizer;
@@ -32,8 +28,8 @@ pub struct LoadedModel {
     pub special_tokens: SpecialTokens,
     /// True when `tokenizer.encode(text, true)` starts with the bos token. Text from a chat template has it already.
     pub add_bos_token: bool,
-    /// The files that the weights came from: what a cached basis depends on.
-    pub files: Vec<FileIdentity>,
+    /// The files that the weights came from, for [`crate::adapter::ModelFiles`].
+    pub files: Vec<PathBuf>,
 }
 
 /// Special tokens as text, for chat templates.
@@ -47,25 +43,6 @@ pub struct SpecialTokens {
     pub pad: Option<String>,
     /// `unk_token`
     pub unk: Option<String>,
-}
-
-/// A file as it was when we read it; another length or time of change means another file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileIdentity {
-    /// Absolute path.
-    pub path: PathBuf,
-    /// Bytes.
-    pub len: u64,
-    /// Time of the last change, where the file system knows it.
-    pub modified: Option<SystemTime>,
-}
-
-impl FileIdentity {
-    fn of(path: &Path, file: &File) -> Result<Self, ModelError> {
-        let facts = file.metadata().map_err(|error| cannot_read(path, &error))?;
-        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        Ok(Self { path, len: facts.len(), modified: facts.modified().ok() })
-    }
 }
 
 /// Loads a `.gguf` file or a Hugging Face folder.

@@ -12,7 +12,7 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, tensor::Metadata};
 
-use super::{FileIdentity, cannot_read};
+use super::cannot_read;
 use crate::{kernel::Weight, model::ModelError};
 
 /// As in the safetensors crate: no honest header is longer.
@@ -27,7 +27,6 @@ pub(super) struct Tensors {
 struct OpenFile {
     file: File,
     shown: String,
-    identity: FileIdentity,
 }
 
 struct Entry {
@@ -44,8 +43,7 @@ impl Tensors {
         let mut tensors = Self { files: Vec::new(), entries: HashMap::new() };
         for path in paths {
             let mut file = File::open(path).map_err(|error| cannot_read(path, &error))?;
-            let identity = FileIdentity::of(path, &file)?;
-            let (header, start) = read_header(&mut file, identity.len).map_err(|error| cannot_read(path, &error))?;
+            let (header, start) = read_header(&mut file).map_err(|error| cannot_read(path, &error))?;
             for (name, info) in header.tensors() {
                 let entry = Entry {
                     file: tensors.files.len(),
@@ -58,14 +56,9 @@ impl Tensors {
                     return Err(ModelError::Load(format!("tensor {name} is in two files")));
                 }
             }
-            tensors.files.push(OpenFile { file, shown: path.display().to_string(), identity });
+            tensors.files.push(OpenFile { file, shown: path.display().to_string() });
         }
         Ok(tensors)
-    }
-
-    /// What was opened.
-    pub(super) fn identities(&self) -> Vec<FileIdentity> {
-        self.files.iter().map(|file| file.identity.clone()).collect()
     }
 
     /// True when the tensor is there and was not taken.
@@ -121,7 +114,8 @@ impl Tensors {
 }
 
 /// The header and where the data start. Checks that the file is exactly as long as the header says.
-fn read_header(file: &mut File, file_len: u64) -> Result<(Metadata, u64), String> {
+fn read_header(file: &mut File) -> Result<(Metadata, u64), String> {
+    let file_len = file.metadata().map_err(|error| error.to_string())?.len();
     let mut prefix = [0; 8];
     file.read_exact(&mut prefix).map_err(|_| "not a safetensors file: shorter than its header".to_owned())?;
     let len = u64::from_le_bytes(prefix);

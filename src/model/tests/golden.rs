@@ -1,7 +1,7 @@
 //! transformers + PEFT as the reference: logits, log-probs and greedy tokens of tiny models under every adapter.
 //!
-//! The cores are computed here from the numbers that PEFT saved (A, B, P, v), not with the adapter room: these cases
-//! hold the forward pass alone.
+//! Twice: with cores computed here from the numbers that PEFT saved (A, B, P, v), which holds the forward pass alone, and
+//! with the adapter room's basis, import and expansion.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use super::*;
-use crate::adapter::{ProjectionDtype, Sites, projection};
+use crate::adapter::{Basis, Expander, Facts, Interner, ProjectionDtype, Sites, peft, projection};
 
 const TOLERANCE: f64 = 2e-4;
 
@@ -108,6 +108,17 @@ pub(super) const OPTIONS: TransformerOptions =
 
 /// All prompts in one ragged step with the continuation behind each, then each prompt's greedy tokens.
 fn compare(what: &str, model: &mut dyn Model, expected: &Expected, outputs: &Outputs, cores: &Option<Arc<Cores>>) {
+    compare_within(TOLERANCE, what, model, expected, outputs, cores);
+}
+
+fn compare_within(
+    tolerance: f64,
+    what: &str,
+    model: &mut dyn Model,
+    expected: &Expected,
+    outputs: &Outputs,
+    cores: &Option<Arc<Cores>>,
+) {
     let texts: Vec<Vec<u32>> = expected.prompts.iter().map(|p| [&p[..], &expected.continuation].concat()).collect();
     let rows: Vec<Rows<'_>> = texts
         .iter()
@@ -120,12 +131,12 @@ fn compare(what: &str, model: &mut dyn Model, expected: &Expected, outputs: &Out
         let last = &logits[prompt.len() - 1];
         let furthest =
             last.iter().zip(&outputs.last_logits[i]).fold(0f64, |most, (a, b)| most.max(f64::from((a - b).abs())));
-        assert!(furthest <= TOLERANCE, "{what}: prompt {i}: logits differ by {furthest}");
+        assert!(furthest <= tolerance, "{what}: prompt {i}: logits differ by {furthest}");
         assert_eq!(last.len(), outputs.last_logits[i].len());
         for (j, expected_log_prob) in outputs.continuation_logprobs[i].iter().enumerate() {
             let found = log_prob(&logits[prompt.len() - 1 + j], expected.continuation[j]);
             let difference = (found - expected_log_prob).abs();
-            assert!(difference <= TOLERANCE, "{what}: prompt {i}, token {j}: log-probs differ by {difference}");
+            assert!(difference <= tolerance, "{what}: prompt {i}, token {j}: log-probs differ by {difference}");
         }
         let found = greedy(model, prompt, outputs.greedy[i].len(), &[], 20..28, cores);
         assert_eq!(found, outputs.greedy[i], "{what}: prompt {i}: greedy tokens");
@@ -158,6 +169,53 @@ for_every_backend! {
     qwen2odd => |make| golden(make, "golden2/qwen2odd", 2);
     llamabias => |make| golden(make, "golden2/llamabias", 1);
     mistral => |make| golden(make, "golden2/mistral", 1);
+}
+
+/// Checkpoints whose factors are off by more than the tolerance allows: PEFT takes its SVD in f32, and where two singular
+/// values are within 1% its vectors are turned by up to 1e-4 against the exact ones. Our basis is exact, and a sign a
+/// vector cannot express a turn. (With PEFT's own vectors these cases are within 1e-5: see the cases above.)
+const TURNED: [(&str, &str); 2] = [("golden/qwen2", "v-only"), ("golden2/qwen3", "r4-u16")];
+
+/// The way of the server: our own basis of the loaded weights, PEFT's files imported against it, numbers expanded to
+/// cores, every adapter zero-padded to one served rank and all of them over one model.
+fn imported<B: Backend>(backend: impl Fn() -> B, case: &str, rank: usize) {
+    let folder = fixtures().join(case);
+    let expected: Expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let LoadedModel { spec, weights, .. } = model_of(case);
+    let sites = spec.sites();
+    let basis = Arc::new(Basis::compute(&sites, rank, |site| weights.site(site).to_f32()).unwrap());
+    let expander = Expander::new(sites.clone(), basis.clone());
+    let mut model = Transformer::new(backend(), spec, weights, &site_factors(&basis), OPTIONS).unwrap();
+    for (name, outputs) in &expected.adapters {
+        let files = folder.join("adapters").join(name);
+        let read = |name: &str| std::fs::read(files.join(name)).unwrap();
+        let imported = peft::import(&read(peft::CONFIG_FILE), &read(peft::MODEL_FILE), &sites, &basis).unwrap();
+        let numbers = imported.scheme.numbers(&sites);
+        let facts = Facts {
+            scheme: imported.scheme,
+            dtype: imported.dtype,
+            fingerprint: basis.fingerprint,
+            signs: imported.signs,
+            approximate: false,
+        };
+        let adapter = Interner::new().adapter(facts, &imported.bytes, numbers).unwrap();
+        let cores = expander.expand(&[(&adapter, 1.0)]).unwrap();
+        let tolerance = if TURNED.contains(&(case, name.as_str())) { 5e-4 } else { TOLERANCE };
+        let what = format!("{case}, {name} imported");
+        compare_within(tolerance, &what, &mut model, &expected, outputs, &Some(cores));
+        let nothing = expander.expand(&[(&adapter, 0.0)]).unwrap();
+        compare(&format!("{case}, {name} at scale 0"), &mut model, &expected, &expected.base, &Some(nothing));
+    }
+}
+
+for_every_backend! {
+    llama_imported => |make| imported(make, "golden/llama", 4);
+    qwen2_imported => |make| imported(make, "golden/qwen2", 4);
+    llama3rope_imported => |make| imported(make, "golden2/llama3rope", 2);
+    qwen3_imported => |make| imported(make, "golden2/qwen3", 4);
+    qwen2odd_imported => |make| imported(make, "golden2/qwen2odd", 3);
+    llamabias_imported => |make| imported(make, "golden2/llamabias", 2);
+    mistral_imported => |make| imported(make, "golden2/mistral", 3);
 }
 
 #[test]

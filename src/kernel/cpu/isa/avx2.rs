@@ -67,6 +67,16 @@ impl Lanes for Avx2 {
         unsafe { Self(_mm256_min_ps(ceiling.0, self.0), _mm256_min_ps(ceiling.1, self.1)) }
     }
     #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        // SAFETY: AVX by contract.
+        unsafe {
+            let eight = _mm256_max_ps(self.0, self.1);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+    #[inline(always)]
     unsafe fn power_of_two(self) -> Self {
         // SAFETY: AVX2 by contract.
         unsafe {

@@ -63,6 +63,11 @@ impl Lanes for Avx512 {
         Self(unsafe { _mm512_min_ps(ceiling.0, self.0) })
     }
     #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        // SAFETY: AVX-512 F by contract.
+        unsafe { _mm512_reduce_max_ps(self.0) }
+    }
+    #[inline(always)]
     unsafe fn power_of_two(self) -> Self {
         // SAFETY: AVX-512 F by contract.
         unsafe {

@@ -108,33 +108,6 @@ impl Kernels {
     }
 }
 
-/// exp on every instruction set of this machine.
-#[cfg(test)]
-pub(super) mod lanes_for_tests {
-    use super::*;
-
-    type Exp = fn([f32; 16]) -> [f32; 16];
-
-    fn exp<L: Lanes>(x: [f32; 16]) -> [f32; 16] {
-        let mut out = [0f32; 16];
-        // SAFETY: only called for instruction sets that are available; both arrays hold sixteen numbers.
-        unsafe { crate::kernel::cpu::lanes::exp(L::load(x.as_ptr())).store(out.as_mut_ptr()) };
-        out
-    }
-
-    /// One a set.
-    pub(in crate::kernel::cpu) fn each_exp() -> Vec<(Isa, Exp)> {
-        let of = |isa| match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => exp::<avx512::Avx512> as Exp,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => exp::<avx2::Avx2> as Exp,
-            _ => exp::<portable::Portable> as Exp,
-        };
-        Isa::available().into_iter().map(|isa| (isa, of(isa))).collect()
-    }
-}
-
 /// Compiles every kernel for one instruction set and makes its table.
 macro_rules! kernels {
     ($lanes:ident, rows: $rows:literal, panels: $panels:literal, few_panels: $few:literal $(, $features:literal)?) => {
@@ -192,3 +165,30 @@ macro_rules! compile {
 }
 
 use {compile, kernels};
+
+/// exp on every instruction set of this machine.
+#[cfg(test)]
+pub(super) mod lanes_for_tests {
+    use super::*;
+
+    type Exp = fn([f32; 16]) -> [f32; 16];
+
+    fn exp<L: Lanes>(x: [f32; 16]) -> [f32; 16] {
+        let mut out = [0f32; 16];
+        // SAFETY: only called for instruction sets that are available; both arrays hold sixteen numbers.
+        unsafe { crate::kernel::cpu::lanes::exp(L::load(x.as_ptr())).store(out.as_mut_ptr()) };
+        out
+    }
+
+    /// One a set.
+    pub(in crate::kernel::cpu) fn each_exp() -> Vec<(Isa, Exp)> {
+        let of = |isa| match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => exp::<avx512::Avx512> as Exp,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => exp::<avx2::Avx2> as Exp,
+            _ => exp::<portable::Portable> as Exp,
+        };
+        Isa::available().into_iter().map(|isa| (isa, of(isa))).collect()
+    }
+}

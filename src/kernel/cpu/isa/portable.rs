@@ -73,6 +73,10 @@ impl Lanes for Portable {
         self.zip(ceiling, |x, ceiling| if ceiling < x { ceiling } else { x })
     }
     #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        self.0.into_iter().fold(f32::NEG_INFINITY, |largest, x| if x > largest { x } else { largest })
+    }
+    #[inline(always)]
     unsafe fn power_of_two(self) -> Self {
         let mut out = self;
         for x in &mut out.0 {
