@@ -146,9 +146,9 @@ pub async fn list_adapters(state: &StateArgs, tenant: &str, prefix: &str) -> Res
                 "\n{:<32}  {:<32}  {:<5}  {:>5}  {}",
                 adapter.name,
                 contents.generation.to_string(),
-                contents.dtype,
+                contents.facts.dtype,
                 contents.data.len(),
-                contents.scheme
+                contents.facts.scheme
             );
         }
     }

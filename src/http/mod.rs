@@ -2,8 +2,11 @@
 //!
 //! Nothing outside this folder knows a status code.
 
+mod adapters;
+mod admin;
 mod answer;
 pub mod auth;
+mod batch;
 mod body;
 mod chat;
 mod completions;
@@ -15,6 +18,7 @@ mod models;
 mod sse;
 mod state;
 mod system;
+mod upload;
 
 use axum::{Router, middleware::from_fn_with_state};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -55,6 +59,17 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(chat::chat_completions))
         .routes(routes!(models::list_models))
         .routes(routes!(models::show_model))
+        .routes(routes!(adapters::list_adapters, adapters::upload_adapter))
+        .routes(routes!(batch::upload_batch))
+        .routes(routes!(adapters::list_schemes))
+        .routes(routes!(adapters::show_adapter, adapters::replace_adapter, adapters::delete_adapter))
+        .routes(routes!(adapters::read_weights))
+        .routes(routes!(adapters::list_generations))
+        .routes(routes!(adapters::rollback_adapter))
+        .routes(routes!(admin::list_tenants, admin::create_tenant))
+        .routes(routes!(admin::show_tenant, admin::delete_tenant))
+        .routes(routes!(admin::list_keys, admin::create_key))
+        .routes(routes!(admin::show_key, admin::revoke_key))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(system::metrics))

@@ -7,19 +7,21 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::Error;
+use super::{Error, salts::Salts};
 use crate::{
     adapter::{
         Adapter, Basis, Expander, Facts, Interner, NumberType, Registry, RegistryError, Scheme, SignMask, Sites,
         cache_salt,
     },
     kernel::Cores,
-    store::{Contents, Store, StoreError},
-    types::{CacheSalt, Fingerprint, TenantId},
+    store::{Contents, Facts as StoredFacts, Store, StoreError},
+    types::{AdapterId, CacheSalt, Fingerprint, Generation, TenantId},
 };
 
 /// Entries of the table of live cores below which dead ones are not looked for.
 const SWEEP_FROM: usize = 256;
+/// Distinct facts whose translation is remembered; beyond this the memory starts anew.
+const REMEMBERED: usize = 4096;
 
 /// Every adapter, and what turns one into cores.
 #[derive(Debug)]
@@ -34,7 +36,15 @@ pub struct Library {
     pub fingerprint: Fingerprint,
     /// Cores of running requests: requests under one adapter share them, and so a slot of the batch.
     live: Mutex<HashMap<CacheSalt, Weak<Cores>>>,
+    /// Under which salts a generation may have cached KV.
+    salts: Mutex<Salts>,
+    /// The store's facts in our terms, and ours in the store's: an upload or a row costs no JSON.
+    read: Mutex<HashMap<Arc<StoredFacts>, (Facts, Option<usize>)>>,
+    written: Mutex<HashMap<FactsKey, Arc<StoredFacts>>>,
 }
+
+/// Everything that tells facts apart.
+type FactsKey = ([u8; 44], NumberType, Option<Vec<u8>>, Fingerprint, bool);
 
 /// An adapter as the store keeps it, which this program cannot have written.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -50,6 +60,9 @@ impl Library {
             fingerprint: basis.fingerprint,
             expander: Expander::new(sites, basis),
             live: Mutex::default(),
+            salts: Mutex::default(),
+            read: Mutex::default(),
+            written: Mutex::default(),
         }
     }
 
@@ -58,59 +71,79 @@ impl Library {
     /// # Errors
     /// Only the database's.
     pub async fn fill(&self, store: &Store) -> Result<u64, StoreError> {
-        // Schemes are interned in the store; most adapters share one.
-        let mut schemes: HashMap<Arc<str>, Scheme> = HashMap::new();
         store
-            .load_all(|loaded| {
-                let adapter = self.adapter_of(&loaded.contents, &mut schemes);
-                let result = adapter.map_err(|error| error.to_string()).and_then(|adapter| {
-                    self.registry
-                        .put(loaded.tenant, &loaded.name, adapter, loaded.public)
-                        .map_err(|error: RegistryError| error.to_string())
-                });
-                if let Err(error) = result {
-                    tracing::error!(
-                        adapter = loaded.id.0,
-                        tenant = loaded.tenant.0,
-                        error,
-                        "an adapter in the store cannot be read; it is left out"
-                    );
-                }
-            })
+            .load_all(|loaded| self.publish(loaded.id, loaded.tenant, &loaded.name, loaded.public, &loaded.contents))
             .await
+    }
+
+    /// Points a name at what the store has for it now. What cannot be read is logged, and the name means nothing.
+    pub fn publish(&self, id: AdapterId, tenant: TenantId, name: &str, public: bool, contents: &Contents) {
+        let published = self.adapter_of(contents).map_err(|error| error.to_string()).and_then(|adapter| {
+            self.registry.put(tenant, name, adapter, public).map_err(|error: RegistryError| error.to_string())
+        });
+        if let Err(error) = published {
+            tracing::error!(adapter = id.0, tenant = tenant.0, error, "an adapter in the store cannot be read");
+            let _ = self.registry.remove(tenant, name, None);
+        }
     }
 
     /// The adapter that stored contents describe, of this base or of another.
     ///
     /// # Errors
     /// Contents that are no adapter.
-    pub fn adapter_of(
-        &self,
-        contents: &Contents,
-        schemes: &mut HashMap<Arc<str>, Scheme>,
-    ) -> Result<Arc<Adapter>, BadContents> {
-        let scheme = match schemes.get(&contents.scheme) {
-            Some(scheme) => scheme.clone(),
-            None => {
-                let value = serde_json::from_str(&contents.scheme).map_err(bad)?;
-                let scheme = Scheme::from_json(&value).map_err(bad)?;
-                schemes.insert(contents.scheme.clone(), scheme.clone());
-                scheme
-            }
-        };
-        let dtype = NumberType::from_name(&contents.dtype).ok_or_else(|| bad("an unknown dtype"))?;
-        let of_this_base = contents.fingerprint == self.fingerprint;
-        let approximate = !of_this_base && contents.forced_onto == Some(self.fingerprint);
+    pub fn adapter_of(&self, contents: &Contents) -> Result<Arc<Adapter>, BadContents> {
+        let (facts, numbers) = self.facts_of(&contents.facts)?;
         // The site count of another base is unknown: its adapters are kept and listed, never expanded.
-        let (numbers, signs) = if of_this_base || approximate {
-            let sites = self.expander.sites();
-            let signs = contents.signs.as_deref().map(|bits| SignMask::from_bytes(bits, sites.len(), scheme.rank));
-            (scheme.numbers(sites), signs.transpose().map_err(bad)?)
-        } else {
-            (contents.data.len() / dtype.size(), None)
-        };
-        let facts = Facts { scheme, signs, fingerprint: contents.fingerprint, dtype, approximate };
+        let numbers = numbers.unwrap_or(contents.data.len() / facts.dtype.size());
         self.interner.adapter(facts, &contents.data, numbers).map_err(bad)
+    }
+
+    /// What stored facts say in terms of this base, and how many numbers go with them if they are of this base.
+    fn facts_of(&self, stored: &Arc<StoredFacts>) -> Result<(Facts, Option<usize>), BadContents> {
+        if let Some(known) = self.read.lock().get(stored) {
+            return Ok(known.clone());
+        }
+        let value = serde_json::from_str(&stored.scheme).map_err(bad)?;
+        let scheme = Scheme::from_json(&value).map_err(bad)?;
+        let dtype = NumberType::from_name(&stored.dtype).ok_or_else(|| bad("an unknown dtype"))?;
+        let of_this_base = stored.fingerprint == self.fingerprint;
+        let approximate = !of_this_base && stored.forced_onto == Some(self.fingerprint);
+        let ours = of_this_base || approximate;
+        let sites = self.expander.sites();
+        let signs = match stored.signs.as_deref() {
+            Some(bits) if ours => Some(SignMask::from_bytes(bits, sites.len(), scheme.rank).map_err(bad)?),
+            _ => None,
+        };
+        let numbers = ours.then(|| scheme.numbers(sites));
+        let facts = Facts { scheme, signs, fingerprint: stored.fingerprint, dtype, approximate };
+        let mut read = self.read.lock();
+        if read.len() >= REMEMBERED {
+            read.clear();
+        }
+        read.insert(stored.clone(), (facts.clone(), numbers));
+        Ok((facts, numbers))
+    }
+
+    /// An adapter's facts as the store keeps them.
+    pub fn stored_facts(&self, facts: &Facts) -> Arc<StoredFacts> {
+        let signs = facts.signs.as_ref().map(|mask| mask.as_bytes().to_vec());
+        let key = (facts.scheme.canonical_bytes(), facts.dtype, signs, facts.fingerprint, facts.approximate);
+        let mut written = self.written.lock();
+        if let Some(known) = written.get(&key) {
+            return known.clone();
+        }
+        let stored = Arc::new(StoredFacts {
+            dtype: facts.dtype.name().to_owned(),
+            scheme: facts.scheme.to_full_json().to_string(),
+            signs: key.2.clone(),
+            fingerprint: facts.fingerprint,
+            forced_onto: facts.approximate.then_some(self.fingerprint),
+        });
+        if written.len() >= REMEMBERED {
+            written.clear();
+        }
+        written.insert(key, stored.clone());
+        stored
     }
 
     /// May requests of this server run under it?
@@ -121,6 +154,22 @@ impl Library {
     /// Under which hash a request of the tenant may share KV blocks.
     pub fn salt(&self, tenant: TenantId, parts: &[(&Adapter, f32)]) -> CacheSalt {
         cache_salt(tenant, &self.fingerprint.to_string(), parts)
+    }
+
+    /// Notes that requests of a generation may leave KV under a salt. Gives a salt that is no longer remembered: its KV is to be purged.
+    #[must_use]
+    pub fn note_salt(&self, salt: CacheSalt, generations: impl Iterator<Item = Generation>) -> Option<CacheSalt> {
+        self.salts.lock().note(salt, generations)
+    }
+
+    /// The salts under which requests of a generation ran; forgets them.
+    pub fn take_salts(&self, generation: Generation) -> Vec<CacheSalt> {
+        self.salts.lock().take(generation)
+    }
+
+    /// Does a request run under the salt?
+    pub fn is_live(&self, salt: CacheSalt) -> bool {
+        self.live.lock().get(&salt).is_some_and(|cores| cores.strong_count() > 0)
     }
 
     /// Cores of a weighted sum; those of a running request with the same salt, if there is one.

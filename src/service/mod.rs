@@ -1,18 +1,24 @@
 //! Use cases, one file each: resolve an adapter, complete, manage adapters and tenants.
 
+mod adapters;
 mod chat;
 mod completion;
 mod decoding;
 mod error;
+mod follow;
 mod library;
 mod metrics;
 mod models;
 mod reader;
 mod resolve;
+mod salts;
 mod target;
+mod tenants;
+mod upload;
 
 use std::{sync::Arc, time::Instant};
 
+pub use adapters::{AdapterInfo, GenerationInfo, Numbers, Retry, SchemeInfo, Uploaded};
 pub use chat::{ChatRequest, MAX_TOP_LOGPROBS, Message};
 pub use completion::{Choice, Completion, CompletionRequest, DEFAULT_MAX_TOKENS, MAX_LOGPROBS, Prompts, Usage};
 pub use decoding::{Decoding, MAX_CHOICES, MAX_STOPS};
@@ -22,6 +28,7 @@ pub use models::Model;
 pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
 pub use resolve::MAX_MIX;
 pub use target::{AdapterField, Lease, Target};
+pub use upload::{Content, Upload};
 
 pub use crate::engine::FinishReason;
 
@@ -71,7 +78,7 @@ pub struct Service {
     /// Bearer tokens to callers.
     pub directory: Directory,
     /// Adapters in memory.
-    pub library: Library,
+    pub library: Arc<Library>,
     /// Everything that survives.
     pub store: Store,
 }
@@ -82,9 +89,10 @@ impl Service {
     /// # Errors
     /// Only the database's.
     pub async fn open(base: BaseInfo, basis: Basis, engine: Handle, store: Store) -> Result<Self, StoreError> {
-        let library = Library::new(base.sites.clone(), Arc::new(basis));
+        let library = Arc::new(Library::new(base.sites.clone(), Arc::new(basis)));
         let began = Instant::now();
         let adapters = library.fill(&store).await?;
+        store.observe(Arc::new(follow::Follower { library: library.clone(), engine: engine.clone() }));
         tracing::info!(adapters, seconds = began.elapsed().as_secs_f32(), "adapters loaded");
         Ok(Self {
             base: Arc::new(base),

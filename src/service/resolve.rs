@@ -9,10 +9,11 @@ use base64::{
 };
 use serde_json::Value;
 
-use super::{AdapterField, Error, ErrorKind, Lease, Library, Service, Target};
+use super::{AdapterField, Error, ErrorKind, Lease, Service, Target};
 use crate::{
     adapter::{Adapter, Facts, Scheme, SchemeError, codec},
     tenant::Caller,
+    types::Fingerprint,
 };
 
 /// Most adapters in a mix.
@@ -145,7 +146,7 @@ impl Service {
         let library = &self.library;
         for (adapter, _) in parts {
             if !library.is_compatible(adapter) {
-                return Err(other_base(library, adapter));
+                return Err(incompatible(adapter.facts().fingerprint, library.fingerprint));
             }
             if let Err(error) = adapter.scheme().validate(&self.base.sites, self.base.rank) {
                 let message = format!(
@@ -158,6 +159,12 @@ impl Service {
         let borrowed: Vec<(&Adapter, f32)> = parts.iter().map(|(adapter, weight)| (&**adapter, *weight)).collect();
         let salt = library.salt(caller.tenant, &borrowed);
         let cores = if borrowed.is_empty() { None } else { Some(library.cores(salt, &borrowed)?) };
+        let generations = parts.iter().map(|(adapter, _)| adapter.generation());
+        if !parts.is_empty()
+            && let Some(forgotten) = library.note_salt(salt, generations)
+        {
+            self.engine.purge(forgotten);
+        }
         let generation = match parts {
             [(adapter, _)] => Some(adapter.generation()),
             _ => None,
@@ -167,8 +174,7 @@ impl Service {
 }
 
 /// 422 that names both fingerprints.
-pub(super) fn other_base(library: &Library, adapter: &Adapter) -> Error {
-    let (theirs, ours) = (adapter.facts().fingerprint, library.fingerprint);
+pub(super) fn incompatible(theirs: Fingerprint, ours: Fingerprint) -> Error {
     let message = format!("The adapter was made for the base {theirs}, but this server serves {ours}.");
     Error::new(ErrorKind::Incompatible, message).with_code("incompatible_adapter")
 }

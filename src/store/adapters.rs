@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sqlx::{Row as _, any::AnyRow};
 
 use super::{
-    AdapterRecord, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
+    AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
     rows::RowsSql,
     writer::{PutResults, Tx},
 };
@@ -141,7 +141,9 @@ impl Tx<'_> {
             results.push(result);
         }
         self.insert_adapters(&created).await?;
-        self.insert_generations(&generations).await
+        self.insert_generations(&generations).await?;
+        created.into_iter().for_each(|record| self.changed(|| Change::Stored(record)));
+        Ok(())
     }
 
     fn new_record(&self, id: AdapterId, item: NewAdapter, owner: Arc<str>) -> AdapterRecord {
@@ -274,6 +276,7 @@ impl Tx<'_> {
         .bind(record.id.0)
         .execute(&mut *self.connection)
         .await?;
+        self.changed(|| Change::Stored(record.clone()));
         Ok(record)
     }
 
@@ -285,7 +288,11 @@ impl Tx<'_> {
             .fetch_optional(&mut *self.connection)
             .await?;
         let id: i64 = row.ok_or(StoreError::AdapterNotFound)?.try_get(0)?;
-        sqlx::query("DELETE FROM generations WHERE adapter = $1").bind(id).execute(&mut *self.connection).await?;
+        let rows = sqlx::query("DELETE FROM generations WHERE adapter = $1 RETURNING generation")
+            .bind(id)
+            .fetch_all(&mut *self.connection)
+            .await?;
+        let generations = rows.iter().map(|row| decode::generation(row, 0)).collect::<Result<Vec<_>>>()?;
         let change = self.next_seq();
         sqlx::query(
             "UPDATE adapters SET deleted = 1, public = 0, metadata = '{}', updated_at = $1, change_seq = $2 WHERE id = $3",
@@ -296,6 +303,7 @@ impl Tx<'_> {
         .execute(&mut *self.connection)
         .await?;
         self.erased = true;
+        self.changed(|| Change::Deleted { tenant, name: name.to_owned(), generations });
         Ok(AdapterId(id))
     }
 
@@ -322,6 +330,7 @@ impl Tx<'_> {
             .execute(&mut *self.connection)
             .await?;
         let record = decode::own_record(self.connection, tenant, name).await?.ok_or(StoreError::AdapterNotFound)?;
+        self.changed(|| Change::Stored(record.clone()));
         Ok((record, old.contents.generation))
     }
 }
@@ -339,7 +348,7 @@ fn decode_existing(row: &AnyRow) -> Result<(Key, Existing)> {
         public: row.try_get::<i64, _>(3)? != 0,
         metadata: row.try_get(4)?,
         created_at: row.try_get(5)?,
-        generation: Generation(decode::array(row.try_get(6)?, "generation")?),
+        generation: decode::generation(row, 6)?,
     };
     Ok((key, existing))
 }

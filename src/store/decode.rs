@@ -39,11 +39,7 @@ pub(super) fn record(row: &AnyRow) -> Result<AdapterRecord> {
 
 /// Columns generation, data, and those of [`facts`], from a position on.
 pub(super) fn contents(row: &AnyRow, at: usize) -> Result<Contents> {
-    Ok(Contents {
-        generation: Generation(array(row.try_get(at)?, "generation")?),
-        data: row.try_get(at + 1)?,
-        facts: Arc::new(facts(row, at + 2)?),
-    })
+    Ok(Contents { generation: generation(row, at)?, data: row.try_get(at + 1)?, facts: Arc::new(facts(row, at + 2)?) })
 }
 
 /// Columns dtype, scheme, signs, fingerprint, forced_onto, from a position on.
@@ -57,6 +53,11 @@ pub(super) fn facts(row: &AnyRow, at: usize) -> Result<Facts> {
         fingerprint: fingerprint(row.try_get(at + 3)?)?,
         forced_onto: forced_onto.map(fingerprint).transpose()?,
     })
+}
+
+/// A column that holds a generation.
+pub(super) fn generation(row: &AnyRow, at: usize) -> Result<Generation> {
+    Ok(Generation(array(row.try_get(at)?, "generation")?))
 }
 
 /// A hash of a known length.

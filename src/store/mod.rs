@@ -22,11 +22,15 @@ mod writer;
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
 pub use error::{Result, StoreError};
 pub use records::{
-    AdapterRecord, Contents, Facts, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter, OnConflict, Stored,
+    AdapterRecord, Change, Contents, Facts, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter, Observer,
+    OnConflict, Stored,
 };
 pub use tenants::NewKey;
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use sqlx::AnyPool;
 
@@ -59,6 +63,11 @@ impl Store {
         let pool = connector.pool(config.readers).await?;
         let writer = Writer::start(connector, connection);
         Ok(Self { writer, pool })
+    }
+
+    /// Sets who is told of changes. Once; a second call changes nothing.
+    pub fn observe(&self, observer: Arc<dyn Observer>) {
+        self.writer.observe(observer);
     }
 
     /// Writes what is queued and closes the database. Later calls fail with [`StoreError::Closed`].

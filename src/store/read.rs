@@ -9,7 +9,7 @@ use super::{
     AdapterRecord, Contents, Facts, GenerationRecord, LoadedAdapter, Result, Store, StoreError,
     decode::{self, select_records},
 };
-use crate::types::{AdapterId, Generation, TenantId};
+use crate::types::{AdapterId, TenantId};
 
 /// Sorts after every name that begins with a prefix: names are ASCII.
 const AFTER_ALL: char = '\u{7f}';
@@ -180,11 +180,7 @@ fn loaded(row: &AnyRow, facts: &HashMap<i64, Arc<Facts>>) -> Result<LoadedAdapte
         tenant: TenantId(row.try_get(1)?),
         name: row.try_get(2)?,
         public: row.try_get::<i64, _>(3)? != 0,
-        contents: Contents {
-            generation: Generation(decode::array(row.try_get(4)?, "generation")?),
-            data: row.try_get(5)?,
-            facts: facts.clone(),
-        },
+        contents: Contents { generation: decode::generation(row, 4)?, data: row.try_get(5)?, facts: facts.clone() },
     })
 }
 

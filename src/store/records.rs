@@ -143,3 +143,26 @@ pub struct GenerationRecord {
     /// What it holds.
     pub contents: Contents,
 }
+
+/// A committed change of what names mean.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A name is new, or points at another generation.
+    Stored(AdapterRecord),
+    /// A name is gone, and these generations with it.
+    Deleted {
+        /// The owner.
+        tenant: TenantId,
+        /// The name.
+        name: String,
+        /// Every generation that it had.
+        generations: Vec<Generation>,
+    },
+}
+
+/// Told of every change of this process after its commit, in the order of commits, before the writer is answered: whoever has
+/// an answer finds its effect. Must not wait.
+pub trait Observer: Send + Sync {
+    /// A change was committed.
+    fn committed(&self, change: Change);
+}

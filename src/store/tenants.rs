@@ -3,7 +3,7 @@
 use futures::future::BoxFuture;
 use sqlx::{Row as _, any::AnyRow};
 
-use super::{Result, Store, StoreError, decode, writer::Tx};
+use super::{Change, Result, Store, StoreError, decode, writer::Tx};
 use crate::{
     tenant::{ApiKey, BUILT_IN_TENANT, KeyHash, KeyRecord, KeySource, KeySourceError, Role, Tenant},
     types::TenantId,
@@ -85,15 +85,20 @@ impl Tx<'_> {
         if id == BUILT_IN_TENANT {
             return Err(StoreError::BuiltInTenant);
         }
+        let rows = sqlx::query(
+            "SELECT a.name, g.generation FROM adapters a JOIN generations g ON g.adapter = a.id \
+             WHERE a.tenant = $1 AND a.deleted = 0 ORDER BY a.name",
+        )
+        .bind(id.0)
+        .fetch_all(&mut *self.connection)
+        .await?;
+        let pairs = rows.iter().map(|row| Ok((row.try_get::<String, _>(0)?, decode::generation(row, 1)?)));
+        let pairs = pairs.collect::<Result<Vec<_>>>()?;
+        sqlx::query("DELETE FROM generations WHERE adapter IN (SELECT id FROM adapters WHERE tenant = $1)")
+            .bind(id.0)
+            .execute(&mut *self.connection)
+            .await?;
         let (now, change) = (self.now, self.next_seq());
-        // Without contents first, since generations point at adapters.
-        for sql in [
-            "DELETE FROM generations WHERE adapter IN (SELECT id FROM adapters WHERE tenant = $1)",
-            "DELETE FROM idempotency WHERE tenant = $1",
-            "DELETE FROM keys WHERE tenant = $1",
-        ] {
-            sqlx::query(sql).bind(id.0).execute(&mut *self.connection).await?;
-        }
         sqlx::query(
             "UPDATE adapters SET deleted = 1, public = 0, metadata = '{}', updated_at = $1, change_seq = $2 \
              WHERE tenant = $3 AND deleted = 0",
@@ -103,6 +108,14 @@ impl Tx<'_> {
         .bind(id.0)
         .execute(&mut *self.connection)
         .await?;
+        for of_name in pairs.chunk_by(|a, b| a.0 == b.0) {
+            let generations = of_name.iter().map(|(_, generation)| *generation).collect();
+            self.changed(|| Change::Deleted { tenant: id, name: of_name[0].0.clone(), generations });
+        }
+        for sql in ["DELETE FROM idempotency WHERE tenant = $1", "DELETE FROM keys WHERE tenant = $1"] {
+            sqlx::query(sql).bind(id.0).execute(&mut *self.connection).await?;
+        }
+        let change = self.next_seq();
         sqlx::query("UPDATE tenants SET deleted = 1, change_seq = $1 WHERE id = $2")
             .bind(change)
             .bind(id.0)

@@ -3,7 +3,10 @@
 //! A commit costs far more than a row, so single uploads that arrive together share one; nobody waits for company,
 //! since the next group gathers while the last one is written.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use futures::future::BoxFuture;
 use sqlx::{AnyConnection, Connection as _, Row as _};
@@ -12,7 +15,10 @@ use tokio::{
     time::Instant,
 };
 
-use super::{NewAdapter, Result, StoreError, Stored, connect::Connector, intern::Interner, rows::Dialect, unix_now};
+use super::{
+    Change, NewAdapter, Observer, Result, StoreError, Stored, connect::Connector, intern::Interner, rows::Dialect,
+    unix_now,
+};
 
 /// Jobs that may wait for the writer; more wait in their senders.
 const QUEUE: usize = 1024;
@@ -38,11 +44,20 @@ pub(super) struct Tx<'c> {
     pub(super) now: i64,
     /// Something was deleted that must not stay in the log either.
     pub(super) erased: bool,
+    /// For the observer; None when there is none.
+    pub(super) changes: Option<Vec<Change>>,
     seq: i64,
     seqs_end: i64,
 }
 
 impl Tx<'_> {
+    /// Notes what the observer is to be told after the commit.
+    pub(super) fn changed(&mut self, change: impl FnOnce() -> Change) {
+        if let Some(changes) = &mut self.changes {
+            changes.push(change());
+        }
+    }
+
     /// The next number of the change sequence.
     pub(super) fn next_seq(&mut self) -> i64 {
         self.seq += 1;
@@ -55,15 +70,27 @@ impl Tx<'_> {
 #[derive(Clone)]
 pub(super) struct Writer {
     sender: mpsc::Sender<Message>,
+    observer: Arc<OnceLock<Arc<dyn Observer>>>,
 }
 
 impl Writer {
     /// Starts the task on a connection whose tables are up to date.
     pub(super) fn start(connector: Connector, connection: AnyConnection) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let task = Task { connector, connection: Some(connection), interner: Interner::default(), erase_at: None };
+        let observer = Arc::<OnceLock<_>>::default();
+        let task = Task {
+            connector,
+            connection: Some(connection),
+            interner: Interner::default(),
+            erase_at: None,
+            observer: observer.clone(),
+        };
         tokio::spawn(task.run(receiver));
-        Self { sender }
+        Self { sender, observer }
+    }
+
+    pub(super) fn observe(&self, observer: Arc<dyn Observer>) {
+        let _ = self.observer.set(observer);
     }
 
     /// Uploads, in order, all in one transaction.
@@ -190,6 +217,7 @@ struct Task {
     interner: Interner,
     /// When the log is to be emptied.
     erase_at: Option<Instant>,
+    observer: Arc<OnceLock<Arc<dyn Observer>>>,
 }
 
 impl Task {
@@ -262,12 +290,16 @@ impl Task {
             dialect: self.connector.dialect(),
             now: unix_now(),
             erased: false,
+            changes: self.observer.get().map(|_| Vec::new()),
             seq: seqs_end - seqs,
             seqs_end,
         };
         run_group(&mut tx, group).await?;
-        let erased = tx.erased;
+        let (erased, changes) = (tx.erased, tx.changes.take());
         transaction.commit().await?;
+        if let (Some(observer), Some(changes)) = (self.observer.get(), changes) {
+            changes.into_iter().for_each(|change| observer.committed(change));
+        }
         if erased && self.connector.is_sqlite() {
             self.erase_at.get_or_insert_with(|| Instant::now() + ERASE_AFTER);
         }
