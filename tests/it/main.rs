@@ -1,5 +1,6 @@
 //! The one integration binary: the router in-process over an engine whose model follows a script (`app`, `script`), and real servers over HTTP (`support`).
 
+mod adapters;
 mod app;
 mod chat;
 mod completions;

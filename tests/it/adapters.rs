@@ -1,0 +1,612 @@
+//! `/adapters`, without a socket: every form of upload, replacement, deletion, batches.
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    http::{Method, Request, StatusCode, header},
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use futures::StreamExt as _;
+use mote::{http::Limits, store::NewKey, tenant::ApiKey, tenant::Role};
+use serde_json::{Value, json};
+use tower::ServiceExt as _;
+
+use crate::app::{Answer, KEY, MODEL, Options, TestApp};
+
+const ADMIN: &str = "mote-sk-test-admin-0123456789abcdef";
+const OTHER: &str = "mote-sk-test-other-0123456789abcdef";
+
+/// Thirteen bf16 numbers.
+fn raw(number: f32) -> Vec<u8> {
+    number.to_le_bytes()[2..].repeat(13)
+}
+
+fn json_of(name: &str, number: f32) -> Value {
+    json!({"name": name, "numbers": vec![number; 13]})
+}
+
+fn request(key: &str, method: Method, path: &str, media: &str, body: impl Into<Body>) -> Request<Body> {
+    let builder = Request::builder().method(method).uri(path).header(header::AUTHORIZATION, format!("Bearer {key}"));
+    builder.header(header::CONTENT_TYPE, media).body(body.into()).unwrap()
+}
+
+async fn send(app: &TestApp, key: &str, method: Method, path: &str, body: Value) -> Answer {
+    app.send(request(key, method, path, "application/json", body.to_string())).await
+}
+
+/// A 2xx's body.
+async fn ok(app: &TestApp, method: Method, path: &str, body: Value) -> Value {
+    let answer = send(app, KEY, method, path, body).await;
+    assert!(answer.status.is_success(), "{path}: {}", answer.text);
+    answer.json()
+}
+
+async fn with_keys() -> TestApp {
+    let app = TestApp::new().await;
+    for (key, tenant, role) in [(ADMIN, "default", Role::Admin), (OTHER, "other", Role::Member)] {
+        let key = ApiKey::chosen(key).unwrap();
+        let tenant = tenant.to_owned();
+        let new = NewKey { key, tenant, create_tenant: true, role, expires_at: None, only_first: false };
+        app.state.service.store.create_key(new).await.unwrap();
+    }
+    app
+}
+
+#[tokio::test]
+async fn the_forms_of_an_upload_are_one_adapter() {
+    let app = TestApp::new().await;
+    let bytes = raw(0.5);
+    let path = "/adapters?name=a&scheme=tiny13&dtype=bf16";
+    let answer = app.send(request(KEY, Method::POST, path, "application/octet-stream", bytes.clone())).await;
+    assert_eq!(answer.status, StatusCode::CREATED, "{}", answer.text);
+    let first = answer.json();
+    assert_eq!(answer.headers[header::ETAG], format!("\"{}\"", first["generation"].as_str().unwrap()));
+    let keys: Vec<&str> = first.as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(
+        keys,
+        [
+            "id",
+            "object",
+            "name",
+            "generation",
+            "bytes",
+            "dtype",
+            "scheme",
+            "fingerprint",
+            "owner",
+            "public",
+            "metadata",
+            "created_at"
+        ]
+    );
+    let fingerprint = app.state.service.base.fingerprint.to_string();
+    for (key, value) in [
+        ("object", json!("adapter")),
+        ("name", json!("a")),
+        ("bytes", json!(26)),
+        ("dtype", json!("bf16")),
+        ("scheme", json!("tiny13")),
+        ("fingerprint", json!(fingerprint)),
+        ("owner", json!("acme")),
+        ("public", json!(false)),
+        ("metadata", json!({})),
+    ] {
+        assert_eq!(first[key], value, "{key}");
+    }
+    let forms = [
+        json!({"name": "b", "data": STANDARD.encode(&bytes), "metadata": {"who": "me"}}),
+        json!({"name": "c", "numbers": vec![0.5; 13], "dtype": "bf16", "fingerprint": fingerprint, "extra": 1}),
+        json!({"name": "d", "numbers": vec![0.5; 13], "scheme": {"convention": "peft", "rank": 2, "u": 1, "ties": {"kind": "groups", "count": 13}, "seed": 42}}),
+    ];
+    for form in forms {
+        let made = ok(&app, Method::POST, "/adapters", form).await;
+        assert_eq!(made["generation"], first["generation"]);
+        assert_eq!(made["scheme"], "tiny13");
+    }
+    assert_eq!(app.get("/adapters/b").await.json()["metadata"], json!({"who": "me"}));
+    let wide =
+        ok(&app, Method::POST, "/adapters", json!({"name": "w", "numbers": vec![0.1; 13], "dtype": "f32"})).await;
+    assert_eq!((&wide["bytes"], &wide["dtype"]), (&json!(52), &json!("f32")));
+
+    let read = app.send(request(KEY, Method::GET, "/adapters/a/weights?format=raw", "", Body::empty())).await;
+    assert_eq!((read.status, read.text.as_bytes()), (StatusCode::OK, &bytes[..]));
+    assert_eq!(read.headers["x-adapter-generation"], first["generation"].as_str().unwrap());
+    let read = app.get("/adapters/w/weights?format=json").await.json();
+    assert_eq!(read["numbers"], json!(vec![f64::from(0.1f32); 13]), "exactly what is stored");
+    assert_eq!(read["data"], STANDARD.encode(0.1f32.to_le_bytes().repeat(13)));
+    assert_eq!(app.get("/adapters/a/weights?format=csv").await.error().2.as_deref(), Some("format"));
+    let zip = app.state.service.weights(&caller(), "a").await.unwrap().1;
+    let zip = app.state.service.export(zip).await.unwrap();
+    assert_eq!(app.get("/adapters/nobody/weights?format=peft").await.status, 404);
+
+    // The same checkpoint back, as an archive and as two files.
+    let mut archive = zip::ZipArchive::new(std::io::Cursor::new(&zip)).unwrap();
+    let mut file = |name: &str| {
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut archive.by_name(name).unwrap(), &mut bytes).unwrap();
+        bytes
+    };
+    let (config, model) = (file("adapter_config.json"), file("adapter_model.safetensors"));
+    for (name, parts) in [
+        ("archived", vec![("archive", zip.clone())]),
+        ("filed", vec![("adapter_config", config), ("adapter_model", model)]),
+    ] {
+        let (media, body) = form(&[&[("name", name.as_bytes().to_vec())], &parts[..]].concat());
+        let answer = app.send(request(KEY, Method::POST, "/adapters", &media, body)).await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{}", answer.text);
+        let numbers = app.get(&format!("/adapters/{name}/weights?format=json")).await.json();
+        assert_eq!(numbers["numbers"], json!(vec![0.5; 13]));
+    }
+}
+
+fn caller() -> mote::tenant::Caller {
+    mote::tenant::Caller { tenant: mote::types::TenantId(2), tenant_name: "acme".into(), role: Role::Member, key: None }
+}
+
+fn form(parts: &[(&str, Vec<u8>)]) -> (String, Vec<u8>) {
+    let mut body = Vec::new();
+    for (name, bytes) in parts {
+        body.extend(
+            format!("--edge\r\ncontent-disposition: form-data; name=\"{name}\"; filename=\"f\"\r\n\r\n").bytes(),
+        );
+        body.extend(bytes);
+        body.extend(b"\r\n");
+    }
+    body.extend(b"--edge--\r\n");
+    ("multipart/form-data; boundary=edge".into(), body)
+}
+
+#[tokio::test]
+async fn what_is_no_adapter_is_refused_and_named() {
+    let app = TestApp::new().await;
+    let taken = (409, "conflict".to_owned(), Some("name".to_owned()), Some("name_taken".to_owned()));
+    assert_eq!(send(&app, KEY, Method::POST, "/adapters", json_of(MODEL, 0.5)).await.error(), taken);
+    ok(&app, Method::POST, "/adapters", json_of("a", 0.5)).await;
+    let again = send(&app, KEY, Method::POST, "/adapters", json_of("a", 0.25)).await;
+    assert_eq!(again.error(), taken);
+    assert_eq!(again.headers["x-should-retry"], "false");
+    let zeros = vec![0; 13];
+    let rows = [
+        (json!({"numbers": zeros}), "name"),
+        (json!({"name": null, "numbers": zeros}), "name"),
+        (json!({"name": 5, "numbers": zeros}), "name"),
+        (json!({"name": "", "numbers": zeros}), "name"),
+        (json!({"name": "a/b", "numbers": zeros}), "name"),
+        (json!({"name": "batch", "numbers": zeros}), "name"),
+        (json!({"name": "x".repeat(65), "numbers": zeros}), "name"),
+        (json!({"name": "x"}), "data"),
+        (json!({"name": "x", "data": ""}), "data"),
+        (json!({"name": "x", "data": "not base64!"}), "data"),
+        (json!({"name": "x", "data": "AAAA"}), "data"),
+        (json!({"name": "x", "data": STANDARD.encode([0; 52])}), "data"),
+        (json!({"name": "x", "data": "AAAA", "numbers": zeros}), "data"),
+        (json!({"name": "x", "numbers": []}), "numbers"),
+        (json!({"name": "x", "numbers": [1, 2]}), "numbers"),
+        (json!({"name": "x", "numbers": vec![1e39; 13]}), "numbers"),
+        (json!({"name": "x", "numbers": ["1"]}), "numbers[0]"),
+        (json!({"name": "x", "numbers": zeros, "dtype": "f16"}), "dtype"),
+        (json!({"name": "x", "numbers": zeros, "scheme": "tiny14"}), "scheme"),
+        (json!({"name": "x", "numbers": zeros, "scheme": {"rnak": 2}}), "scheme.rnak"),
+        (json!({"name": "x", "numbers": zeros, "scheme": {"rank": 3}}), "scheme.rank"),
+        (json!({"name": "x", "numbers": zeros, "metadata": [1]}), "metadata"),
+        (json!({"name": "x", "numbers": zeros, "metadata": {"long": "x".repeat(20_000)}}), "metadata"),
+        (json!({"name": "x", "numbers": zeros, "fingerprint": "AB"}), "fingerprint"),
+        (json!({"name": "x", "numbers": zeros, "fingerprint": "A".repeat(64)}), "fingerprint"),
+        (json!({"name": "x", "numbers": zeros, "on_conflict": "replace"}), "on_conflict"),
+        (json!({"name": "x", "numbers": zeros, "force": "yes"}), "force"),
+    ];
+    for (body, param) in rows {
+        let answer = send(&app, KEY, Method::POST, "/adapters", body.clone()).await;
+        assert_eq!(answer.error(), (400, "invalid_request_error".into(), Some(param.into()), None), "{body}");
+    }
+    for bytes in
+        [vec![], raw(0.5)[..25].to_vec(), [raw(0.5), vec![0]].concat(), raw(f32::NAN), raw(f32::INFINITY), vec![0; 52]]
+    {
+        let answer = app.send(request(KEY, Method::POST, "/adapters?name=x", "application/octet-stream", bytes)).await;
+        assert_eq!(answer.error().2.as_deref(), Some("data"), "{}", answer.text);
+    }
+    let other = "ab".repeat(32);
+    let body = json!({"name": "x", "numbers": zeros, "fingerprint": other});
+    let answer = send(&app, KEY, Method::POST, "/adapters", body).await;
+    assert_eq!((answer.error().0, answer.error().3.as_deref()), (422, Some("incompatible_adapter")));
+    let ours = app.state.service.base.fingerprint.to_string();
+    assert!(answer.text.contains(&other) && answer.text.contains(&ours), "{}", answer.text);
+    let public = json!({"name": "x", "numbers": zeros, "public": true});
+    assert_eq!(send(&app, KEY, Method::POST, "/adapters", public).await.error().0, 403);
+    assert_eq!(app.get("/adapters").await.json()["data"].as_array().unwrap().len(), 1, "nothing of this was stored");
+
+    // Forms of PEFT's files that are none.
+    for (parts, param) in [
+        (vec![("name", b"x".to_vec())], "adapter_config"),
+        (vec![("name", b"x".to_vec()), ("adapter_config", b"{}".to_vec())], "adapter_model"),
+        (vec![("name", b"x".to_vec()), ("archive", b"PK nothing".to_vec())], "archive"),
+        (
+            vec![("name", b"x".to_vec()), ("adapter_config", b"[]".to_vec()), ("adapter_model", b"x".to_vec())],
+            "adapter_config",
+        ),
+        (vec![("archive", b"PK".to_vec()), ("adapter_config", b"{}".to_vec())], "archive"),
+        (vec![("name", b"x".to_vec()), ("metadata", b"[1".to_vec())], "metadata"),
+    ] {
+        let (media, body) = form(&parts);
+        let answer = app.send(request(KEY, Method::POST, "/adapters", &media, body)).await;
+        assert_eq!((answer.error().0, answer.error().2.as_deref()), (400, Some(param)), "{}", answer.text);
+    }
+}
+
+/// Each request has every later fault too, so only the order decides.
+#[tokio::test]
+async fn checks_run_in_the_stated_order() {
+    let app = TestApp::with(Options { limits: Limits { body: 50, batch: 90 }, ..Options::default() }).await;
+    let long = "{".repeat(91);
+    let json = "application/json";
+    let steps = [
+        (request("none", Method::PATCH, "/adapters/a/b/c/d", "text/plain", long.clone()), 404),
+        (request("none", Method::PATCH, "/adapters", "text/plain", long.clone()), 405),
+        (request("none", Method::POST, "/adapters", "text/plain", long.clone()), 401),
+        (request(KEY, Method::POST, "/adapters?force=maybe", "text/plain", long.clone()), 415),
+        (request(KEY, Method::POST, "/adapters?force=maybe", json, long.clone()), 413),
+        (request(KEY, Method::POST, "/adapters?force=maybe", json, "{"), 400),
+        (request(KEY, Method::POST, "/adapters?force=maybe", json, "{}"), 400),
+        (request(KEY, Method::PUT, "/adapters/none", json, "{}"), 404),
+        (request("none", Method::POST, "/adapters/batch", "text/plain", long.clone()), 401),
+        (request(KEY, Method::POST, "/adapters/batch", "text/plain", long.clone()), 415),
+        (request("none", Method::GET, "/admin/tenants", "", ""), 401),
+        (request(KEY, Method::POST, "/admin/tenants", "text/plain", long), 403),
+    ];
+    for (at, (request, status)) in steps.into_iter().enumerate() {
+        let answer = app.send(request).await;
+        assert_eq!(answer.error().0, status, "step {at}: {}", answer.text);
+    }
+    let mut announced = request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", "");
+    announced.headers_mut().insert(header::CONTENT_LENGTH, 91.into());
+    assert_eq!(app.send(announced).await.error().0, 413);
+}
+
+#[tokio::test]
+async fn a_generation_replaces_another_and_comes_back() {
+    let app = TestApp::new().await;
+    let first = ok(&app, Method::POST, "/adapters", json_of("a", 0.5)).await;
+    let generation = |of: &Value| of["generation"].as_str().unwrap().to_owned();
+    let used = async || {
+        let answer = app.post("/v1/completions", json!({"model": "a", "prompt": "Hi", "max_tokens": 1})).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+        answer.headers["x-adapter-generation"].to_str().unwrap().to_owned()
+    };
+    assert_eq!(used().await, generation(&first));
+    let put = async |tag: Option<&str>, number: f32| {
+        let mut request = request(
+            KEY,
+            Method::PUT,
+            "/adapters/a",
+            "application/json",
+            json!({"numbers": vec![number; 13]}).to_string(),
+        );
+        if let Some(tag) = tag {
+            request.headers_mut().insert(header::IF_MATCH, tag.parse().unwrap());
+        }
+        app.send(request).await
+    };
+    let second = put(Some(&format!("\"{}\"", generation(&first))), 0.25).await.json();
+    assert_eq!((&second["id"], &second["created_at"]), (&first["id"], &first["created_at"]));
+    assert_eq!(used().await, generation(&second));
+    let stale = put(Some(&generation(&first)), 0.125).await;
+    let expected = (412, "generation_mismatch".into(), Some("If-Match".into()), Some("generation_mismatch".into()));
+    assert_eq!(stale.error(), expected);
+    assert!(stale.text.contains(&generation(&second)));
+    assert_eq!(put(Some("nonsense"), 0.125).await.error().2.as_deref(), Some("If-Match"));
+    assert_eq!(put(Some("*"), 0.125).await.status, 200);
+    let renamed = json!({"name": "b", "numbers": vec![0.5; 13]});
+    assert_eq!(send(&app, KEY, Method::PUT, "/adapters/a", renamed).await.error().2.as_deref(), Some("name"));
+
+    let listed = app.get("/adapters/a/generations").await.json();
+    let list: Vec<(String, bool)> =
+        listed["data"].as_array().unwrap().iter().map(|each| (generation(each), each["current"] == true)).collect();
+    assert_eq!(list.len(), 3);
+    assert_eq!(list.iter().map(|each| each.1).collect::<Vec<_>>(), [true, false, false]);
+    assert_eq!((&list[2].0, &list[1].0), (&generation(&first), &generation(&second)));
+    let back = ok(&app, Method::POST, "/adapters/a/rollback", json!({"generation": generation(&first)})).await;
+    assert_eq!(
+        (back["generation"].as_str().unwrap(), used().await.as_str()),
+        (&*generation(&first), &*generation(&first))
+    );
+    for (body, status, param) in [
+        (json!({"generation": "0".repeat(32)}), 404, "generation"),
+        (json!({"generation": "x"}), 400, "generation"),
+        (json!({}), 400, "generation"),
+    ] {
+        let answer = send(&app, KEY, Method::POST, "/adapters/a/rollback", body).await;
+        assert_eq!((answer.error().0, answer.error().2.as_deref()), (status, Some(param)));
+    }
+
+    assert_eq!(send(&app, KEY, Method::DELETE, "/adapters/a", json!({})).await.status, 204);
+    let gone = app.post("/v1/completions", json!({"model": "a", "prompt": "Hi"})).await;
+    assert_eq!(gone.error().0, 404, "never the base");
+    for (method, path) in [
+        (Method::GET, "/adapters/a"),
+        (Method::PUT, "/adapters/a"),
+        (Method::DELETE, "/adapters/a"),
+        (Method::GET, "/adapters/a/weights"),
+        (Method::GET, "/adapters/a/generations"),
+        (Method::POST, "/adapters/a/rollback"),
+    ] {
+        let body = json!({"numbers": vec![0.5; 13], "generation": generation(&first)});
+        let answer = send(&app, KEY, method, path, body).await;
+        assert_eq!((answer.error().0, answer.error().3.as_deref()), (404, Some("adapter_not_found")), "{path}");
+    }
+    let again = ok(&app, Method::POST, "/adapters", json_of("a", 0.5)).await;
+    assert_ne!(again["id"], first["id"]);
+    assert_eq!(app.get("/adapters/a/generations").await.json()["data"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn deleting_an_adapter_erases_its_cached_blocks() {
+    let app = TestApp::new().await;
+    let prompt = app.script[..64].to_vec();
+    let cached = async |adapter: Value| {
+        let body = json!({"model": MODEL, "prompt": prompt, "max_tokens": 1, "adapter": adapter});
+        app.ok("/v1/completions", body).await["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    let uses = [
+        json!({"name": "a"}),
+        json!({"name": "a", "scale": 0.5}),
+        json!({"mix": [{"name": "a", "weight": 1}, {"name": "b", "weight": 1}]}),
+    ];
+    ok(&app, Method::POST, "/adapters", json_of("b", 0.25)).await;
+    ok(&app, Method::POST, "/adapters", json_of("a", 0.5)).await;
+    for adapter in &uses {
+        assert_eq!(cached(adapter.clone()).await, 0);
+        assert!(cached(adapter.clone()).await >= 48, "{adapter}");
+    }
+    assert_eq!(send(&app, KEY, Method::DELETE, "/adapters/a", json!({})).await.status, 204);
+    // The very same numbers again: nothing of the erased ones is left.
+    ok(&app, Method::POST, "/adapters", json_of("a", 0.5)).await;
+    for adapter in uses {
+        assert_eq!(cached(adapter.clone()).await, 0, "{adapter}");
+    }
+}
+
+#[tokio::test]
+async fn pages_of_adapters() {
+    let app = TestApp::new().await;
+    for name in ["c", "a1", "b", "a2", "a3"] {
+        ok(&app, Method::POST, "/adapters", json_of(name, 0.5)).await;
+    }
+    let page = async |query: &str| {
+        let page = app.get(&format!("/adapters?{query}")).await.json();
+        let names: Vec<String> =
+            page["data"].as_array().unwrap().iter().map(|each| each["name"].as_str().unwrap().to_owned()).collect();
+        (names.join(" "), page["has_more"].as_bool().unwrap())
+    };
+    assert_eq!(page("").await, ("a1 a2 a3 b c".into(), false));
+    assert_eq!(page("limit=2").await, ("a1 a2".into(), true));
+    assert_eq!(page("limit=2&after=a2").await, ("a3 b".into(), true));
+    assert_eq!(page("limit=5").await, ("a1 a2 a3 b c".into(), false));
+    assert_eq!(page("prefix=a&after=a1").await, ("a2 a3".into(), false));
+    let id = app.get("/adapters/a3").await.json()["id"].as_str().unwrap().to_owned();
+    assert_eq!(page(&format!("after={id}")).await, ("b c".into(), false), "an id is a place too");
+    for query in ["limit=0", "limit=1001", "limit=x"] {
+        assert_eq!(app.get(&format!("/adapters?{query}")).await.error().2.as_deref(), Some("limit"));
+    }
+    let schemes = app.get("/adapters/schemes").await.json();
+    assert_eq!((&schemes["base"], &schemes["sites"], &schemes["rank"]), (&json!(MODEL), &json!(7), &json!(2)));
+    assert_eq!((&schemes["schemes"][0]["name"], &schemes["schemes"][0]["numbers"]), (&json!("tiny13"), &json!(13)));
+}
+
+#[tokio::test]
+async fn a_request_sent_again_is_the_same_upload() {
+    let app = with_keys().await;
+    let keyed = async |key: &str, idempotency: &str, body: Value| {
+        let mut request = request(key, Method::POST, "/adapters", "application/json", body.to_string());
+        request.headers_mut().insert("idempotency-key", idempotency.parse().unwrap());
+        app.send(request).await
+    };
+    let first = keyed(KEY, "k1", json_of("a", 0.5)).await;
+    let again = keyed(KEY, "k1", json_of("a", 0.5)).await;
+    assert_eq!((first.status, again.status), (StatusCode::CREATED, StatusCode::CREATED));
+    assert_eq!(first.json(), again.json());
+    let differs = keyed(KEY, "k1", json_of("a", 0.25)).await;
+    assert_eq!((differs.error().0, differs.error().3.as_deref()), (409, Some("idempotency_key_reused")));
+    assert_eq!(keyed(KEY, "k2", json_of("a", 0.5)).await.error().3.as_deref(), Some("name_taken"));
+    assert_eq!(keyed(OTHER, "k1", json_of("a", 0.25)).await.status, 201, "a key is its tenant's own");
+    assert_eq!(keyed(KEY, &"k".repeat(256), json_of("b", 0.5)).await.error().2.as_deref(), Some("Idempotency-Key"));
+    // Gone or not, the answer stays the same.
+    send(&app, KEY, Method::DELETE, "/adapters/a", json!({})).await;
+    assert_eq!(keyed(KEY, "k1", json_of("a", 0.5)).await.json(), first.json());
+}
+
+#[tokio::test]
+async fn a_batch_answers_every_line_in_order() {
+    let app = TestApp::new().await;
+    ok(&app, Method::POST, "/adapters", json_of("taken", 0.5)).await;
+    let lines = [
+        json_of("one", 0.5).to_string(),
+        "{\"name\": \"broken\", ".into(),
+        String::new(),
+        "{\"name\": \"wrong\", \"numbers\": \"x\"}".into(),
+        json_of("taken", 0.25).to_string(),
+        json!({"name": "taken", "numbers": vec![0.25; 13], "on_conflict": "new_generation"}).to_string(),
+        json!({"name": "long", "numbers": [1, 2]}).to_string(),
+        "[]".into(),
+        json_of("one", 0.5).to_string(),
+        json!({"numbers": vec![0.5; 13]}).to_string(),
+        json_of("last", 0.5).to_string(),
+    ];
+    let body = lines.join("\n");
+    let answer = app.send(request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", body)).await;
+    assert_eq!(
+        (answer.status, &answer.headers[header::CONTENT_TYPE]),
+        (StatusCode::OK, &"application/x-ndjson".parse().unwrap())
+    );
+    let answers: Vec<Value> = answer.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let expected = [
+        ("one", None),
+        ("", Some((400, None, None))),
+        ("wrong", Some((400, Some("numbers"), None))),
+        ("taken", Some((409, Some("name"), Some("name_taken")))),
+        ("taken", None),
+        ("long", Some((400, Some("numbers"), None))),
+        ("", Some((400, None, None))),
+        ("one", Some((409, Some("name"), Some("name_taken")))),
+        ("", Some((400, Some("name"), None))),
+        ("last", None),
+    ];
+    assert_eq!(answers.len(), expected.len(), "{answers:#?}");
+    for (answer, (name, error)) in answers.iter().zip(expected) {
+        assert_eq!(answer["name"].as_str().unwrap_or(""), name, "{answer}");
+        assert_eq!(answer.as_object().unwrap().len(), 2, "{answer}");
+        match error {
+            None => assert_eq!(answer["generation"].as_str().unwrap().len(), 32),
+            Some((_, param, code)) => {
+                let error = &answer["error"];
+                assert_eq!((error["param"].as_str(), error["code"].as_str()), (param, code), "{answer}");
+                assert_eq!(error.as_object().unwrap().len(), 4);
+            }
+        }
+    }
+    assert_eq!(app.get("/adapters/taken/weights?format=json").await.json()["numbers"], json!(vec![0.25; 13]));
+}
+
+/// Lines go in while answers come out, and what was answered can be used.
+#[tokio::test]
+async fn a_batch_streams_both_ways() {
+    let app = TestApp::new().await;
+    let (lines, body) = tokio::sync::mpsc::channel::<Result<String, std::convert::Infallible>>(1);
+    let body = Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(body));
+    let request = request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", body);
+    let response = app.router.clone().oneshot(request).await.unwrap();
+    let mut answers = response.into_body().into_data_stream();
+    for i in 0..5 {
+        let line = json_of(&format!("n{i}"), 0.5).to_string();
+        // In two pieces, one without an end.
+        let (a, b) = line.split_at(10);
+        lines.send(Ok(a.to_owned())).await.unwrap();
+        lines.send(Ok(format!("{b}\n"))).await.unwrap();
+        let answer =
+            tokio::time::timeout(Duration::from_secs(10), answers.next()).await.expect("an answer while sending");
+        let answer: Value = serde_json::from_slice(&answer.unwrap().unwrap()).unwrap();
+        assert_eq!(answer["name"], format!("n{i}"));
+        assert_eq!(app.get(&format!("/adapters/n{i}")).await.json()["generation"], answer["generation"]);
+    }
+    drop(lines);
+    assert!(answers.next().await.is_none());
+}
+
+/// A client that sends everything before it reads anything is served too, and a body beyond the limit ends with the reason.
+#[tokio::test]
+async fn a_batch_is_bounded_and_does_not_wait_for_its_reader() {
+    let line = json_of("a-name", 0.5).to_string();
+    let limit = 3000 * (line.len() + 1);
+    let app = TestApp::with(Options { limits: Limits { body: 1 << 20, batch: limit }, ..Options::default() }).await;
+    let body = |count: usize| {
+        let pieces =
+            (0..count).map(|i| Ok::<_, std::convert::Infallible>(json_of(&format!("n{i:05}"), 0.5).to_string() + "\n"));
+        Body::from_stream(futures::stream::iter(pieces))
+    };
+    let post = |count| request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", body(count));
+    let response = app.router.clone().oneshot(post(3000)).await.unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while app.state.service.library.registry.len() < 3000 {
+        assert!(std::time::Instant::now() < deadline, "the batch waits for a reader");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+    assert_eq!(bytes.iter().filter(|byte| **byte == b'\n').count(), 3000);
+
+    let answer = app.send(post(3100)).await;
+    let last: Value = serde_json::from_str(answer.text.lines().last().unwrap()).unwrap();
+    assert!(last["error"]["message"].as_str().unwrap().contains(&limit.to_string()), "{last}");
+    assert!(last["name"].is_null());
+}
+
+#[tokio::test]
+async fn a_public_adapter_is_everybodys_to_use_and_nobodys_to_change() {
+    let app = with_keys().await;
+    let house = json!({"name": "house", "numbers": vec![0.5; 13], "public": true, "metadata": {"k": 1}});
+    assert_eq!(send(&app, ADMIN, Method::POST, "/adapters", house).await.status, 201);
+    let seen = app.get("/adapters/house").await.json();
+    assert_eq!((&seen["public"], &seen["owner"]), (&json!(true), &json!("default")));
+    app.ok("/v1/completions", json!({"model": "house", "prompt": "Hi", "max_tokens": 1})).await;
+    for (method, path) in [
+        (Method::DELETE, "/adapters/house"),
+        (Method::PUT, "/adapters/house"),
+        (Method::GET, "/adapters/house/generations"),
+        (Method::POST, "/adapters/house/rollback"),
+    ] {
+        let body = json!({"numbers": vec![0.5; 13], "generation": "0".repeat(32)});
+        assert_eq!(send(&app, KEY, method, path, body).await.error().0, 404, "{path}");
+    }
+    // An own one of that name comes first, for its owner alone.
+    ok(&app, Method::POST, "/adapters", json_of("house", 0.25)).await;
+    assert_eq!(app.get("/adapters/house").await.json()["owner"], "acme");
+    assert_eq!(app.get("/adapters").await.json()["data"].as_array().unwrap().len(), 1);
+    let of_other = send(&app, OTHER, Method::GET, "/adapters/house", json!({})).await.json();
+    assert_eq!(of_other["owner"], "default");
+    let rival = json!({"name": "house", "numbers": vec![0.25; 13], "public": false, "on_conflict": "new_generation"});
+    assert_eq!(send(&app, ADMIN, Method::POST, "/adapters", rival).await.json()["public"], false);
+    assert_eq!(send(&app, OTHER, Method::GET, "/adapters/house", json!({})).await.status, 404);
+}
+
+#[tokio::test]
+async fn admins_manage_tenants_and_keys() {
+    let app = with_keys().await;
+    let admin = async |method: Method, path: &str, body: Value| send(&app, ADMIN, method, path, body).await;
+    let made = admin(Method::POST, "/admin/tenants", json!({"name": "new"})).await;
+    assert_eq!((made.status, &made.json()["name"]), (StatusCode::CREATED, &json!("new")));
+    assert_eq!(
+        admin(Method::POST, "/admin/tenants", json!({"name": "new"})).await.error().3.as_deref(),
+        Some("name_taken")
+    );
+    for body in [json!({}), json!({"name": "a b"}), json!({"name": ".."}), json!({"name": 5})] {
+        assert_eq!(admin(Method::POST, "/admin/tenants", body).await.error().2.as_deref(), Some("name"));
+    }
+    let names = async |query: &str| {
+        let page = admin(Method::GET, &format!("/admin/tenants?{query}"), json!({})).await.json();
+        let names: Vec<&str> =
+            page["data"].as_array().unwrap().iter().map(|each| each["name"].as_str().unwrap()).collect();
+        (names.join(" "), page["has_more"].as_bool().unwrap())
+    };
+    assert_eq!(names("").await, ("acme default new other".into(), false));
+    assert_eq!(names("limit=1&after=default").await, ("new".into(), true));
+
+    let key = admin(Method::POST, "/admin/tenants/new/keys", json!({"role": "member"})).await;
+    assert_eq!(key.status, StatusCode::CREATED);
+    let (key, secret) = (key.json(), key.json()["key"].as_str().unwrap().to_owned());
+    assert!(secret.starts_with("mote-sk-") && secret.starts_with(key["prefix"].as_str().unwrap()));
+    assert_eq!(send(&app, &secret, Method::POST, "/adapters", json_of("a", 0.5)).await.status, 201);
+    assert_eq!(send(&app, &secret, Method::GET, "/admin/tenants", json!({})).await.error().0, 403);
+    let listed = admin(Method::GET, "/admin/tenants/new/keys", json!({})).await;
+    assert!(!listed.text.contains(&secret), "a key is shown once");
+    assert_eq!(listed.json()["data"][0]["id"], key["id"]);
+    let path = format!("/admin/keys/{}", key["id"].as_str().unwrap());
+    assert_eq!(admin(Method::GET, &path, json!({})).await.json()["tenant"], "new");
+    assert_eq!(admin(Method::DELETE, &path, json!({})).await.status, 204);
+    assert_eq!(send(&app, &secret, Method::GET, "/adapters", json!({})).await.error().0, 401, "at once");
+    assert!(admin(Method::GET, &path, json!({})).await.json()["revoked_at"].is_i64());
+
+    for (method, path, code) in [
+        (Method::GET, "/admin/tenants/none", "tenant_not_found"),
+        (Method::DELETE, "/admin/tenants/none", "tenant_not_found"),
+        (Method::GET, "/admin/tenants/none/keys", "tenant_not_found"),
+        (Method::POST, "/admin/tenants/none/keys", "tenant_not_found"),
+        (Method::GET, "/admin/keys/none", "key_not_found"),
+        (Method::DELETE, "/admin/keys/none", "key_not_found"),
+    ] {
+        let answer = admin(method, path, json!({})).await;
+        assert_eq!((answer.error().0, answer.error().3.as_deref()), (404, Some(code)), "{path}");
+        let answer = app.get(path).await;
+        assert!([403, 405].contains(&answer.error().0), "members learn nothing: {}", answer.text);
+    }
+    assert_eq!(
+        admin(Method::POST, "/admin/tenants/new/keys", json!({"role": "root"})).await.error().2.as_deref(),
+        Some("role")
+    );
+    let late = admin(Method::POST, "/admin/tenants/new/keys", json!({"expires_at": 1})).await.json();
+    let expired = late["key"].as_str().unwrap();
+    assert_eq!(send(&app, expired, Method::GET, "/adapters", json!({})).await.error().0, 401);
+
+    assert_eq!(app.state.service.library.registry.len(), 1);
+    assert_eq!(admin(Method::DELETE, "/admin/tenants/new", json!({})).await.status, 204);
+    assert_eq!(app.state.service.library.registry.len(), 0, "its adapters went with it");
+    assert_eq!(admin(Method::DELETE, "/admin/tenants/default", json!({})).await.error().0, 409);
+}
