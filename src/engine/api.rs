@@ -122,11 +122,16 @@ pub struct Usage {
     pub preemptions: usize,
 }
 
-/// What a request's channel carries, in order: at most one `Prompt`, tokens, then exactly one `Finished` or `Failed`.
+/// What a request's channel carries, in order: at most one `Prompt`, at most one `Began`, tokens, then exactly one `Finished` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// Log-probs of the prompt, when asked for.
     Prompt(PromptLogProbs),
+    /// The first token follows. Who cancels after it (a stop string was found) knows by this what the prompt cost.
+    Began {
+        /// Prompt tokens whose KV came from the prefix cache, as in [`Usage`].
+        cached_tokens: usize,
+    },
     /// A completion token.
     Token(TokenOut),
     /// The end.

@@ -156,7 +156,7 @@ impl Handle {
 
     /// The hashes of the prompt are made here, on the caller's thread, and not between two steps.
     fn prepare(&self, mut request: Request) -> (Submission, Events) {
-        // Prompt, every token, the end: the worker never waits for a client. One is spare.
+        // Prompt, began, every token, the end: the worker never waits for a client.
         let (sender, events) = mpsc::channel(request.max_tokens + 3);
         let outbox = Outbox::new(sender, Arc::clone(&self.inner.gate));
         let tokens = std::mem::take(&mut request.prompt);

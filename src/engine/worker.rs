@@ -286,6 +286,7 @@ impl Worker {
         let Some(sequence) = self.scheduler.get(chunk.id) else { return };
         let (generated, most) = (sequence.generated(), sequence.max_tokens);
         if generated == 1 {
+            job.outbox.send(Event::Began { cached_tokens: sequence.cached.unwrap_or(0) });
             self.stats.first_token_seconds.observe_time(job.submitted.elapsed());
         }
         self.stats.generated_tokens.add(1);
@@ -404,6 +405,7 @@ mod tests {
         assert!(matches!(first.try_recv().unwrap(), Event::Failed(message) if message.contains("lost count")));
         let mut second = handle.submit(asked).unwrap();
         (0..3).for_each(|_| assert!(worker.turn()));
+        assert_eq!(second.try_recv().unwrap(), Event::Began { cached_tokens: 0 });
         assert!(matches!(second.try_recv().unwrap(), Event::Token(_)));
         assert!(matches!(second.try_recv().unwrap(), Event::Token(_)));
         let Event::Finished(_, usage) = second.try_recv().unwrap() else { panic!("not finished") };

@@ -9,6 +9,7 @@ mod chat;
 mod completions;
 pub mod error;
 pub mod extract;
+mod messages;
 mod middleware;
 mod models;
 mod sse;

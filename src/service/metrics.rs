@@ -5,7 +5,11 @@ use std::fmt;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, text},
-    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    metrics::{
+        MetricType,
+        counter::ConstCounter,
+        gauge::{ConstGauge, Gauge},
+    },
     registry::Registry,
 };
 
@@ -18,6 +22,9 @@ impl Service {
         let mut registry = Registry::default();
         self.metrics.register(&mut registry);
         registry.register_collector(Box::new(EngineCollector(self.engine.clone())));
+        let adapters: Gauge = Gauge::default();
+        adapters.set(i64::try_from(self.library.registry.len()).unwrap_or(i64::MAX));
+        registry.register("mote_adapters_resident", "Adapters in memory, of all tenants", adapters);
         let mut out = String::new();
         text::encode(&mut out, &registry)?;
         Ok(out)
@@ -33,6 +40,7 @@ impl Service {
 #[derive(Debug)]
 struct EngineCollector(Handle);
 
+type Blocks = (&'static str, fn(&Stats) -> &Reading);
 type Counter = (&'static str, &'static str, fn(&Stats) -> &Reading);
 type Sizes = (&'static str, &'static str, fn(&Stats) -> &Histogram);
 
@@ -58,7 +66,7 @@ const GAUGES: [Counter; 5] = [
     ("mote_engine_peak_adapters", "Most distinct adapters in one step", |stats| &stats.peak_adapters),
 ];
 
-const BLOCKS: [(&str, fn(&Stats) -> &Reading); 3] = [
+const BLOCKS: [Blocks; 3] = [
     ("free", |stats| &stats.blocks_free),
     ("used", |stats| &stats.blocks_used),
     ("cached", |stats| &stats.blocks_cached),

@@ -108,6 +108,7 @@ pub(super) struct Reader {
     seen: usize,
     shown: usize,
     completion_tokens: usize,
+    cached_tokens: usize,
     logprob_sum: f64,
     echoed: bool,
     ended: bool,
@@ -137,6 +138,7 @@ impl Reader {
             seen: 0,
             shown: 0,
             completion_tokens: 0,
+            cached_tokens: 0,
             logprob_sum: 0.0,
             echoed: false,
             ended: false,
@@ -155,8 +157,15 @@ impl Reader {
             let delta = match self.events.recv().await {
                 Some(Event::Prompt(scores)) if self.show.echo && !self.echoed => Some(self.echo(&scores)),
                 Some(Event::Prompt(_)) => None,
+                Some(Event::Began { cached_tokens }) => {
+                    self.cached_tokens = cached_tokens;
+                    None
+                }
                 Some(Event::Token(token)) => self.token(token),
-                Some(Event::Finished(reason, usage)) => Some(self.finish(reason, usage.cached_tokens)),
+                Some(Event::Finished(reason, usage)) => {
+                    self.cached_tokens = usage.cached_tokens;
+                    Some(self.finish(reason))
+                }
                 Some(Event::Failed(cause)) => return Some(Err(self.fail(&cause))),
                 None => return Some(Err(self.fail("the engine dropped the request"))),
             };
@@ -199,10 +208,10 @@ impl Reader {
         if self.show.end_tokens {
             self.flush(&mut delta, usize::MAX);
         }
-        self.end(delta, FinishReason::Stop, 0)
+        self.end(delta, FinishReason::Stop)
     }
 
-    fn finish(&mut self, reason: FinishReason, cached_tokens: usize) -> Delta {
+    fn finish(&mut self, reason: FinishReason) -> Delta {
         let rest = self.detokenizer.finish();
         let (mut text, stopped) = self.stops.push(&rest);
         if !stopped {
@@ -210,12 +219,12 @@ impl Reader {
         }
         let mut delta = self.delta(text);
         self.flush(&mut delta, usize::MAX);
-        self.end(delta, reason, cached_tokens)
+        self.end(delta, reason)
     }
 
-    fn end(&mut self, mut delta: Delta, reason: FinishReason, cached_tokens: usize) -> Delta {
+    fn end(&mut self, mut delta: Delta, reason: FinishReason) -> Delta {
         self.ended = true;
-        let Self { completion_tokens, logprob_sum, .. } = *self;
+        let Self { completion_tokens, cached_tokens, logprob_sum, .. } = *self;
         delta.end = Some(End { reason, completion_tokens, cached_tokens, logprob_sum });
         delta
     }

@@ -122,17 +122,18 @@ async fn logprobs_cover_every_token_of_the_text() {
         ["tokens", "token_logprobs", "top_logprobs", "text_offset"].map(|key| logprobs[key].as_array().unwrap()).into();
     assert!(lists.iter().all(|list| list.len() == 24));
     let text: Vec<char> = choice["text"].as_str().unwrap().chars().collect();
+    let entry = |list: usize, at: usize| &lists[list][at];
     let mut whole = 0;
     for at in 0..24 {
-        let token = lists[0][at].as_str().unwrap();
-        let offset = lists[3][at].as_u64().unwrap() as usize;
+        let token = entry(0, at).as_str().unwrap();
+        let offset = entry(3, at).as_u64().unwrap() as usize;
         if !token.contains('\u{fffd}') {
             let here: String = text[offset..offset + token.chars().count()].iter().collect();
             assert_eq!(here, token, "an offset counts characters of the text");
             whole += 1;
         }
-        let own = lists[1][at].as_f64().unwrap();
-        let top = lists[2][at].as_object().unwrap();
+        let own = entry(1, at).as_f64().unwrap();
+        let top = entry(2, at).as_object().unwrap();
         assert!((2..=3).contains(&top.len()) || token.contains('\u{fffd}'), "{top:?}");
         assert_eq!(top[token].as_f64().unwrap(), own, "greedy: the chosen one is among the likeliest");
         assert!(top.values().all(|other| other.as_f64().unwrap() <= own));
@@ -241,6 +242,8 @@ async fn usage_says_what_the_prefix_cache_saved() {
     let cached = |answer: Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
     assert_eq!(cached(app.ok(PATH, body(40, 2)).await), 0);
     assert_eq!(cached(app.ok(PATH, body(40, 2)).await), 32, "whole blocks of 16, never the last token");
+    let stopped = with(body(40, 30), json!({"stop": app.says(42, 1)}));
+    assert_eq!(cached(app.ok(PATH, stopped).await), 32, "also when a stop string cuts the request off");
 }
 
 #[tokio::test]

@@ -81,6 +81,7 @@ async fn metrics_count_requests_tokens_and_steps() {
     assert_eq!(value(text, "mote_engine_step_sequences_bucket{le=\"1.0\"}"), Some(6.0));
     assert_eq!(value(text, "mote_engine_step_adapters_bucket{le=\"0.0\"}"), Some(6.0));
     assert_eq!(value(text, "mote_engine_running"), Some(0.0));
+    assert_eq!(value(text, "mote_adapters_resident"), Some(0.0));
     assert_eq!(value(text, "mote_engine_preemptions_total"), Some(0.0));
     let blocks = |state: &str| value(text, &format!("mote_engine_kv_blocks{{state=\"{state}\"}}")).unwrap();
     assert_eq!(blocks("free") + blocks("cached") + blocks("used"), 128.0);

@@ -105,6 +105,7 @@ fn collect(mut events: Events) -> Outcome {
                 assert!(outcome.prompt.is_none() && outcome.tokens.is_empty());
                 outcome.prompt = Some(scores);
             }
+            Event::Began { .. } => assert!(outcome.tokens.is_empty()),
             Event::Token(token) => outcome.tokens.push(token),
             Event::Finished(reason, usage) => outcome.finish = Some((reason, usage)),
             Event::Failed(message) => outcome.failed = Some(message),
