@@ -104,8 +104,8 @@ impl Service {
                     return Err(Error::invalid("adapter.mix", format!("a mix has 1 to {MAX_MIX} adapters")));
                 }
                 let part = |(i, (name, share)): (usize, &(String, f64))| {
-                    let adapter = self.stored(caller, name, &format!("adapter.mix.{i}.name"))?;
-                    Ok((adapter, weight(*share, &format!("adapter.mix.{i}.weight"))?))
+                    let adapter = self.stored(caller, name, &format!("adapter.mix[{i}].name"))?;
+                    Ok((adapter, weight(*share, &format!("adapter.mix[{i}].weight"))?))
                 };
                 parts.iter().enumerate().map(part).collect()
             }
