@@ -2,6 +2,7 @@
 //!
 //! Nothing outside this folder knows a status code.
 
+mod admin;
 mod answer;
 pub mod auth;
 mod body;
@@ -55,6 +56,10 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(chat::chat_completions))
         .routes(routes!(models::list_models))
         .routes(routes!(models::show_model))
+        .routes(routes!(admin::list_tenants, admin::create_tenant))
+        .routes(routes!(admin::show_tenant, admin::delete_tenant))
+        .routes(routes!(admin::list_keys, admin::create_key))
+        .routes(routes!(admin::show_key, admin::revoke_key))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(system::metrics))

@@ -10,6 +10,7 @@ mod models;
 mod reader;
 mod resolve;
 mod target;
+mod tenants;
 
 use std::{sync::Arc, time::Instant};
 
