@@ -2,11 +2,11 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, IntoResponses, ToSchema};
+use utoipa::{IntoParams, ToSchema};
 
 use super::{
     auth::Admin,
-    error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
+    error::{AdminErrors, ApiResult, BodyErrors, CommonErrors, ErrorBody},
     extract::{ApiJson, ApiPath, ApiQuery},
     state::AppState,
 };
@@ -16,14 +16,6 @@ use crate::{
 };
 
 const MAX_PAGE: u32 = 1000;
-
-/// What every admin route may answer besides.
-#[derive(IntoResponses)]
-pub(super) enum AdminErrors {
-    /// The key has not the role admin.
-    #[response(status = 403)]
-    Forbidden(ErrorBody),
-}
 
 /// An owner of keys and adapters.
 #[derive(Debug, Serialize, ToSchema)]
