@@ -101,7 +101,7 @@ pub(crate) fn turned(scheme: &Scheme, sites: &Sites, rows: usize, lean: f64) -> 
         let k = c % scheme.rank;
         let mut coordinates: Vec<f64> = noise(c as u64 + 1, rows).iter().map(|&x| f64::from(x) * lean).collect();
         coordinates[k] = if c % 3 == 1 { -1.0 } else { 1.0 };
-        builder.push(k, &coordinates);
+        builder.push(coordinates);
     }
     builder.finish(scheme, sites)
 }

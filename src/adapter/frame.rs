@@ -1,19 +1,23 @@
 //! How the singular vectors of an imported checkpoint lie in ours.
 //!
 //! PEFT takes its SVD in f32. Where two singular values are within a percent of each other its vectors are turned by up to 1e-4
-//! rad within their plane, which the update feels in full: signs cannot say it. So a checkpoint keeps `Q_u = U^T U_saved` and
-//! `Q_v = V^T V_saved` a site, and its core becomes `Q_u C Q_v^T` under our vectors, of which there are [`MARGIN`] more than the
-//! checkpoint's rank: the last pair of a checkpoint turns too.
+//! rad within their plane, which the update feels in full; its singular values are off by 1e-6. Signs cannot say it. So a
+//! checkpoint keeps `Q_u = U^T B / sqrt(S)` and `Q_v = V^T A^T / sqrt(S)` a site, near a diagonal of signs, and its core becomes
+//! `Q_u C Q_v^T` under our vectors, of which there are [`MARGIN`] more than the checkpoint's rank: its last pair turns too.
 
 use super::{Assignment, Scheme, SignMask, SignMaskError, Sites};
 
 /// Our vectors beyond a checkpoint's rank that its vectors may lean to.
 pub const MARGIN: usize = 2;
-/// The unit of a turn, 2^-20. A coordinate is rounded to it: coarse against the 1e-8 that writing vectors as f32 and reading them
-/// again costs, so that a frame survives export and import bit for bit; fine against the turns themselves.
-const STEP: f64 = 1.0 / (1 << 20) as f64;
-/// The most that a column's squared coordinates on the other vectors may sum to: 1 - 0.99^2 and its rounding.
-const MAX_LEAN: f64 = 0.02;
+/// The unit of a coordinate, f32's epsilon. Coarse against what writing vectors in f32 and reading them again costs (some 1e-8),
+/// so that a frame survives export and import bit for bit; fine against the turns.
+const STEP: f64 = 1.0 / UNIT as f64;
+/// 1 in those units.
+const UNIT: i32 = 1 << 23;
+/// A column's coordinate on its own vector is 1 or -1 up to this: 0.99 of the direction, 5% of the singular value.
+const MAX_STRETCH: f64 = 0.05;
+/// The most that its squared coordinates on the other vectors sum to: 1.05 (1 - 0.99^2), and some.
+const MAX_LEAN: f64 = 0.022;
 
 /// First byte of a stored [`SignMask`].
 const SIGNS: u8 = 1;
@@ -38,7 +42,7 @@ pub enum Frame {
     Turned(Turn),
 }
 
-/// `Q_u` and `Q_v` of every targeted site, columns of unit length.
+/// `Q_u` and `Q_v` of every targeted site.
 ///
 /// `2 n r (r + 2)` integers: 13 kB at rank 2 on 210 sites, shared by all adapters of one checkpoint's factors. Never larger than
 /// the A and B it was read from, and bounded through [`super::MAX_PROJECTION_VALUES`] as `n u r r` is.
@@ -46,7 +50,7 @@ pub enum Frame {
 pub struct Turn {
     rank: usize,
     rows: usize,
-    /// `[n, side, rank, rows]`. Entry k of column k is 1 or -1, its sign; the others are coordinates in units of [`STEP`].
+    /// `[n, side, rank, rows]` coordinates in units of [`STEP`].
     columns: Box<[i32]>,
 }
 
@@ -71,7 +75,7 @@ pub enum FrameError {
         /// How many there are.
         actual: usize,
     },
-    /// A column that is no unit vector near an axis.
+    /// A column that is no unit vector near its axis.
     #[error("column {0} of a frame is no turned singular vector")]
     Column(usize),
 }
@@ -89,20 +93,14 @@ impl FrameBuilder {
         Self { rank, rows, columns: Vec::new() }
     }
 
-    /// Column k, by its coordinates on our vectors, `[rows]` of any length, the k-th by far the largest.
-    pub(super) fn push(&mut self, k: usize, coordinates: &[f64]) {
-        debug_assert_eq!(coordinates.len(), self.rows);
-        let length = coordinates.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let entry = |(i, &x): (usize, &f64)| match i == k {
-            true => x.signum() as i32,
-            false => (x / length / STEP).round() as i32,
-        };
-        self.columns.extend(coordinates.iter().enumerate().map(entry));
+    /// The next column: coordinates on our vectors, `[rows]`.
+    pub(super) fn push(&mut self, coordinates: impl IntoIterator<Item = f64>) {
+        self.columns.extend(coordinates.into_iter().map(|x| (x / STEP).round() as i32));
     }
 
-    /// Column k of a vector that is ours, or that nothing depends on.
+    /// The next column, of a vector that is our k-th or that nothing depends on.
     pub(super) fn push_own(&mut self, k: usize) {
-        self.columns.extend((0..self.rows).map(|i| i32::from(i == k)));
+        self.push((0..self.rows).map(|i| f64::from(u8::from(i == k))));
     }
 
     /// None if all vectors are ours.
@@ -115,7 +113,8 @@ impl FrameBuilder {
         }
         let only_signs = |site: &[i32]| {
             let (u, v) = site.split_at(rank * rows);
-            u == v && u.iter().enumerate().all(|(at, &x)| x == 0 || at % rows == at / rows)
+            let own = |at: usize| i32::from(at % rows == at / rows) * UNIT;
+            u == v && u.iter().enumerate().all(|(at, &x)| x.abs() == own(at))
         };
         if !self.columns.chunks_exact(2 * rank * rows).all(only_signs) {
             return Some(Frame::Turned(Turn { rank, rows, columns: self.columns.into() }));
@@ -166,7 +165,6 @@ impl Frame {
                     for (entry, &x) in out.iter_mut().skip(k).step_by(rank).zip(column) {
                         *entry = f64::from(x) * STEP;
                     }
-                    out[k * rank + k] = f64::from(column[k]) * (1.0 - lean(column, k)).sqrt();
                 }
             }
         }
@@ -202,10 +200,7 @@ impl Frame {
                     return Err(FrameError::Length { targeted, rank, rows, actual });
                 }
                 let columns: Box<[i32]> = values.iter().map(|&value| i32::from_le_bytes(value)).collect();
-                let bad = columns.chunks_exact(rows).enumerate().find(|(c, column)| {
-                    let k = c % rank;
-                    !matches!(column[k], 1 | -1) || lean(column, k) > MAX_LEAN
-                });
+                let bad = columns.chunks_exact(rows).enumerate().find(|(c, column)| !is_turned_axis(column, c % rank));
                 match bad {
                     Some((c, _)) => Err(FrameError::Column(c)),
                     None => Ok(Self::Turned(Turn { rank, rows, columns })),
@@ -221,10 +216,11 @@ fn entries(scheme: &Scheme, sites: &Sites, rows: usize) -> Option<usize> {
     scheme.targeted(sites).checked_mul(2)?.checked_mul(scheme.rank)?.checked_mul(rows)
 }
 
-/// The squared length of column k beside its own axis.
-fn lean(column: &[i32], k: usize) -> f64 {
-    let others = column.iter().enumerate().filter(|(i, _)| *i != k);
-    others.map(|(_, &x)| (f64::from(x) * STEP).powi(2)).sum()
+/// Could import have made it as a column k?
+fn is_turned_axis(column: &[i32], k: usize) -> bool {
+    let squares = |(i, &x): (usize, &i32)| if i == k { 0.0 } else { (f64::from(x) * STEP).powi(2) };
+    let lean: f64 = column.iter().enumerate().map(squares).sum();
+    (f64::from(column[k]).abs() * STEP - 1.0).abs() <= MAX_STRETCH && lean <= MAX_LEAN
 }
 
 #[cfg(test)]
@@ -259,48 +255,38 @@ mod tests {
         let mut given = Vec::new();
         for c in 0..2 * 2 * sites().len() {
             let mut column: Vec<f64> = noise(c as u64, 4).iter().map(|&x| 3e-4 * f64::from(x)).collect();
-            column[c % 2] = (1.0
-                - column.iter().enumerate().map(|(i, x)| if i == c % 2 { 0.0 } else { x * x }).sum::<f64>())
-            .sqrt();
-            // A length that is not 1, and a sign: a whole site of them must come out as none.
+            column[c % 2] += 1.0;
+            // The sign of a whole site must come out as none.
             let sign = if c / 4 % 2 == 0 { -1.0 } else { 1.0 };
-            builder.push(c % 2, &column.iter().map(|x| 7.5 * sign * x).collect::<Vec<_>>());
+            builder.push(column.iter().map(|x| sign * x));
             given.push(column);
         }
         let frame = builder.finish(&scheme(), &sites()).unwrap();
         assert!(frame.fits(&scheme(), &sites()) && matches!(frame, Frame::Turned(_)));
-        for (site, sides) in matrices(&frame).iter().enumerate() {
-            for (side, q) in sides.iter().enumerate() {
-                for k in 0..2 {
-                    let column = &given[(site * 2 + side) * 2 + k];
-                    let off = (0..4).map(|i| (q[i * 2 + k] - column[i]).abs()).fold(0.0, f64::max);
-                    assert!(off <= STEP, "site {site}, column {k}: {off}");
-                    let length: f64 = (0..4).map(|i| q[i * 2 + k] * q[i * 2 + k]).sum();
-                    assert!((length - 1.0).abs() < 1e-15);
-                }
-            }
+        for (c, column) in given.iter().enumerate() {
+            let q = &matrices(&frame)[c / 4][c / 2 % 2];
+            let off = (0..4).map(|i| (q[i * 2 + c % 2] - column[i]).abs()).fold(0.0, f64::max);
+            assert!(off <= STEP / 2.0, "column {c}: {off}");
         }
     }
 
+    /// What is left of ours after a trip through f32 is ours.
     #[test]
     fn vectors_that_are_ours_up_to_signs_are_a_mask_or_nothing() {
-        // What reading our own f32 export back costs.
-        assert_eq!(
-            turned(&Scheme { rank: 1, ..scheme() }, &uniform_sites(1, 9, 9), 1, 0.0).map(|f| f.to_bytes()[0]),
-            Some(TURNED)
-        );
-        let mut builder = FrameBuilder::new(2, 4);
-        let mut flipped = FrameBuilder::new(2, 4);
+        let (mut same, mut flipped) = (FrameBuilder::new(2, 4), FrameBuilder::new(2, 4));
         for c in 0..2 * 2 * sites().len() {
-            let mut column: Vec<f64> = noise(c as u64, 4).iter().map(|&x| 1e-8 * f64::from(x)).collect();
-            column[c % 2] = 1.0;
-            builder.push(c % 2, &column);
-            column[c % 2] = if c % 2 == 1 && c / 4 == 5 { -1.0 } else { 1.0 };
-            flipped.push(c % 2, &column);
+            let mut column: Vec<f64> = noise(c as u64, 4).iter().map(|&x| 3e-8 * f64::from(x)).collect();
+            column[c % 2] += 1.0;
+            same.push(column.iter().copied());
+            column[c % 2] *= if c % 2 == 1 && c / 4 == 5 { -1.0 } else { 1.0 };
+            flipped.push(column);
         }
-        assert_eq!(builder.finish(&scheme(), &sites()), None);
+        assert_eq!(same.finish(&scheme(), &sites()), None);
         let mask = SignMask::new(14, 2, |site, k| site == 5 && k == 1).unwrap();
         assert_eq!(flipped.finish(&scheme(), &sites()), Some(Frame::Signs(mask)));
+        // Signs that the sides do not share are no mask.
+        let apart = turned(&scheme(), &sites(), 4, 0.0).unwrap();
+        assert!(matches!(apart, Frame::Turned(_)));
     }
 
     #[test]
@@ -317,10 +303,13 @@ mod tests {
             bytes[3 + 4 * at..7 + 4 * at].copy_from_slice(&value.to_le_bytes());
             Frame::from_bytes(&bytes, &scheme, &sites)
         };
-        // Entry 0 is the sign of the first column, 1 a coordinate of it, 5 the sign of the second.
-        for (at, value, column) in [(0, 2, 0), (0, 0, 0), (1, 1 << 18, 0), (1, i32::MIN, 0), (5, i32::MAX, 1)] {
+        // Entries 0 and 5 are columns 0 and 1 on their own vectors; 1 is column 0 on another.
+        for (at, value, column) in
+            [(0, 0, 0), (0, UNIT / 16 * 17, 0), (1, UNIT / 6, 0), (1, i32::MIN, 0), (5, i32::MAX, 1), (5, i32::MIN, 1)]
+        {
             assert_eq!(with(at, value), Err(FrameError::Column(column)));
         }
+        assert!(with(0, -UNIT).is_ok() && with(1, UNIT / 8).is_ok());
         assert_eq!(Frame::from_bytes(&[], &scheme, &sites), Err(FrameError::Kind));
         assert_eq!(Frame::from_bytes(&[3, 4, 0], &scheme, &sites), Err(FrameError::Kind));
         for rows in [0u16, 1, 3, 5, u16::MAX] {
@@ -363,7 +352,7 @@ mod tests {
             if let Ok(frame) = Frame::from_bytes(&bytes, &scheme, &sites) {
                 prop_assert!(frame.fits(&scheme, &sites));
                 prop_assert_eq!(frame.to_bytes(), bytes);
-                prop_assert!(matrices(&frame).iter().flatten().flatten().all(|x| x.abs() <= 1.0));
+                prop_assert!(matrices(&frame).iter().flatten().flatten().all(|x| x.abs() <= 1.0 + MAX_STRETCH));
             }
         }
     }

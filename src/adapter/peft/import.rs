@@ -179,7 +179,7 @@ fn check_factors(
                     module: sites.module(site),
                     detail: format!("singular pair {} {detail}", k + 1),
                 })?;
-                frame.push(k, &coordinates);
+                frame.push(coordinates.into_iter().map(|x| x / s.sqrt()));
                 worst_cosine = worst_cosine.min(cosine);
             }
             Ok::<(), PeftError>(())

@@ -121,7 +121,6 @@ fn the_expanded_core_is_the_checkpoints_own_update() {
         let (case, model) = (golden(name, adapter), model(name));
         let imported = model.import(&case.config_bytes, &case.model_bytes).unwrap();
         let off = worst_update(model, &model.adapter(imported), &case.model_bytes);
-        println!("{name} {adapter} {off:.2e}");
         assert!(off < 1e-5, "{name}/{adapter}: {off} of a site's largest entry from PEFT's");
     }
 }
@@ -137,7 +136,7 @@ fn worst_update(model: &Model, adapter: &Adapter, checkpoint: &[u8]) -> f64 {
     for at in scheme.assignments(&model.sites) {
         let read = |part: char| tensors.get(&site_key(&model.sites, at.site, part)).cloned();
         let (a, b) = (read('A').unwrap(), read('B').unwrap());
-        let drawn = || crate::adapter::projection(scheme.seed, at.layer_idx, scheme.u, r, ProjectionDtype::F32);
+        let drawn = || crate::adapter::projection(scheme.seed, at.layer_idx, scheme.u, r, scheme.projection);
         let p = read('P').unwrap_or_else(drawn);
         let v = &numbers[at.group * scheme.u..][..scheme.u];
         let mix = |at: usize| v.iter().zip(p.chunks(r * r)).map(|(v, p)| f64::from(*v) * f64::from(p[at])).sum::<f64>();
@@ -356,7 +355,7 @@ fn a_bf16_checkpoint_keeps_its_26_bytes_and_its_rounded_projections() {
         assert_eq!(imported.scheme.projection, ProjectionDtype::Bf16);
         assert!(imported.worst_cosine > 0.9999);
         let off = worst_update(model, &model.adapter(imported), &widened(&narrow));
-        assert!(off < 5e-3, "{adapter}: {off} of a site's largest entry, for factors rounded by 4e-3");
+        assert!(off < 8e-3, "{adapter}: {off} of a site's largest entry, for two factors rounded by up to 2^-8");
     }
 }
 
