@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use super::Error;
 use crate::{
     adapter::{
-        Adapter, Basis, Expander, Facts, Interner, NumberType, Registry, RegistryError, Scheme, SignMask, Sites,
+        Adapter, Basis, Expander, Facts, Frame, Interner, NumberType, Registry, RegistryError, Scheme, Sites,
         cache_salt,
     },
     kernel::Cores,
@@ -42,13 +42,13 @@ pub struct Library {
 pub struct BadContents(String);
 
 impl Library {
-    /// An empty library over a basis.
-    pub fn new(sites: Sites, basis: Arc<Basis>) -> Self {
+    /// An empty library over a basis, of adapters of up to rank `served`.
+    pub fn new(sites: Sites, basis: Arc<Basis>, served: usize) -> Self {
         Self {
             registry: Registry::new(),
             interner: Interner::new(),
             fingerprint: basis.fingerprint,
-            expander: Expander::new(sites, basis),
+            expander: Expander::new(sites, basis, served),
             live: Mutex::default(),
         }
     }
@@ -102,14 +102,14 @@ impl Library {
         let of_this_base = contents.fingerprint == self.fingerprint;
         let approximate = !of_this_base && contents.forced_onto == Some(self.fingerprint);
         // The site count of another base is unknown: its adapters are kept and listed, never expanded.
-        let (numbers, signs) = if of_this_base || approximate {
+        let (numbers, frame) = if of_this_base || approximate {
             let sites = self.expander.sites();
-            let signs = contents.signs.as_deref().map(|bits| SignMask::from_bytes(bits, sites.len(), scheme.rank));
-            (scheme.numbers(sites), signs.transpose().map_err(bad)?)
+            let frame = contents.signs.as_deref().map(|bytes| Frame::from_bytes(bytes, &scheme, sites));
+            (scheme.numbers(sites), frame.transpose().map_err(bad)?)
         } else {
             (contents.data.len() / dtype.size(), None)
         };
-        let facts = Facts { scheme, signs, fingerprint: contents.fingerprint, dtype, approximate };
+        let facts = Facts { scheme, frame, fingerprint: contents.fingerprint, dtype, approximate };
         self.interner.adapter(facts, &contents.data, numbers).map_err(bad)
     }
 

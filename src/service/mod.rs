@@ -83,7 +83,7 @@ impl Service {
     /// # Errors
     /// Only the database's.
     pub async fn open(base: BaseInfo, basis: Basis, engine: Handle, store: Store) -> Result<Self, StoreError> {
-        let library = Library::new(base.sites.clone(), Arc::new(basis));
+        let library = Library::new(base.sites.clone(), Arc::new(basis), base.rank);
         let began = Instant::now();
         let adapters = library.fill(&store).await?;
         tracing::info!(adapters, seconds = began.elapsed().as_secs_f32(), "adapters loaded");

@@ -126,7 +126,7 @@ impl Service {
         self.check_scheme(&scheme, "adapter.")?;
         let numbers = scheme.numbers(&self.base.sites);
         let dtype = codec::type_of_length(bytes.len(), numbers).map_err(|error| invalid(error.to_string()))?;
-        let facts = Facts { scheme, signs: None, fingerprint: self.library.fingerprint, dtype, approximate: false };
+        let facts = Facts { scheme, frame: None, fingerprint: self.library.fingerprint, dtype, approximate: false };
         self.library.interner.adapter(facts, &bytes, numbers).map_err(|error| invalid(error.to_string()))
     }
 

@@ -7,7 +7,7 @@ use crate::types::{AdapterId, Fingerprint, Generation, TenantId};
 /// What an adapter holds: everything that its generation is the hash of, and how it was written down.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contents {
-    /// The hash of numbers, full scheme, sign mask and base.
+    /// The hash of numbers, full scheme, frame and base.
     pub generation: Generation,
     /// The numbers as uploaded.
     pub data: Vec<u8>,
@@ -15,7 +15,7 @@ pub struct Contents {
     pub dtype: String,
     /// The full scheme, canonical JSON. Interned.
     pub scheme: Arc<str>,
-    /// The sign mask of an imported checkpoint. Interned.
+    /// How the singular vectors of an imported checkpoint lie in the base's, signs and turns. Interned, opaque to the store.
     pub signs: Option<Arc<[u8]>>,
     /// The base under which the numbers were made.
     pub fingerprint: Fingerprint,
