@@ -180,7 +180,8 @@ async fn uploads_that_are_not_adapters() {
     }
     assert_eq!(envelope(&raw("scheme=tiny13", vec![0; 26]).await).2, "name");
     for name in ["", "train", "batch", "schemes", ".", "..", "a/b", "ä", &"x".repeat(65)] {
-        let (status, _, param, _) = envelope(&app.post("/adapters", &json!({"name": name, "numbers": vec![0; 13]})).await);
+        let (status, _, param, _) =
+            envelope(&app.post("/adapters", &json!({"name": name, "numbers": vec![0; 13]})).await);
         assert_eq!((status, param), (400, json!("name")), "{name}");
     }
     assert_eq!(envelope(&app.post("/adapters", &json!({"name": "tiny", "numbers": vec![0; 13]})).await).0, 409);
