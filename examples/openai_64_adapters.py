@@ -76,7 +76,7 @@ def widest_step() -> tuple[int, int]:
         match = re.search(rf"^{name} ([0-9.e+]+)$", metrics, re.MULTILINE)
         return int(float(match.group(1))) if match else 0
 
-    return read("mote_engine_step_sequences_max"), read("mote_engine_step_adapters_max")
+    return read("mote_engine_peak_sequences"), read("mote_engine_peak_adapters")
 
 
 async def main() -> None:

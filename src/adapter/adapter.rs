@@ -7,7 +7,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{CodecError, NumberType, Scheme, SignMask, codec, fingerprint::hash_text};
+use super::{CodecError, Frame, NumberType, Scheme, codec, fingerprint::hash_text};
 use crate::types::{CacheSalt, Fingerprint, Generation, TenantId};
 
 /// What an adapter's bytes mean. Interned: adapters with equal facts share one.
@@ -15,8 +15,8 @@ use crate::types::{CacheSalt, Fingerprint, Generation, TenantId};
 pub struct Facts {
     /// How numbers become cores.
     pub scheme: Scheme,
-    /// Signs of the checkpoint's singular vectors against ours; None: ours.
-    pub signs: Option<SignMask>,
+    /// The singular vectors of the checkpoint it came from, in terms of ours; None: ours.
+    pub frame: Option<Frame>,
     /// The base it was made for.
     pub fingerprint: Fingerprint,
     /// How the numbers are stored.
@@ -31,11 +31,9 @@ impl Facts {
         let mut hasher = blake3::Hasher::new();
         hash_text(&mut hasher, "mote.adapter.1");
         hasher.update(&self.scheme.canonical_bytes());
-        let signs = self.signs.as_ref();
-        hasher.update(&(signs.map_or(0, SignMask::rank) as u64).to_le_bytes());
-        let bits = signs.map_or(&[][..], SignMask::as_bytes);
-        hasher.update(&(bits.len() as u64).to_le_bytes());
-        hasher.update(bits);
+        let frame = self.frame.as_ref().map(Frame::to_bytes).unwrap_or_default();
+        hasher.update(&(frame.len() as u64).to_le_bytes());
+        hasher.update(&frame);
         hasher.update(&self.fingerprint.0);
         hash_text(&mut hasher, self.dtype.name());
         *hasher.finalize().as_bytes()
@@ -130,7 +128,7 @@ impl Adapter {
         &self.facts().scheme
     }
 
-    /// The hash of bytes, dtype, scheme, signs and base.
+    /// The hash of bytes, dtype, scheme, frame and base.
     pub fn generation(&self) -> Generation {
         self.generation
     }
@@ -170,11 +168,12 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+    use crate::adapter::{SignMask, fixtures};
 
     fn facts() -> Facts {
         Facts {
             scheme: Scheme::tiny13(),
-            signs: None,
+            frame: None,
             fingerprint: Fingerprint([7; 32]),
             dtype: NumberType::Bf16,
             approximate: false,
@@ -200,14 +199,18 @@ mod tests {
     #[test]
     fn every_fact_changes_the_generation_and_the_salt() {
         let interner = Interner::new();
-        let mask = |flip: usize| SignMask::new(21, 2, |site, k| site == flip && k == 1);
+        let mask = |flip: usize| SignMask::new(21, 2, |site, k| site == flip && k == 1).map(Frame::Signs);
+        let sites = fixtures::uniform_sites(3, 10, 8);
+        let turn = |lean: f64| fixtures::turned(&Scheme::tiny13(), &sites, 4, lean);
         let variants = [
             (facts(), 0u8),
             (facts(), 1),
             (Facts { scheme: Scheme::u13_tied(), ..facts() }, 0),
             (Facts { scheme: Scheme { seed: 43, ..Scheme::tiny13() }, ..facts() }, 0),
-            (Facts { signs: mask(3), ..facts() }, 0),
-            (Facts { signs: mask(4), ..facts() }, 0),
+            (Facts { frame: mask(3), ..facts() }, 0),
+            (Facts { frame: mask(4), ..facts() }, 0),
+            (Facts { frame: turn(1e-4), ..facts() }, 0),
+            (Facts { frame: turn(1.1e-4), ..facts() }, 0),
             (Facts { fingerprint: Fingerprint([8; 32]), ..facts() }, 0),
         ];
         let adapters: Vec<_> =

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use rayon::prelude::*;
 
-use super::{Sites, fingerprint, svd::truncated_svd};
+use super::{MARGIN, Sites, fingerprint, svd::truncated_svd};
 use crate::types::Fingerprint;
 
 /// A vector of a recomputed basis must agree with the cached one by more than this cosine.
@@ -61,7 +61,7 @@ pub struct SiteBasis {
 /// The basis of a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Basis {
-    /// r, the same for all sites.
+    /// Vectors a site: [`internal_rank`] of the rank served.
     pub rank: usize,
     /// Which weights it is of.
     pub fingerprint: Fingerprint,
@@ -224,7 +224,7 @@ pub(super) fn column(values: &[f32], rank: usize, k: usize) -> impl Iterator<Ite
 }
 
 /// The cosine of the angle between two vectors; NaN if one is zero.
-pub(super) fn cosine(a: impl Iterator<Item = f64>, b: impl Iterator<Item = f64>) -> f64 {
+fn cosine(a: impl Iterator<Item = f64>, b: impl Iterator<Item = f64>) -> f64 {
     let (mut ab, mut aa, mut bb) = (0.0, 0.0, 0.0);
     for (a, b) in a.zip(b) {
         ab += a * b;
@@ -232,6 +232,14 @@ pub(super) fn cosine(a: impl Iterator<Item = f64>, b: impl Iterator<Item = f64>)
         bb += b * b;
     }
     ab / (aa * bb).sqrt()
+}
+
+/// The rank of the basis that a server of adapters up to rank `served` needs: [`MARGIN`] more, for the [`super::Frame`]s of
+/// imported checkpoints, as far as the narrowest site has them. 0 stays 0.
+pub fn internal_rank(served: usize, sites: &Sites) -> usize {
+    let narrowest = sites.shapes.iter().map(|&(outputs, inputs)| outputs.min(inputs)).min().unwrap_or(0);
+    // A rank that a site does not have stays what it is, and is refused by name.
+    if served == 0 { 0 } else { (served + MARGIN).min(narrowest).max(served) }
 }
 
 pub(super) fn check_rank(sites: &Sites, rank: usize) -> Result<(), BasisError> {

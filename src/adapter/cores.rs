@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use parking_lot::Mutex;
 
 use super::{
-    Adapter, Assignment, Basis, Convention, Facts, ProjectionDtype, Scheme, SchemeError, SignMask, Sites, Targets,
+    Adapter, Basis, Convention, Facts, Frame, ProjectionDtype, Scheme, SchemeError, Sites, Targets, frame::Side,
     projection, scheme::MAX_PROJECTION_VALUES,
 };
 use crate::kernel::Cores;
@@ -24,7 +24,10 @@ pub enum ExpandError {
         /// What the adapter has.
         actual: usize,
     },
-    /// Adapters that are mixed must be numbers of one scheme, signs and base.
+    /// A frame of another scheme or model than the adapter's.
+    #[error("the adapter's singular vectors are not of this model and scheme")]
+    Frame,
+    /// Adapters that are mixed must be numbers of one scheme, frame and base.
     #[error("adapters can only be mixed within one scheme and base")]
     Mix,
     /// Nothing to expand.
@@ -86,13 +89,16 @@ impl ProjectionCache {
 pub struct Expander {
     sites: Sites,
     basis: Arc<Basis>,
+    served: usize,
     projections: Mutex<ProjectionCache>,
 }
 
 impl Expander {
-    /// For this model and basis; the basis' rank is the rank served.
-    pub fn new(sites: Sites, basis: Arc<Basis>) -> Self {
-        Self { sites, basis, projections: Mutex::default() }
+    /// For this model and basis. Adapters of up to rank `served` are expanded, to cores of the basis' rank
+    /// ([`super::internal_rank`]).
+    pub fn new(sites: Sites, basis: Arc<Basis>, served: usize) -> Self {
+        let served = served.min(basis.rank);
+        Self { sites, basis, served, projections: Mutex::default() }
     }
 
     /// The model's sites.
@@ -105,8 +111,8 @@ impl Expander {
         &self.basis
     }
 
-    /// Cores of a weighted sum of adapters, `[sites, r, r]` zero-padded to the served rank: one part is an adapter with its
-    /// scale, several are a mix. Sums run in f64 in a fixed order: equal parts, equal bits.
+    /// Cores of a weighted sum of adapters, `[sites, R, R]` where R is the basis' rank: one part is an adapter with its scale,
+    /// several are a mix. Sums run in f64 in a fixed order: equal parts, equal bits.
     ///
     /// # Errors
     /// A scheme that does not fit, adapters of different facts, weights that overflow.
@@ -114,13 +120,17 @@ impl Expander {
         let (first, _) = parts.first().ok_or(ExpandError::Empty)?;
         let same = |other: &Facts| {
             let facts = first.facts();
-            (&facts.scheme, &facts.signs, &facts.fingerprint) == (&other.scheme, &other.signs, &other.fingerprint)
+            (&facts.scheme, &facts.frame, &facts.fingerprint) == (&other.scheme, &other.frame, &other.fingerprint)
         };
         if !parts.iter().all(|(adapter, _)| same(adapter.facts())) {
             return Err(ExpandError::Mix);
         }
         let scheme = first.scheme();
-        scheme.validate(&self.sites, self.basis.rank)?;
+        scheme.validate(&self.sites, self.served)?;
+        let frame = first.facts().frame.as_ref();
+        if frame.is_some_and(|frame| !frame.fits(scheme, &self.sites)) {
+            return Err(ExpandError::Frame);
+        }
         let expected = scheme.numbers(&self.sites);
         let mut numbers = vec![0.0f64; expected];
         for (adapter, weight) in parts {
@@ -132,7 +142,7 @@ impl Expander {
                 *sum += f64::from(*weight) * f64::from(number);
             }
         }
-        let cores = self.cores(scheme, first.facts().signs.as_ref(), &numbers);
+        let cores = self.cores(scheme, frame, &numbers);
         // Checked at the end: products with S and P can overflow f32 where the numbers alone do not.
         if !cores.data.iter().all(|value| value.is_finite()) {
             return Err(ExpandError::NotFinite);
@@ -140,33 +150,38 @@ impl Expander {
         Ok(Arc::new(cores))
     }
 
-    fn cores(&self, scheme: &Scheme, signs: Option<&SignMask>, numbers: &[f64]) -> Cores {
-        let (r, served) = (scheme.rank, self.basis.rank);
-        let mut data = vec![0.0f32; self.sites.len() * served * served];
+    fn cores(&self, scheme: &Scheme, frame: Option<&Frame>, numbers: &[f64]) -> Cores {
+        let (r, rank) = (scheme.rank, self.basis.rank);
+        let mut data = vec![0.0f32; self.sites.len() * rank * rank];
         let projections = self.projections(scheme);
-        let mut mixed = vec![0.0f64; r * r];
-        for Assignment { site, layer_idx, group } in scheme.assignments(&self.sites) {
+        let mut core = vec![0.0f64; r * r];
+        let (mut u, mut v) = (vec![0.0f64; rank * r], vec![0.0f64; rank * r]);
+        for at in scheme.assignments(&self.sites) {
             let size = scheme.group_size();
-            let v = &numbers[group * size..(group + 1) * size];
+            let of_group = &numbers[at.group * size..(at.group + 1) * size];
             match &projections {
-                None => mixed.copy_from_slice(v),
-                Some(p) => mix(v, &p[layer_idx * size * r * r..(layer_idx + 1) * size * r * r], &mut mixed),
+                None => core.copy_from_slice(of_group),
+                Some(p) => mix(of_group, &p[at.layer_idx * size * r * r..(at.layer_idx + 1) * size * r * r], &mut core),
             }
-            let s = &self.basis.sites[site].s;
-            let core = &mut data[site * served * served..(site + 1) * served * served];
-            for i in 0..r {
-                for j in 0..r {
-                    let (s_i, s_j) = (f64::from(s[i]), f64::from(s[j]));
-                    let scale = match scheme.convention {
-                        Convention::Peft => s_i.sqrt() * s_j.sqrt(),
-                        Convention::Paper | Convention::LoraXs => s_i,
-                    };
-                    let sign = signs.map_or(1.0, |signs| signs.sign(site, i) * signs.sign(site, j));
-                    core[i * served + j] = (scale * mixed[i * r + j] * f64::from(sign)) as f32;
+            let s = &self.basis.sites[at.site].s;
+            for (entry, value) in core.iter_mut().enumerate() {
+                let (s_i, s_j) = (f64::from(s[entry / r]), f64::from(s[entry % r]));
+                *value *= match scheme.convention {
+                    Convention::Peft => s_i.sqrt() * s_j.sqrt(),
+                    Convention::Paper | Convention::LoraXs => s_i,
+                };
+            }
+            let out = &mut data[at.site * rank * rank..(at.site + 1) * rank * rank];
+            match frame {
+                None => (0..r * r).for_each(|entry| out[entry / r * rank + entry % r] = core[entry] as f32),
+                Some(frame) => {
+                    frame.matrix(&at, Side::U, &mut u);
+                    frame.matrix(&at, Side::V, &mut v);
+                    turn(&u, &core, &v, r, out);
                 }
             }
         }
-        Cores { rank: served, data: data.into() }
+        Cores { rank, data: data.into() }
     }
 
     /// Drawn outside the lock: two threads may draw the same values, none waits for another's.
@@ -186,6 +201,20 @@ impl Expander {
     }
 }
 
+/// `out = Q_u C Q_v^T`: `core` is `[r, r]`, `u` and `v` are `[R, r]`, `out` is `[R, R]`.
+fn turn(u: &[f64], core: &[f64], v: &[f64], r: usize, out: &mut [f32]) {
+    let rank = u.len() / r;
+    let mut row = vec![0.0; r];
+    for (u, out) in u.chunks_exact(r).zip(out.chunks_exact_mut(rank)) {
+        for (j, entry) in row.iter_mut().enumerate() {
+            *entry = (0..r).map(|i| u[i] * core[i * r + j]).sum();
+        }
+        for (v, out) in v.chunks_exact(r).zip(out) {
+            *out = row.iter().zip(v).map(|(x, v)| x * v).sum::<f64>() as f32;
+        }
+    }
+}
+
 /// `out = sum_i v_i P_i`, `p` `[u, r, r]`.
 fn mix(v: &[f64], p: &[f32], out: &mut [f64]) {
     out.fill(0.0);
@@ -200,21 +229,22 @@ fn mix(v: &[f64], p: &[f32], out: &mut [f64]) {
 mod tests {
     use super::*;
     use crate::adapter::{
-        Interner, NumberType, Ties, codec,
-        fixtures::{noise, uniform_sites},
+        Assignment, Interner, NumberType, SignMask, Ties, codec,
+        fixtures::{noise, turned, uniform_sites},
+        reference,
     };
 
     fn expander(rank: usize) -> Expander {
         let sites = uniform_sites(3, 10, 8);
         let basis = Basis::compute(&sites, rank, |site| Ok::<_, String>(noise(site as u64, 80))).unwrap();
-        Expander::new(sites, Arc::new(basis))
+        Expander::new(sites, Arc::new(basis), rank)
     }
 
-    fn adapter(expander: &Expander, scheme: Scheme, signs: Option<SignMask>, seed: u64) -> Arc<Adapter> {
+    fn adapter(expander: &Expander, scheme: Scheme, frame: Option<Frame>, seed: u64) -> Arc<Adapter> {
         let count = scheme.numbers(&expander.sites);
         let bytes = codec::encode(&noise(seed, count), NumberType::F32).unwrap();
         let fingerprint = expander.basis.fingerprint;
-        let facts = Facts { scheme, signs, fingerprint, dtype: NumberType::F32, approximate: false };
+        let facts = Facts { scheme, frame, fingerprint, dtype: NumberType::F32, approximate: false };
         Interner::new().adapter(facts, &bytes, count).unwrap()
     }
 
@@ -255,7 +285,7 @@ mod tests {
     #[test]
     fn signs_turn_a_core_into_d_c_d() {
         let expander = expander(2);
-        let mask = SignMask::new(21, 2, |site, k| site == 4 && k == 1);
+        let mask = SignMask::new(21, 2, |site, k| site == 4 && k == 1).map(Frame::Signs);
         let plain = expander.expand(&[(&adapter(&expander, Scheme::tiny13(), None, 9), 1.0)]).unwrap();
         let signed = expander.expand(&[(&adapter(&expander, Scheme::tiny13(), mask, 9), 1.0)]).unwrap();
         for site in 0..21 {
@@ -263,6 +293,38 @@ mod tests {
             let flip = if site == 4 { -1.0 } else { 1.0 };
             assert_eq!([a[0], a[1] * flip, a[2] * flip, a[3]], [b[0], b[1], b[2], b[3]]);
         }
+    }
+
+    /// The update is that of the turned vectors themselves, U Q_u and V Q_v, under the plain core.
+    #[test]
+    fn a_turned_core_is_the_update_of_the_turned_vectors() {
+        let mut expander = expander(4);
+        expander.served = 2;
+        let frame = turned(&Scheme::u13_tied(), &expander.sites, 4, 0.05);
+        let plain = expander.expand(&[(&adapter(&expander, Scheme::u13_tied(), None, 9), 1.0)]).unwrap();
+        let by_frame = adapter(&expander, Scheme::u13_tied(), frame.clone(), 9);
+        let ours = expander.expand(&[(&by_frame, 1.0)]).unwrap();
+        for at in Scheme::u13_tied().assignments(&expander.sites) {
+            let basis = &expander.basis.sites[at.site];
+            let vectors = |ours: &[f32], side| {
+                let mut q = vec![0.0; 4 * 2];
+                frame.as_ref().unwrap().matrix(&at, side, &mut q);
+                let entry =
+                    |row: &[f32], k: usize| (0..4).map(|i| f64::from(row[i]) * q[i * 2 + k]).sum::<f64>() as f32;
+                ours.chunks(4).flat_map(|row| [entry(row, 0), entry(row, 1)]).collect::<Vec<f32>>()
+            };
+            let c = plain.site(at.site);
+            let (u, v) = (vectors(&basis.u, Side::U), vectors(&basis.v, Side::V));
+            let expected = reference::dense(&u, &[c[0], c[1], c[4], c[5]], &v, 2);
+            let found = reference::dense(&basis.u, ours.site(at.site), &basis.v, 4);
+            let scale = expected.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+            assert!(expected.iter().zip(&found).all(|(a, b)| (a - b).abs() < 1e-6 * scale), "site {}", at.site);
+        }
+        let elsewhere = adapter(&expander, Scheme { rank: 1, ..Scheme::u13_tied() }, frame, 9);
+        assert_eq!(expander.expand(&[(&elsewhere, 1.0)]), Err(ExpandError::Frame));
+        let wide = adapter(&expander, Scheme { rank: 3, ..Scheme::tiny13() }, None, 1);
+        let error = expander.expand(&[(&wide, 1.0)]).unwrap_err().to_string();
+        assert!(error.contains("above the largest rank served, 2"), "the margin is not for adapters: {error}");
     }
 
     #[test]
@@ -291,7 +353,7 @@ mod tests {
         assert!(expander.expand(&[(&wide, 1.0)]).unwrap_err().to_string().starts_with("scheme.rank: 3"));
         assert_eq!(expander.expand(&[(&tiny, f32::MAX), (&tiny, f32::MAX)]), Err(ExpandError::NotFinite));
         assert_eq!(expander.expand(&[(&tiny, f32::NAN)]), Err(ExpandError::NotFinite));
-        let elsewhere = Expander::new(uniform_sites(4, 10, 8), Arc::clone(expander.basis()));
+        let elsewhere = Expander::new(uniform_sites(4, 10, 8), Arc::clone(expander.basis()), 2);
         let paper = adapter(&expander, Scheme { ties: Ties::Tiled { n_tie: 1 }, ..Scheme::paper16() }, None, 1);
         assert_eq!(elsewhere.expand(&[(&paper, 1.0)]), Err(ExpandError::Numbers { expected: 28, actual: 21 }));
     }

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::{SiteKind, Sites};
+use super::{Frame, Scheme, SiteKind, Sites, frame::FrameBuilder};
 
 pub(crate) const MODELS: [&str; 2] = ["llama", "qwen2"];
 pub(crate) const ADAPTERS: [&str; 5] = ["u1-13groups", "u13-tied", "u13-tied-alice", "r4-u3-untied", "v-only"];
@@ -91,4 +91,17 @@ pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
 /// Sites of a made-up model in which every kind is `[out, in]`.
 pub(crate) fn uniform_sites(layers: usize, out: usize, input: usize) -> Sites {
     Sites { layers, shapes: [(out, input); SiteKind::ALL.len()] }
+}
+
+/// A frame whose vectors lean by up to `lean` to each of the other `rows` ones, every site, side and vector differently, with
+/// signs of all four kinds.
+pub(crate) fn turned(scheme: &Scheme, sites: &Sites, rows: usize, lean: f64) -> Option<Frame> {
+    let mut builder = FrameBuilder::new(scheme.rank, rows);
+    for c in 0..scheme.targeted(sites) * 2 * scheme.rank {
+        let k = c % scheme.rank;
+        let mut coordinates: Vec<f64> = noise(c as u64 + 1, rows).iter().map(|&x| f64::from(x) * lean).collect();
+        coordinates[k] = if c % 3 == 1 { -1.0 } else { 1.0 };
+        builder.push(coordinates);
+    }
+    builder.finish(scheme, sites)
 }

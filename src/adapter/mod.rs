@@ -12,6 +12,7 @@ mod cores;
 mod fingerprint;
 #[cfg(test)]
 pub(crate) mod fixtures;
+mod frame;
 pub mod peft;
 mod projection;
 pub mod reference;
@@ -23,11 +24,12 @@ mod svd;
 
 pub use crate::kernel::Cores;
 pub use adapter::{Adapter, Facts, Interner, cache_salt};
-pub use basis::{AGREEMENT, Agreement, Basis, BasisError, SiteBasis, Unstable};
+pub use basis::{AGREEMENT, Agreement, Basis, BasisError, SiteBasis, Unstable, internal_rank};
 pub use cache::{BasisCache, Loaded, ModelFiles, Origin};
 pub use codec::{CodecError, NumberType};
 pub use cores::{ExpandError, Expander};
 pub use fingerprint::of_weights as fingerprint_of_weights;
+pub use frame::{Frame, FrameError, MARGIN, Turn};
 pub use projection::projection;
 pub use registry::{Lease, MAX_NAME, Registry, RegistryError, check_name};
 pub use scheme::{

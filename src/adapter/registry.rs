@@ -291,7 +291,7 @@ mod tests {
     fn facts() -> Facts {
         Facts {
             scheme: Scheme::tiny13(),
-            signs: None,
+            frame: None,
             fingerprint: Fingerprint([0; 32]),
             dtype: NumberType::Bf16,
             approximate: false,

@@ -47,6 +47,11 @@ impl SignMask {
         self.rank as usize
     }
 
+    /// Is it of so many sites and this rank?
+    pub fn fits(&self, sites: usize, rank: usize) -> bool {
+        self.rank() == rank && self.bits.len() == sites.saturating_mul(rank).div_ceil(8)
+    }
+
     /// What a store keeps.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bits

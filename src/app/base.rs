@@ -9,7 +9,7 @@ use candle_core::Device;
 
 use super::AppError;
 use crate::{
-    adapter::{Basis, BasisCache, Loaded, ModelFiles, Origin, fingerprint_of_weights},
+    adapter::{Basis, BasisCache, Loaded, ModelFiles, Origin, fingerprint_of_weights, internal_rank},
     config::{DeviceChoice, Dtype, EngineArgs, ModelArgs},
     engine::{Engine, EngineConfig, Handle},
     kernel::{Backend, Precision, candle::CandleBackend, cpu::CpuBackend},
@@ -68,7 +68,7 @@ pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
             max_queue: engine.max_queue as usize,
             max_model_len,
             prefill_chunk: engine.prefill_chunk as usize,
-            rank,
+            rank: basis.rank,
             sites: sites.len(),
             prefix_cache: !engine.no_prefix_cache,
         },
@@ -116,7 +116,9 @@ fn find_basis(
     let files =
         ModelFiles::of(files).inspect_err(|error| tracing::warn!(%error, "the model's files cannot be looked at")).ok();
     let cache = BasisCache::new(folder);
-    let Loaded { basis, origin, agreement } = cache.load_or_compute(&sites, rank, files.as_ref(), recompute, values)?;
+    let internal = internal_rank(rank, &sites);
+    let Loaded { basis, origin, agreement } =
+        cache.load_or_compute(&sites, internal, files.as_ref(), recompute, values)?;
     if let Some(agreement) = agreement.filter(|agreement| !agreement.holds()) {
         tracing::warn!(
             ?agreement,
@@ -124,7 +126,8 @@ fn find_basis(
         );
     }
     if origin == Origin::Computed {
-        let unstable = basis.unstable();
+        // The vectors beyond the rank served only say how others' checkpoints lean to them.
+        let unstable: Vec<_> = basis.unstable().into_iter().filter(|pair| pair.k < rank).collect();
         if let Some(worst) = unstable.iter().min_by(|a, b| a.ratio.total_cmp(&b.ratio)) {
             tracing::warn!(
                 pairs = unstable.len(),

@@ -37,7 +37,7 @@ pub struct EngineConfig {
     pub max_model_len: usize,
     /// Prompt rows in a step, beside one row of each decoding sequence; at least 1.
     pub prefill_chunk: usize,
-    /// The served rank: cores are `rank x rank`.
+    /// The rank of the basis, which the model was packed with: cores are `rank x rank`.
     pub rank: usize,
     /// Sites that cores cover.
     pub sites: usize,

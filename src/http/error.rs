@@ -120,6 +120,14 @@ pub enum CommonErrors {
     Internal(ErrorBody),
 }
 
+/// What a route for admins may answer besides, for the OpenAPI document.
+#[derive(IntoResponses)]
+pub enum AdminErrors {
+    /// The key has not the role admin.
+    #[response(status = 403)]
+    Forbidden(ErrorBody),
+}
+
 /// What a route with a JSON body may answer besides, for the OpenAPI document.
 #[derive(IntoResponses)]
 pub enum BodyErrors {

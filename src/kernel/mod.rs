@@ -35,10 +35,10 @@ pub const BLOCK_TOKENS: usize = 16;
 /// The slot of rows that run on the bare base.
 pub const BASE_SLOT: u32 = u32::MAX;
 
-/// One adapter's cores for every site, expanded and zero-padded to the served rank.
+/// One adapter's cores for every site, expanded and zero-padded to the rank of the basis.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Cores {
-    /// The served rank r: cores are r x r.
+    /// The rank r of the basis: cores are r x r.
     pub rank: usize,
     /// `[sites, r, r]`, row-major: `data[s*r*r + i*r + j]` is the entry that takes the j-th column of V to the i-th column of U.
     pub data: Box<[f32]>,

@@ -15,7 +15,7 @@ use crate::{
 /// What a generation's numbers are.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Numbers {
-    /// The hash of numbers, scheme, signs and base.
+    /// The hash of numbers, scheme, frame and base.
     pub generation: Generation,
     /// How many bytes.
     pub bytes: usize,

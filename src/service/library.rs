@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use super::{Error, salts::Salts};
 use crate::{
     adapter::{
-        Adapter, Basis, Expander, Facts, Interner, NumberType, Registry, RegistryError, Scheme, SignMask, Sites,
+        Adapter, Basis, Expander, Facts, Frame, Interner, NumberType, Registry, RegistryError, Scheme, Sites,
         cache_salt,
     },
     kernel::Cores,
@@ -52,13 +52,13 @@ type FactsKey = ([u8; 44], NumberType, Option<Vec<u8>>, Fingerprint, bool);
 pub struct BadContents(String);
 
 impl Library {
-    /// An empty library over a basis.
-    pub fn new(sites: Sites, basis: Arc<Basis>) -> Self {
+    /// An empty library over a basis, of adapters of up to rank `served`.
+    pub fn new(sites: Sites, basis: Arc<Basis>, served: usize) -> Self {
         Self {
             registry: Registry::new(),
             interner: Interner::new(),
             fingerprint: basis.fingerprint,
-            expander: Expander::new(sites, basis),
+            expander: Expander::new(sites, basis, served),
             live: Mutex::default(),
             salts: Mutex::default(),
             read: Mutex::default(),
@@ -110,12 +110,12 @@ impl Library {
         let approximate = !of_this_base && stored.forced_onto == Some(self.fingerprint);
         let ours = of_this_base || approximate;
         let sites = self.expander.sites();
-        let signs = match stored.signs.as_deref() {
-            Some(bits) if ours => Some(SignMask::from_bytes(bits, sites.len(), scheme.rank).map_err(bad)?),
+        let frame = match stored.frame.as_deref() {
+            Some(bytes) if ours => Some(Frame::from_bytes(bytes, &scheme, sites).map_err(bad)?),
             _ => None,
         };
         let numbers = ours.then(|| scheme.numbers(sites));
-        let facts = Facts { scheme, signs, fingerprint: stored.fingerprint, dtype, approximate };
+        let facts = Facts { scheme, frame, fingerprint: stored.fingerprint, dtype, approximate };
         let mut read = self.read.lock();
         if read.len() >= REMEMBERED {
             read.clear();
@@ -126,8 +126,8 @@ impl Library {
 
     /// An adapter's facts as the store keeps them.
     pub fn stored_facts(&self, facts: &Facts) -> Arc<StoredFacts> {
-        let signs = facts.signs.as_ref().map(|mask| mask.as_bytes().to_vec());
-        let key = (facts.scheme.canonical_bytes(), facts.dtype, signs, facts.fingerprint, facts.approximate);
+        let frame = facts.frame.as_ref().map(Frame::to_bytes);
+        let key = (facts.scheme.canonical_bytes(), facts.dtype, frame, facts.fingerprint, facts.approximate);
         let mut written = self.written.lock();
         if let Some(known) = written.get(&key) {
             return known.clone();
@@ -135,7 +135,7 @@ impl Library {
         let stored = Arc::new(StoredFacts {
             dtype: facts.dtype.name().to_owned(),
             scheme: facts.scheme.to_full_json().to_string(),
-            signs: key.2.clone(),
+            frame: key.2.clone(),
             fingerprint: facts.fingerprint,
             forced_onto: facts.approximate.then_some(self.fingerprint),
         });

@@ -89,7 +89,7 @@ impl Service {
     /// # Errors
     /// Only the database's.
     pub async fn open(base: BaseInfo, basis: Basis, engine: Handle, store: Store) -> Result<Self, StoreError> {
-        let library = Arc::new(Library::new(base.sites.clone(), Arc::new(basis)));
+        let library = Arc::new(Library::new(base.sites.clone(), Arc::new(basis), base.rank));
         let began = Instant::now();
         let adapters = library.fill(&store).await?;
         store.observe(Arc::new(follow::Follower { library: library.clone(), engine: engine.clone() }));

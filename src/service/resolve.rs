@@ -105,8 +105,8 @@ impl Service {
                     return Err(Error::invalid("adapter.mix", format!("a mix has 1 to {MAX_MIX} adapters")));
                 }
                 let part = |(i, (name, share)): (usize, &(String, f64))| {
-                    let adapter = self.stored(caller, name, &format!("adapter.mix.{i}.name"))?;
-                    Ok((adapter, weight(*share, &format!("adapter.mix.{i}.weight"))?))
+                    let adapter = self.stored(caller, name, &format!("adapter.mix[{i}].name"))?;
+                    Ok((adapter, weight(*share, &format!("adapter.mix[{i}].weight"))?))
                 };
                 parts.iter().enumerate().map(part).collect()
             }
@@ -127,7 +127,7 @@ impl Service {
         self.check_scheme(&scheme, "adapter.")?;
         let numbers = scheme.numbers(&self.base.sites);
         let dtype = codec::type_of_length(bytes.len(), numbers).map_err(|error| invalid(error.to_string()))?;
-        let facts = Facts { scheme, signs: None, fingerprint: self.library.fingerprint, dtype, approximate: false };
+        let facts = Facts { scheme, frame: None, fingerprint: self.library.fingerprint, dtype, approximate: false };
         self.library.interner.adapter(facts, &bytes, numbers).map_err(|error| invalid(error.to_string()))
     }
 

@@ -178,7 +178,7 @@ impl Service {
         };
         codec::check(&bytes, dtype, count).map_err(|error| bad_data(&error))?;
         let (fingerprint, approximate) = self.base_of(upload)?;
-        Ok(Numbers { facts: Facts { scheme, signs: None, fingerprint, dtype, approximate }, bytes })
+        Ok(Numbers { facts: Facts { scheme, frame: None, fingerprint, dtype, approximate }, bytes })
     }
 
     /// A PEFT checkpoint. It carries its basis: whether it is of this base is seen and not asserted.
@@ -193,10 +193,10 @@ impl Service {
         }
         let (fingerprint, approximate) = self.base_of(upload)?;
         let expander = &self.library.expander;
-        let imported = peft::import(&files.config, &files.model, expander.sites(), expander.basis())
+        let imported = peft::import(&files.config, &files.model, expander.sites(), expander.basis(), self.base.rank)
             .map_err(|error| peft_error(&error))?;
-        let (scheme, signs, dtype) = (imported.scheme, imported.signs, imported.dtype);
-        Ok(Numbers { facts: Facts { scheme, signs, fingerprint, dtype, approximate }, bytes: imported.bytes })
+        let (scheme, frame, dtype) = (imported.scheme, imported.frame, imported.dtype);
+        Ok(Numbers { facts: Facts { scheme, frame, fingerprint, dtype, approximate }, bytes: imported.bytes })
     }
 
     /// The base that an upload says it is for, and whether it is taken by force.

@@ -12,7 +12,7 @@ macro_rules! select_records {
     ($condition:literal) => {
         concat!(
             "SELECT a.id, a.tenant, t.name, a.name, a.public, a.metadata, a.created_at, a.updated_at, \
-             g.generation, g.data, f.dtype, f.scheme, f.signs, f.fingerprint, f.forced_onto \
+             g.generation, g.data, f.dtype, f.scheme, f.frame, f.fingerprint, f.forced_onto \
              FROM adapters a JOIN tenants t ON t.id = a.tenant \
              JOIN generations g ON g.adapter = a.id AND g.seq = a.seq JOIN facts f ON f.id = g.facts \
              WHERE a.deleted = 0 AND ",
@@ -42,14 +42,14 @@ pub(super) fn contents(row: &AnyRow, at: usize) -> Result<Contents> {
     Ok(Contents { generation: generation(row, at)?, data: row.try_get(at + 1)?, facts: Arc::new(facts(row, at + 2)?) })
 }
 
-/// Columns dtype, scheme, signs, fingerprint, forced_onto, from a position on.
+/// Columns dtype, scheme, frame, fingerprint, forced_onto, from a position on.
 pub(super) fn facts(row: &AnyRow, at: usize) -> Result<Facts> {
     let fingerprint = |bytes: &[u8]| array(bytes, "fingerprint").map(Fingerprint);
     let forced_onto: Option<&[u8]> = row.try_get(at + 4)?;
     Ok(Facts {
         dtype: row.try_get(at)?,
         scheme: row.try_get(at + 1)?,
-        signs: row.try_get(at + 2)?,
+        frame: row.try_get(at + 2)?,
         fingerprint: fingerprint(row.try_get(at + 3)?)?,
         forced_onto: forced_onto.map(fingerprint).transpose()?,
     })

@@ -23,14 +23,14 @@ impl Tx<'_> {
         }
         let (id, hash) = (self.next_seq(), hash(facts));
         sqlx::query(
-            "INSERT INTO facts (id, hash, dtype, scheme, signs, fingerprint, forced_onto) \
+            "INSERT INTO facts (id, hash, dtype, scheme, frame, fingerprint, forced_onto) \
              VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (hash) DO NOTHING",
         )
         .bind(id)
         .bind(&hash[..])
         .bind(&*facts.dtype)
         .bind(&*facts.scheme)
-        .bind(facts.signs.as_deref())
+        .bind(facts.frame.as_deref())
         .bind(&facts.fingerprint.0[..])
         .bind(facts.forced_onto.as_ref().map(|base| &base.0[..]))
         .execute(&mut *self.connection)
@@ -45,14 +45,14 @@ impl Tx<'_> {
     }
 }
 
-/// By a hash: a mask of a large rank exceeds what PostgreSQL indexes.
+/// By a hash: a frame exceeds what PostgreSQL indexes.
 fn hash(facts: &Facts) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     let forced_onto = facts.forced_onto.as_ref().map(|base| &base.0[..]);
     let fields = [
         Some(facts.dtype.as_bytes()),
         Some(facts.scheme.as_bytes()),
-        facts.signs.as_deref(),
+        facts.frame.as_deref(),
         Some(&facts.fingerprint.0[..]),
         forced_onto,
     ];

@@ -97,7 +97,7 @@ impl Store {
     pub async fn generations(&self, adapter: AdapterId) -> Result<Vec<GenerationRecord>> {
         let rows = sqlx::query(
             "SELECT g.seq, CASE WHEN g.seq = a.seq THEN 1 ELSE 0 END, g.created_at, \
-             g.generation, g.data, f.dtype, f.scheme, f.signs, f.fingerprint, f.forced_onto \
+             g.generation, g.data, f.dtype, f.scheme, f.frame, f.fingerprint, f.forced_onto \
              FROM generations g JOIN adapters a ON a.id = g.adapter JOIN facts f ON f.id = g.facts \
              WHERE g.adapter = $1 AND a.deleted = 0 ORDER BY g.seq DESC",
         )
@@ -168,7 +168,7 @@ impl Store {
 }
 
 async fn all_facts(connection: &mut AnyConnection) -> Result<HashMap<i64, Arc<Facts>>> {
-    let rows = sqlx::query("SELECT id, dtype, scheme, signs, fingerprint, forced_onto FROM facts");
+    let rows = sqlx::query("SELECT id, dtype, scheme, frame, fingerprint, forced_onto FROM facts");
     let rows = rows.fetch_all(connection).await?;
     rows.iter().map(|row| Ok((row.try_get(0)?, Arc::new(decode::facts(row, 1)?)))).collect()
 }

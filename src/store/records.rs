@@ -11,8 +11,8 @@ pub struct Facts {
     pub dtype: String,
     /// The full scheme, canonical JSON.
     pub scheme: String,
-    /// The sign mask of an imported checkpoint.
-    pub signs: Option<Vec<u8>>,
+    /// How the singular vectors of an imported checkpoint lie in the base's; opaque here.
+    pub frame: Option<Vec<u8>>,
     /// The base under which the numbers were made.
     pub fingerprint: Fingerprint,
     /// The other base for which it was accepted by force: there it means nearly what it meant.
@@ -22,7 +22,7 @@ pub struct Facts {
 /// What an adapter holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contents {
-    /// The hash of numbers, full scheme, sign mask and base.
+    /// The hash of numbers, full scheme, frame and base.
     pub generation: Generation,
     /// The numbers as uploaded.
     pub data: Vec<u8>,

@@ -122,17 +122,18 @@ async fn logprobs_cover_every_token_of_the_text() {
         ["tokens", "token_logprobs", "top_logprobs", "text_offset"].map(|key| logprobs[key].as_array().unwrap()).into();
     assert!(lists.iter().all(|list| list.len() == 24));
     let text: Vec<char> = choice["text"].as_str().unwrap().chars().collect();
+    let entry = |list: usize, at: usize| &lists[list][at];
     let mut whole = 0;
     for at in 0..24 {
-        let token = lists[0][at].as_str().unwrap();
-        let offset = lists[3][at].as_u64().unwrap() as usize;
+        let token = entry(0, at).as_str().unwrap();
+        let offset = entry(3, at).as_u64().unwrap() as usize;
         if !token.contains('\u{fffd}') {
             let here: String = text[offset..offset + token.chars().count()].iter().collect();
             assert_eq!(here, token, "an offset counts characters of the text");
             whole += 1;
         }
-        let own = lists[1][at].as_f64().unwrap();
-        let top = lists[2][at].as_object().unwrap();
+        let own = entry(1, at).as_f64().unwrap();
+        let top = entry(2, at).as_object().unwrap();
         assert!((2..=3).contains(&top.len()) || token.contains('\u{fffd}'), "{top:?}");
         assert_eq!(top[token].as_f64().unwrap(), own, "greedy: the chosen one is among the likeliest");
         assert!(top.values().all(|other| other.as_f64().unwrap() <= own));

@@ -1,4 +1,5 @@
 //! Every refusal that these routes make, and the order of the checks.
+#![allow(clippy::await_holding_lock, reason = "the engine's thread waits for the lock, the runtime does not")]
 
 use std::sync::Arc;
 

@@ -38,7 +38,7 @@ async fn model(name: &str) {
 }
 
 /// Uploads a golden checkpoint as PEFT wrote it.
-pub async fn upload(app: &TestApp, model: &str, adapter: &str) -> Value {
+pub(crate) async fn upload(app: &TestApp, model: &str, adapter: &str) -> Value {
     let folder = golden(model).join("adapters").join(adapter);
     let file = |name: &str| fs::read(folder.join(name)).expect("a checkpoint file");
     let form = multipart::Form::new()

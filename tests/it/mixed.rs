@@ -81,7 +81,7 @@ async fn sixty_four_adapters_together_equal_each_alone() {
         if flags.contains(&"--kv-cache-mb") {
             assert!(busy.metric("mote_engine_preemptions_total").await > 0.0, "the small cache preempted nobody");
         } else {
-            assert!(busy.metric("mote_engine_step_adapters_max").await > 8.0, "the requests did not share steps");
+            assert!(busy.metric("mote_engine_peak_adapters").await > 8.0, "the requests did not share steps");
         }
     }
 }
@@ -128,8 +128,8 @@ async fn the_real_model_serves_sixty_four_adapters_in_one_step() {
         "64 in turn {in_turn:?}, together {at_once:?}: {:.2} times",
         in_turn.as_secs_f64() / at_once.as_secs_f64()
     );
-    assert_eq!(app.metric("mote_engine_step_sequences_max").await, 64.0);
-    assert_eq!(app.metric("mote_engine_step_adapters_max").await, 64.0);
+    assert_eq!(app.metric("mote_engine_peak_sequences").await, 64.0);
+    assert_eq!(app.metric("mote_engine_peak_adapters").await, 64.0);
 }
 
 /// A request ends as it began, whatever happens to its adapter's name.

@@ -180,30 +180,31 @@ async fn uploads_that_are_not_adapters() {
     }
     assert_eq!(envelope(&raw("scheme=tiny13", vec![0; 26]).await).2, "name");
     for name in ["", "train", "batch", "schemes", ".", "..", "a/b", "ä", &"x".repeat(65)] {
-        let (status, _, param, _) = envelope(&app.post("/adapters", &json!({"name": name, "numbers": [0; 13]})).await);
+        let (status, _, param, _) =
+            envelope(&app.post("/adapters", &json!({"name": name, "numbers": vec![0; 13]})).await);
         assert_eq!((status, param), (400, json!("name")), "{name}");
     }
-    assert_eq!(envelope(&app.post("/adapters", &json!({"name": "tiny", "numbers": [0; 13]})).await).0, 409);
+    assert_eq!(envelope(&app.post("/adapters", &json!({"name": "tiny", "numbers": vec![0; 13]})).await).0, 409);
     for (body, param) in [
         (json!({"name": "a"}), "data"),
         (json!({"name": "a", "data": "!!"}), "data"),
-        (json!({"name": "a", "data": "AAAA", "numbers": [0; 13]}), "data"),
-        (json!({"name": "a", "numbers": [0; 12]}), "numbers"),
+        (json!({"name": "a", "data": "AAAA", "numbers": vec![0; 13]}), "data"),
+        (json!({"name": "a", "numbers": vec![0; 12]}), "numbers"),
         (json!({"name": "a", "numbers": ["x"]}), "numbers"),
         (json!({"name": "a", "numbers": vec![1e39; 13]}), "numbers"),
-        (json!({"name": "a", "numbers": [0; 13], "dtype": "f16"}), "dtype"),
-        (json!({"name": "a", "numbers": [0; 13], "scheme": "tiny14"}), "scheme"),
-        (json!({"name": "a", "numbers": [0; 13], "scheme": {"rnak": 2}}), "scheme"),
+        (json!({"name": "a", "numbers": vec![0; 13], "dtype": "f16"}), "dtype"),
+        (json!({"name": "a", "numbers": vec![0; 13], "scheme": "tiny14"}), "scheme"),
+        (json!({"name": "a", "numbers": vec![0; 13], "scheme": {"rnak": 2}}), "scheme"),
         (
-            json!({"name": "a", "numbers": [0; 13], "scheme": {"convention": "peft", "rank": 64, "u": 1, "ties": {"kind": "groups", "count": 13}}}),
+            json!({"name": "a", "numbers": vec![0; 13], "scheme": {"convention": "peft", "rank": 64, "u": 1, "ties": {"kind": "groups", "count": 13}}}),
             "scheme",
         ),
         (
-            json!({"name": "a", "numbers": [0; 13], "scheme": {"convention": "peft", "rank": 2, "u": 4_000_000_000u32, "ties": {"kind": "groups", "count": 4_000_000_000u32}}}),
+            json!({"name": "a", "numbers": vec![0; 13], "scheme": {"convention": "peft", "rank": 2, "u": 4_000_000_000u32, "ties": {"kind": "groups", "count": 4_000_000_000u32}}}),
             "scheme",
         ),
-        (json!({"name": "a", "numbers": [0; 13], "fingerprint": "ABC"}), "fingerprint"),
-        (json!({"name": "a", "numbers": [0; 13], "metadata": 3}), "metadata"),
+        (json!({"name": "a", "numbers": vec![0; 13], "fingerprint": "ABC"}), "fingerprint"),
+        (json!({"name": "a", "numbers": vec![0; 13], "metadata": 3}), "metadata"),
     ] {
         let (status, _, got, _) = envelope(&app.post("/adapters", &body).await);
         assert_eq!(status, 400, "{body}");
@@ -211,16 +212,16 @@ async fn uploads_that_are_not_adapters() {
     }
     let other = "0".repeat(64);
     let (status, _, _, code) =
-        envelope(&app.post("/adapters", &json!({"name": "a", "numbers": [0; 13], "fingerprint": other})).await);
+        envelope(&app.post("/adapters", &json!({"name": "a", "numbers": vec![0; 13], "fingerprint": other})).await);
     assert_eq!((status, code), (422, json!("incompatible_adapter")));
     let forced =
-        app.ok("/adapters", &json!({"name": "a", "numbers": [0; 13], "fingerprint": other, "force": true})).await;
+        app.ok("/adapters", &json!({"name": "a", "numbers": vec![0; 13], "fingerprint": other, "force": true})).await;
     assert_eq!(forced["approximate"], true);
 
-    app.ok("/adapters", &json!({"name": "b", "numbers": [0; 13]})).await;
+    app.ok("/adapters", &json!({"name": "b", "numbers": vec![0; 13]})).await;
     let taken = app
         .request(Method::POST, "/adapters")
-        .json(&json!({"name": "b", "numbers": [0; 13]}))
+        .json(&json!({"name": "b", "numbers": vec![0; 13]}))
         .send()
         .await
         .expect("an answer");
@@ -230,7 +231,7 @@ async fn uploads_that_are_not_adapters() {
     let stale = app
         .request(Method::PUT, "/adapters/b")
         .header(header::IF_MATCH, "\"00000000000000000000000000000000\"")
-        .json(&json!({"numbers": [0; 13]}));
+        .json(&json!({"numbers": vec![0; 13]}));
     let stale = envelope(&parts(stale.send().await.expect("an answer")).await);
     assert_eq!((stale.0, stale.1.as_str()), (412, "generation_mismatch"));
     for (method, path) in [
@@ -275,7 +276,7 @@ async fn a_full_queue_is_a_429() {
 async fn adapters_of_another_base() {
     let data = tempfile::tempdir().expect("a folder");
     let mut first = TestApp::tiny("llama").data_dir(data.path()).start().await;
-    first.ok("/adapters", &json!({"name": "mine", "numbers": [0.5; 13].map(f64::from)})).await;
+    first.ok("/adapters", &json!({"name": "mine", "numbers": vec![0.5; 13]})).await;
     first.kill();
     let second = TestApp::tiny("qwen2").data_dir(data.path()).start().await;
     let listed = second.get("/adapters").await.1;

@@ -1,4 +1,5 @@
 //! Streams of both routes: pieces, ends, failures, and clients that go away.
+#![allow(clippy::await_holding_lock, reason = "the engine's thread waits for the lock, the runtime does not")]
 
 use std::{
     collections::BTreeSet,

@@ -12,40 +12,40 @@ use reqwest::{Method, RequestBuilder, Response};
 use serde_json::{Value, json};
 
 /// The admin key of every test server.
-pub const ADMIN_KEY: &str = "admin-key-of-the-tests-0123456789";
+pub(crate) const ADMIN_KEY: &str = "admin-key-of-the-tests-0123456789";
 
 /// Folder of a golden model.
-pub fn golden(name: &str) -> PathBuf {
+pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden").join(name)
 }
 
 /// What transformers + PEFT computed for a golden model.
-pub fn expected(name: &str) -> Value {
+pub(crate) fn expected(name: &str) -> Value {
     let text = fs::read_to_string(golden(name).join("expected.json")).expect("expected.json");
     serde_json::from_str(&text).expect("valid JSON")
 }
 
 /// Builds a [`TestApp`].
-pub struct TestAppBuilder {
+pub(crate) struct TestAppBuilder {
     args: Vec<String>,
     data: Option<PathBuf>,
 }
 
 impl TestAppBuilder {
     /// Adds flags of `mote serve`.
-    pub fn args<I: IntoIterator<Item = S>, S: Into<String>>(mut self, args: I) -> Self {
+    pub(crate) fn args<I: IntoIterator<Item = S>, S: Into<String>>(mut self, args: I) -> Self {
         self.args.extend(args.into_iter().map(Into::into));
         self
     }
 
     /// Serves a data directory that outlives the server.
-    pub fn data_dir(mut self, path: &Path) -> Self {
+    pub(crate) fn data_dir(mut self, path: &Path) -> Self {
         self.data = Some(path.to_owned());
         self
     }
 
     /// Starts the server and waits until it is ready.
-    pub async fn start(self) -> TestApp {
+    pub(crate) async fn start(self) -> TestApp {
         let own = tempfile::tempdir().expect("a temporary folder");
         let data = self.data.unwrap_or_else(|| own.path().to_owned());
         let began = Instant::now();
@@ -108,23 +108,23 @@ fn listening(child: &mut Child) -> (String, std::sync::Arc<std::sync::Mutex<Stri
 }
 
 /// A running server; it is killed when dropped.
-pub struct TestApp {
+pub(crate) struct TestApp {
     child: Child,
     /// `http://127.0.0.1:port`
-    pub url: String,
+    pub(crate) url: String,
     http: reqwest::Client,
     key: String,
     /// The data directory.
-    pub data: PathBuf,
+    pub(crate) data: PathBuf,
     log: std::sync::Arc<std::sync::Mutex<String>>,
     /// From the start of the process until it listened.
-    pub started_in: Duration,
+    pub(crate) started_in: Duration,
     _own: tempfile::TempDir,
 }
 
 impl TestApp {
     /// A server of the tiny golden model `name` in f32, served as `tiny`.
-    pub fn tiny(name: &str) -> TestAppBuilder {
+    pub(crate) fn tiny(name: &str) -> TestAppBuilder {
         let model = golden(name).join("model").to_string_lossy().into_owned();
         TestAppBuilder {
             args: ["--model", &model, "--model-id", "tiny", "--dtype", "f32"].map(String::from).into(),
@@ -133,7 +133,7 @@ impl TestApp {
     }
 
     /// A server of SmolLM2-135M-Instruct, fetched when it is not in the cache.
-    pub fn real() -> TestAppBuilder {
+    pub(crate) fn real() -> TestAppBuilder {
         TestAppBuilder { args: Vec::new(), data: None }
     }
 
@@ -151,46 +151,46 @@ impl TestApp {
     }
 
     /// A request under the admin key.
-    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+    pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.as_key(&self.key, method, path)
     }
 
     /// A request under another key.
-    pub fn as_key(&self, key: &str, method: Method, path: &str) -> RequestBuilder {
+    pub(crate) fn as_key(&self, key: &str, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.url)).bearer_auth(key)
     }
 
     /// A request without a key.
-    pub fn anonymous(&self, method: Method, path: &str) -> RequestBuilder {
+    pub(crate) fn anonymous(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.url))
     }
 
     /// GET, status and JSON.
-    pub async fn get(&self, path: &str) -> (u16, Value) {
+    pub(crate) async fn get(&self, path: &str) -> (u16, Value) {
         parts(self.request(Method::GET, path).send().await.expect("an answer")).await
     }
 
     /// POST JSON, status and JSON.
-    pub async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
         parts(self.request(Method::POST, path).json(body).send().await.expect("an answer")).await
     }
 
     /// POST JSON that must succeed.
-    pub async fn ok(&self, path: &str, body: &Value) -> Value {
+    pub(crate) async fn ok(&self, path: &str, body: &Value) -> Value {
         let (status, answer) = self.post(path, body).await;
         assert!((200..300).contains(&status), "{path} answered {status}: {answer}");
         answer
     }
 
     /// A new tenant's member key.
-    pub async fn tenant(&self, name: &str) -> String {
+    pub(crate) async fn tenant(&self, name: &str) -> String {
         self.ok("/admin/tenants", &json!({ "name": name })).await;
         let key = self.ok(&format!("/admin/tenants/{name}/keys"), &json!({ "role": "member" })).await;
         key["key"].as_str().expect("the key, shown once").to_owned()
     }
 
     /// The value of a metric without labels.
-    pub async fn metric(&self, name: &str) -> f64 {
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
         let text = self.request(Method::GET, "/metrics").send().await.expect("metrics").text().await.expect("text");
         text.lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
@@ -198,12 +198,12 @@ impl TestApp {
     }
 
     /// Process id, for kill -9 and for reading its memory.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Resident memory in MiB.
-    pub fn resident_mb(&self) -> f64 {
+    pub(crate) fn resident_mb(&self) -> f64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap_or_default();
         let kb = status
             .lines()
@@ -212,12 +212,12 @@ impl TestApp {
     }
 
     /// What the server logged so far.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         self.log.lock().expect("log").clone()
     }
 
     /// kill -9, and wait until it is gone.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -230,7 +230,7 @@ impl Drop for TestApp {
 }
 
 /// Status and JSON of an answer; an empty body is null.
-pub async fn parts(answer: Response) -> (u16, Value) {
+pub(crate) async fn parts(answer: Response) -> (u16, Value) {
     let status = answer.status().as_u16();
     let text = answer.text().await.expect("a body");
     (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))

@@ -5,11 +5,11 @@ use serde_json::json;
 
 use super::{PeftError, PeftFiles, group_key, site_key};
 use crate::adapter::{
-    Adapter, Assignment, Basis, Convention, ExpandError, NumberType, Scheme, SiteKind, Sites, Ties, projection,
-    scheme::peft_groups,
+    Adapter, Assignment, Basis, Convention, ExpandError, NumberType, Scheme, SiteKind, Sites, Ties, frame::Side,
+    projection, scheme::peft_groups,
 };
 
-/// Writes v, A, B and P, with the signs that the adapter came with. `base_name` is what PEFT should call the base model.
+/// Writes v, P, and A and B in the frame that the adapter came with. `base_name` is what PEFT should call the base model.
 ///
 /// # Errors
 /// [`PeftError::NotExpressible`] for what PEFT has no words for: another core than its own, groups that its rule for
@@ -21,6 +21,9 @@ pub fn export(adapter: &Adapter, sites: &Sites, basis: &Basis, base_name: &str) 
         return Err(PeftError::NotExpressible(message));
     }
     scheme.validate(sites, basis.rank).map_err(|error| PeftError::NotExpressible(error.to_string()))?;
+    if adapter.facts().frame.as_ref().is_some_and(|frame| !frame.fits(scheme, sites)) {
+        return Err(PeftError::NotExpressible(ExpandError::Frame.to_string()));
+    }
     let weight_tying = weight_tying(scheme, sites).ok_or_else(|| {
         let message = "no weight_tying makes PEFT group the layers as this scheme's ties do";
         PeftError::NotExpressible(message.into())
@@ -90,21 +93,15 @@ fn tensors(adapter: &Adapter, sites: &Sites, basis: &Basis) -> Result<Vec<u8>, P
         out.push((group_key(group), number_dtype, vec![scheme.u], bytes.to_vec()));
     }
     let rank = scheme.rank;
-    for Assignment { site, layer_idx, .. } in scheme.assignments(sites) {
-        let (outputs, inputs) = sites.shape(site);
-        let ours = &basis.sites[site];
-        let sign = |k: usize| adapter.facts().signs.as_ref().map_or(1.0, |signs| signs.sign(site, k));
-        let scale: Vec<f32> = (0..rank).map(|k| sign(k) * ours.s[k].sqrt()).collect();
-        let a = (0..rank)
-            .flat_map(|k| (0..inputs).map(move |i| (i, k)))
-            .map(|(i, k)| ours.v[i * basis.rank + k] * scale[k]);
-        let b = (0..outputs)
-            .flat_map(|o| (0..rank).map(move |k| (o, k)))
-            .map(|(o, k)| ours.u[o * basis.rank + k] * scale[k]);
-        let p = projection(scheme.seed, layer_idx, scheme.u, rank, scheme.projection);
-        out.push((site_key(sites, site, 'A'), Dtype::F32, vec![rank, inputs], le_bytes(a)));
-        out.push((site_key(sites, site, 'B'), Dtype::F32, vec![outputs, rank], le_bytes(b)));
-        out.push((site_key(sites, site, 'P'), Dtype::F32, vec![scheme.u, rank, rank], le_bytes(p)));
+    for at in scheme.assignments(sites) {
+        let (outputs, inputs) = sites.shape(at.site);
+        let v = scaled_vectors(adapter, basis, &at, Side::V);
+        let a = (0..rank).flat_map(|k| v.iter().skip(k).step_by(rank).copied());
+        let b = scaled_vectors(adapter, basis, &at, Side::U);
+        let p = projection(scheme.seed, at.layer_idx, scheme.u, rank, scheme.projection);
+        out.push((site_key(sites, at.site, 'A'), Dtype::F32, vec![rank, inputs], le_bytes(a)));
+        out.push((site_key(sites, at.site, 'B'), Dtype::F32, vec![outputs, rank], le_bytes(b)));
+        out.push((site_key(sites, at.site, 'P'), Dtype::F32, vec![scheme.u, rank, rank], le_bytes(p)));
     }
     let write = |error: safetensors::SafeTensorError| PeftError::Write(error.to_string());
     let views: Result<Vec<_>, PeftError> = out
@@ -115,6 +112,26 @@ fn tensors(adapter: &Adapter, sites: &Sites, basis: &Basis) -> Result<Vec<u8>, P
         .collect();
     let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize(views?, Some(metadata)).map_err(write)
+}
+
+/// One side's singular vectors as the checkpoint had them, times sqrt(S): `U Q_u sqrt(S)` or `V Q_v sqrt(S)`, `[n, r]`.
+fn scaled_vectors(adapter: &Adapter, basis: &Basis, at: &Assignment, side: Side) -> Vec<f32> {
+    let rank = adapter.scheme().rank;
+    let site = &basis.sites[at.site];
+    let mut q = vec![0.0f64; basis.rank * rank];
+    match &adapter.facts().frame {
+        Some(frame) => frame.matrix(at, side, &mut q),
+        None => (0..rank).for_each(|k| q[k * rank + k] = 1.0),
+    }
+    let ours = match side {
+        Side::U => &site.u,
+        Side::V => &site.v,
+    };
+    let entry = |row: &[f32], k: usize| {
+        let turned: f64 = row.iter().zip(q[k..].iter().step_by(rank)).map(|(&x, q)| f64::from(x) * q).sum();
+        (turned * f64::from(site.s[k]).sqrt()) as f32
+    };
+    ours.chunks_exact(basis.rank).flat_map(|row| (0..rank).map(move |k| entry(row, k))).collect()
 }
 
 fn le_bytes(values: impl IntoIterator<Item = f32>) -> Vec<u8> {

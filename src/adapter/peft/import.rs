@@ -1,13 +1,13 @@
-//! A PEFT checkpoint to an adapter: numbers, scheme and the signs of its singular vectors.
+//! A PEFT checkpoint to an adapter: numbers, scheme and how its singular vectors lie in ours.
 
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 
 use super::{PeftError, config, group_key, site_key};
 use crate::adapter::{
-    Assignment, Basis, NumberType, ProjectionDtype, Scheme, SignMask, Sites,
-    basis::{column, cosine},
-    codec, projection,
+    Assignment, Basis, Frame, MARGIN, NumberType, ProjectionDtype, Scheme, Sites, codec,
+    frame::FrameBuilder,
+    projection,
     scheme::{MAX_NUMBERS, MAX_PROJECTION_VALUES},
 };
 
@@ -23,8 +23,8 @@ const NEGLIGIBLE: f64 = 1e-6;
 pub struct Imported {
     /// How its numbers become cores.
     pub scheme: Scheme,
-    /// Signs of its singular vectors against ours; None: the same.
-    pub signs: Option<SignMask>,
+    /// Its singular vectors in terms of ours; None: the same.
+    pub frame: Option<Frame>,
     /// bf16 if the file holds them so, else f32.
     pub dtype: NumberType,
     /// The numbers, group-major.
@@ -42,14 +42,15 @@ pub fn size_limit(sites: &Sites, rank: usize) -> usize {
     4 * values + header
 }
 
-/// Reads the two files of a checkpoint against a model and its basis.
+/// Reads the two files of a checkpoint of up to rank `served` against a model and its basis.
 ///
 /// # Errors
 /// A configuration or tensor that is missing, malformed, out of bounds or unknown, by name; factors of other weights
 /// ([`PeftError::is_incompatible`]); projections that are not those of the seed.
-pub fn import(config: &[u8], model: &[u8], sites: &Sites, basis: &Basis) -> Result<Imported, PeftError> {
-    let mut scheme = config::parse(config, sites, basis.rank)?;
-    let limit = size_limit(sites, basis.rank);
+pub fn import(config: &[u8], model: &[u8], sites: &Sites, basis: &Basis, served: usize) -> Result<Imported, PeftError> {
+    let served = served.min(basis.rank);
+    let mut scheme = config::parse(config, sites, served)?;
+    let limit = size_limit(sites, served);
     if model.len() > limit {
         return Err(PeftError::ModelFile(format!("is larger than {limit} bytes, more than this model can need")));
     }
@@ -63,16 +64,14 @@ pub fn import(config: &[u8], model: &[u8], sites: &Sites, basis: &Basis) -> Resu
     if file.len() != known {
         return Err(unknown_tensor(&file, sites, &assignments, groups));
     }
-    let factors = check_factors(&file, sites, basis, scheme.rank, &assignments)?;
+    let factors = check_factors(&file, sites, basis, &scheme, &assignments)?;
     scheme.projection = match (projections.present, factors.all_bf16) {
         (true, _) => projections.dtype,
         // Without P, PEFT draws it again in the base's dtype, which is the one it saved A in.
         (false, true) => ProjectionDtype::Bf16,
         (false, false) => ProjectionDtype::F32,
     };
-    let rank = scheme.rank;
-    let signs = SignMask::new(sites.len(), rank, |site, k| factors.negative[site * rank + k]);
-    Ok(Imported { scheme, signs, dtype, bytes, worst_cosine: factors.worst_cosine })
+    Ok(Imported { scheme, frame: factors.frame, dtype, bytes, worst_cosine: factors.worst_cosine })
 }
 
 fn require_factors(file: &SafeTensors<'_>, sites: &Sites, assignments: &[Assignment]) -> Result<(), PeftError> {
@@ -142,55 +141,73 @@ fn numbers(file: &SafeTensors<'_>, scheme: &Scheme, groups: usize) -> Result<(Nu
 }
 
 struct Factors {
-    /// `[sites, rank]`: is the pair flipped?
-    negative: Vec<bool>,
+    frame: Option<Frame>,
     all_bf16: bool,
     worst_cosine: f64,
 }
 
+/// Compares A and B with our vectors: refuses those of other weights, keeps how the others lie in ours.
 fn check_factors(
     file: &SafeTensors<'_>,
     sites: &Sites,
     basis: &Basis,
-    rank: usize,
+    scheme: &Scheme,
     assignments: &[Assignment],
 ) -> Result<Factors, PeftError> {
-    let mut factors = Factors { negative: vec![false; sites.len() * rank], all_bf16: true, worst_cosine: 1.0 };
+    let rank = scheme.rank;
+    let rows = (rank + MARGIN).min(basis.rank);
+    let mut frame = FrameBuilder::new(rank, rows);
+    let (mut all_bf16, mut worst_cosine) = (true, 1.0f64);
     for &Assignment { site, .. } in assignments {
         let (outputs, inputs) = sites.shape(site);
-        let (a, dtype) = tensor(file, &site_key(sites, site, 'A'), &[rank, inputs])?;
         let (b, _) = tensor(file, &site_key(sites, site, 'B'), &[outputs, rank])?;
-        factors.all_bf16 &= dtype == Dtype::BF16;
+        let (a, dtype) = tensor(file, &site_key(sites, site, 'A'), &[rank, inputs])?;
+        all_bf16 &= dtype == Dtype::BF16;
         let ours = &basis.sites[site];
-        for k in 0..rank {
-            let s = f64::from(ours.s[k]);
-            if s <= NEGLIGIBLE * f64::from(ours.s[0]) {
-                continue;
+        // U from B, then V from A, whose vectors are rows: the order that the builder wants.
+        let mut side = |ours_of_side: &[f32], saved: &[f32], start: usize, step: usize, n: usize| {
+            for k in 0..rank {
+                let s = f64::from(ours.s[k]);
+                if s <= NEGLIGIBLE * f64::from(ours.s[0]) {
+                    frame.push_own(k);
+                    continue;
+                }
+                let vector = saved.iter().skip(k * start).step_by(step).take(n);
+                let (coordinates, square) = coordinates(vector, ours_of_side, basis.rank, rows);
+                let cosine = coordinates[k].abs() / square.sqrt();
+                compare(cosine, square / s).map_err(|detail| PeftError::OtherWeights {
+                    module: sites.module(site),
+                    detail: format!("singular pair {} {detail}", k + 1),
+                })?;
+                frame.push(coordinates.into_iter().map(|x| x / s.sqrt()));
+                worst_cosine = worst_cosine.min(cosine);
             }
-            let a_k = || a[k * inputs..(k + 1) * inputs].iter().map(|&x| f64::from(x));
-            let v_cosine = cosine(a_k(), column(&ours.v, basis.rank, k));
-            let u_cosine = cosine(column(&b, rank, k), column(&ours.u, basis.rank, k));
-            let length: f64 = a_k().map(|x| x * x).sum();
-            compare(v_cosine, u_cosine, length / s).map_err(|detail| PeftError::OtherWeights {
-                module: sites.module(site),
-                detail: format!("singular pair {} {detail}", k + 1),
-            })?;
-            factors.negative[site * rank + k] = v_cosine < 0.0;
-            factors.worst_cosine = factors.worst_cosine.min(v_cosine.abs()).min(u_cosine.abs());
-        }
+            Ok::<(), PeftError>(())
+        };
+        side(&ours.u, &b, 1, rank, outputs)?;
+        side(&ours.v, &a, inputs, 1, inputs)?;
     }
-    Ok(factors)
+    Ok(Factors { frame: frame.finish(scheme, sites), all_bf16, worst_cosine })
 }
 
-/// Is a singular pair ours up to a sign? Written so that NaN is not.
-fn compare(v_cosine: f64, u_cosine: f64, value_ratio: f64) -> Result<(), String> {
-    let worst = v_cosine.abs().min(u_cosine.abs());
-    let same_vectors = v_cosine.abs() > SAME_VECTOR && u_cosine.abs() > SAME_VECTOR;
-    if !same_vectors {
-        return Err(format!("agrees with this base's only by a cosine of {worst:.3}"));
+/// Inner products of a vector with the first `rows` of our vectors, row-major `[n, rank]`, and its squared length.
+fn coordinates<'a>(vector: impl Iterator<Item = &'a f32>, ours: &[f32], rank: usize, rows: usize) -> (Vec<f64>, f64) {
+    let (mut products, mut square) = (vec![0.0; rows], 0.0);
+    for (&x, ours) in vector.zip(ours.chunks_exact(rank)) {
+        let x = f64::from(x);
+        square += x * x;
+        for (product, &u) in products.iter_mut().zip(ours) {
+            *product += x * f64::from(u);
+        }
     }
-    if v_cosine.signum() != u_cosine.signum() {
-        return Err("has opposite signs in tinylora_A and tinylora_B".into());
+    (products, square)
+}
+
+/// Is a saved vector ours up to a sign and a small turn? Written so that NaN is not.
+fn compare(cosine: f64, value_ratio: f64) -> Result<(), String> {
+    let same_vector = cosine > SAME_VECTOR;
+    if !same_vector {
+        return Err(format!("agrees with this base's only by a cosine of {cosine:.3}"));
     }
     let same_value = (value_ratio - 1.0).abs() <= SAME_VALUE;
     if !same_value {

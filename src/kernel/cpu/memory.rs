@@ -1,48 +1,46 @@
 //! Memory that starts on a cache line, and the pointer through which threads write their own parts of a result.
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
-
 /// One cache line.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Line([u8; 64]);
+const LINE: usize = 64;
+const WORD: usize = size_of::<u128>();
 
 /// Zeroed bytes on whole cache lines.
-pub(super) struct Lines(Vec<Line>);
+pub(super) struct Lines {
+    /// A line more than asked for, so that some word starts on a line. Words of the allocator's own alignment: with a larger one it
+    /// would zero the pages itself, and touch all of a large KV cache before it is used.
+    words: Vec<u128>,
+    /// Word at which the first line starts.
+    start: usize,
+    bytes: usize,
+}
 
 impl Lines {
     /// So many bytes, rounded up to lines.
     pub(super) fn zeroed(bytes: usize) -> Self {
-        let count = bytes.div_ceil(64);
-        if count == 0 {
-            return Self(Vec::new());
+        let bytes = bytes.next_multiple_of(LINE);
+        if bytes == 0 {
+            return Self { words: Vec::new(), start: 0, bytes };
         }
-        // Straight from the allocator: pages of a large KV cache are not touched before they are used.
-        let layout = Layout::array::<Line>(count).expect("callers check that what they ask for can be addressed");
-        // SAFETY: the layout is not empty.
-        let data = unsafe { alloc_zeroed(layout) };
-        if data.is_null() {
-            handle_alloc_error(layout);
-        }
-        // SAFETY: freshly allocated by the global allocator with the layout of `count` lines; all-zero bytes are valid lines.
-        Self(unsafe { Vec::from_raw_parts(data.cast(), count, count) })
+        let words = vec![0u128; (bytes + LINE) / WORD];
+        let start = words.as_ptr().addr().wrapping_neg() % LINE / WORD;
+        Self { words, start, bytes }
     }
 
     /// The first byte.
     pub(super) fn as_ptr(&self) -> *const u8 {
-        self.0.as_ptr().cast()
+        self.words[self.start..].as_ptr().cast()
     }
 
     /// The first byte.
     pub(super) fn as_mut_ptr(&mut self) -> *mut u8 {
-        self.0.as_mut_ptr().cast()
+        self.words[self.start..].as_mut_ptr().cast()
     }
 
     /// All bytes.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: a line is 64 initialised bytes without padding; the lines are contiguous and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr(), 64 * self.0.len()) }
+        // SAFETY: the words from `start` on hold at least so many bytes, all initialised, and are borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr(), self.bytes) }
     }
 }
 

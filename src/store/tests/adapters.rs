@@ -6,8 +6,8 @@ async fn what_is_uploaded_is_read_back_listed_and_loaded() {
         let store = database.open().await;
         let mut upload = new(BUILT_IN_TENANT, "alice", 1);
         upload.metadata = Some(r#"{"who":"Ålice"}"#.into());
-        let (signs, forced_onto) = (Some(vec![1, 2, 3]), Some(Fingerprint([4; 32])));
-        upload.contents.facts = Facts { signs, forced_onto, ..facts() }.into();
+        let (frame, forced_onto) = (Some(vec![1, 2, 3]), Some(Fingerprint([4; 32])));
+        upload.contents.facts = Facts { frame, forced_onto, ..facts() }.into();
         let record = written(store.put_adapter(upload.clone()).await);
         assert_eq!((&*record.owner, &*record.name, record.public), ("default", "alice", false));
         assert_eq!(record.contents, upload.contents);

@@ -68,7 +68,7 @@ fn facts() -> Facts {
     Facts {
         dtype: "bf16".into(),
         scheme: r#"{"convention":"peft"}"#.into(),
-        signs: None,
+        frame: None,
         fingerprint: Fingerprint([9; 32]),
         forced_onto: None,
     }

@@ -36,7 +36,7 @@ CREATE TABLE facts (
     hash BYTEA NOT NULL UNIQUE,
     dtype TEXT NOT NULL,
     scheme TEXT NOT NULL,
-    signs BYTEA,
+    frame BYTEA,
     fingerprint BYTEA NOT NULL,
     forced_onto BYTEA
 );

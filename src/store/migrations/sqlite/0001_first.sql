@@ -36,7 +36,7 @@ CREATE TABLE facts (
     hash BLOB NOT NULL UNIQUE,
     dtype TEXT NOT NULL,
     scheme TEXT NOT NULL,
-    signs BLOB,
+    frame BLOB,
     fingerprint BLOB NOT NULL,
     forced_onto BLOB
 );
