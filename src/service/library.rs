@@ -10,10 +10,9 @@ use parking_lot::Mutex;
 use super::{Error, salts::Salts};
 use crate::{
     adapter::{
-        Adapter, Basis, Expander, Facts, Frame, Interner, NumberType, Registry, RegistryError, Scheme, Sites,
+        Adapter, Basis, Cores, Expander, Facts, Frame, Interner, NumberType, Registry, RegistryError, Scheme, Sites,
         cache_salt,
     },
-    kernel::Cores,
     store::{Contents, Facts as StoredFacts, Store, StoreError},
     types::{AdapterId, CacheSalt, Fingerprint, Generation, TenantId},
 };
@@ -39,9 +38,12 @@ pub struct Library {
     /// Under which salts a generation may have cached KV.
     salts: Mutex<Salts>,
     /// The store's facts in our terms, and ours in the store's: an upload or a row costs no JSON.
-    read: Mutex<HashMap<Arc<StoredFacts>, (Facts, Option<usize>)>>,
+    read: Mutex<HashMap<Arc<StoredFacts>, KnownFacts>>,
     written: Mutex<HashMap<FactsKey, Arc<StoredFacts>>>,
 }
+
+/// Facts in our terms, and the count of numbers where it is known (adapters of this base).
+type KnownFacts = (Facts, Option<usize>);
 
 /// Everything that tells facts apart.
 type FactsKey = ([u8; 44], NumberType, Option<Vec<u8>>, Fingerprint, bool);

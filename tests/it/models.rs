@@ -2,7 +2,7 @@
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use mote::{
-    store::{Contents, NewAdapter, OnConflict},
+    store::{Contents, Facts, NewAdapter, OnConflict},
     types::{Generation, TenantId},
 };
 use serde_json::{Value, json};
@@ -12,15 +12,14 @@ use crate::app::{CONTEXT, MODEL, TestApp};
 /// Puts an adapter of zeros into the store.
 async fn put(app: &TestApp, tenant: TenantId, name: &str, public: bool) {
     let base = &app.state.service.base;
-    let contents = Contents {
-        generation: Generation([5; 16]),
-        data: vec![0; 26],
+    let facts = Facts {
         dtype: "bf16".into(),
-        scheme: mote::adapter::Scheme::tiny13().to_json().to_string().into(),
-        signs: None,
+        scheme: mote::adapter::Scheme::tiny13().to_json().to_string(),
+        frame: None,
         fingerprint: base.fingerprint,
         forced_onto: None,
     };
+    let contents = Contents { generation: Generation([5; 16]), data: vec![0; 26], facts: facts.into() };
     let new = NewAdapter {
         tenant,
         name: name.into(),
