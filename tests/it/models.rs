@@ -1,5 +1,7 @@
 //! `/v1/models`, and adapters that `model` names.
 
+use std::sync::Arc;
+
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use mote::{
     store::{Contents, NewAdapter, OnConflict},
@@ -15,11 +17,13 @@ async fn put(app: &TestApp, tenant: TenantId, name: &str, public: bool) {
     let contents = Contents {
         generation: Generation([5; 16]),
         data: vec![0; 26],
-        dtype: "bf16".into(),
-        scheme: mote::adapter::Scheme::tiny13().to_json().to_string().into(),
-        signs: None,
-        fingerprint: base.fingerprint,
-        forced_onto: None,
+        facts: Arc::new(mote::store::Facts {
+            dtype: "bf16".into(),
+            scheme: mote::adapter::Scheme::tiny13().to_full_json().to_string(),
+            frame: None,
+            fingerprint: base.fingerprint,
+            forced_onto: None,
+        }),
     };
     let new = NewAdapter {
         tenant,
