@@ -49,8 +49,8 @@ pub(super) struct TenantList {
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct NewTenant {
     /// 1..64 of `[A-Za-z0-9._-]`.
-    #[schema(example = "ann")]
-    name: String,
+    #[schema(required = true, nullable = false, example = "ann")]
+    name: Option<String>,
 }
 
 /// What a key may do.
@@ -172,7 +172,8 @@ pub(super) async fn create_tenant(
     _admin: Admin,
     ApiJson(body): ApiJson<NewTenant>,
 ) -> ApiResult<(StatusCode, Json<TenantObject>)> {
-    let tenant = state.service.create_tenant(&body.name).await?;
+    let name = body.name.ok_or_else(|| Error::invalid("name", "'name' is required."))?;
+    let tenant = state.service.create_tenant(&name).await?;
     Ok((StatusCode::CREATED, Json(tenant.into())))
 }
 

@@ -116,8 +116,17 @@ async fn the_forms_of_an_upload_are_one_adapter() {
     assert_eq!(read["numbers"], json!(vec![f64::from(0.1f32); 13]), "exactly what is stored");
     assert_eq!(read["data"], STANDARD.encode(0.1f32.to_le_bytes().repeat(13)));
     assert_eq!(app.get("/adapters/a/weights?format=csv").await.error().2.as_deref(), Some("format"));
-    let zip = app.state.service.weights(&caller(), "a").await.unwrap().1;
-    let zip = app.state.service.export(zip).await.unwrap();
+    // PEFT's rule gives no 13 groups on 7 sites, and one group for all.
+    let none = app.get("/adapters/a/weights?format=peft").await;
+    assert_eq!((none.error().0, none.error().2.as_deref()), (400, Some("format")));
+    ok(&app, Method::POST, "/adapters", json!({"name": "tied", "numbers": vec![0.5; 13], "scheme": "u13-tied"})).await;
+    let path = "/adapters/tied/weights?format=peft";
+    let answer = app.router.clone().oneshot(request(KEY, Method::GET, path, "", Body::empty())).await.unwrap();
+    assert_eq!(
+        (answer.status(), &answer.headers()[header::CONTENT_TYPE]),
+        (StatusCode::OK, &"application/zip".parse().unwrap())
+    );
+    let zip = axum::body::to_bytes(answer.into_body(), usize::MAX).await.unwrap().to_vec();
     assert_eq!(app.get("/adapters/nobody/weights?format=peft").await.status, 404);
 
     // The same checkpoint back, as an archive and as two files.
@@ -138,10 +147,6 @@ async fn the_forms_of_an_upload_are_one_adapter() {
         let numbers = app.get(&format!("/adapters/{name}/weights?format=json")).await.json();
         assert_eq!(numbers["numbers"], json!(vec![0.5; 13]));
     }
-}
-
-fn caller() -> mote::tenant::Caller {
-    mote::tenant::Caller { tenant: mote::types::TenantId(2), tenant_name: "acme".into(), role: Role::Member, key: None }
 }
 
 fn form(parts: &[(&str, Vec<u8>)]) -> (String, Vec<u8>) {

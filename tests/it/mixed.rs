@@ -8,6 +8,10 @@ use serde_json::{Value, json};
 
 use crate::support::TestApp;
 
+/// Long enough that requests which arrive one after another meet in the batch.
+const TINY_TOKENS: usize = 100;
+const REAL_TOKENS: usize = 24;
+
 /// Deterministic small numbers for adapter i; exactly representable in bf16.
 fn numbers(i: usize, count: usize) -> Vec<f64> {
     (0..count).map(|k| ((i * 31 + k * 17) % 61) as f64 / 64.0 - 0.46875).collect()
@@ -57,14 +61,14 @@ async fn sixty_four_adapters_together_equal_each_alone() {
     let names = upload(&quiet, 64).await;
     let mut alone = Vec::new();
     for (i, name) in names.iter().enumerate() {
-        alone.push(ask(&quiet, name, &prompt(i, 290), 16, (i % 2) as f64).await);
+        alone.push(ask(&quiet, name, &prompt(i, 290), TINY_TOKENS, (i % 2) as f64).await);
     }
     assert!(
         alone.iter().map(Value::to_string).collect::<std::collections::HashSet<_>>().len() > 60,
         "the adapters differ"
     );
 
-    // 64 sequences of up to 59 tokens want 256 blocks; one MiB of f32 KV is far less, so sequences are preempted.
+    // 64 sequences of up to 142 tokens want some 500 blocks; one MiB of f32 KV is far less, so sequences are preempted.
     for flags in [
         vec!["--max-batch", "64"],
         vec!["--prefill-chunk", "5", "--threads", "1"],
@@ -73,8 +77,10 @@ async fn sixty_four_adapters_together_equal_each_alone() {
         let busy = TestApp::tiny("llama").args(flags.clone()).start().await;
         upload(&busy, 64).await;
         let prompts: Vec<Vec<u32>> = (0..64).map(|i| prompt(i, 290)).collect();
-        let together =
-            join_all(names.iter().enumerate().map(|(i, name)| ask(&busy, name, &prompts[i], 16, (i % 2) as f64))).await;
+        let together = join_all(
+            names.iter().enumerate().map(|(i, name)| ask(&busy, name, &prompts[i], TINY_TOKENS, (i % 2) as f64)),
+        )
+        .await;
         for (i, (got, want)) in together.iter().zip(&alone).enumerate() {
             assert_eq!(got, want, "request {i} under {flags:?}");
         }
@@ -115,11 +121,12 @@ async fn the_real_model_serves_sixty_four_adapters_in_one_step() {
     let began = Instant::now();
     let mut alone = Vec::new();
     for (name, prompt) in names.iter().zip(&prompts) {
-        alone.push(ask(&app, name, prompt, 12, 0.0).await);
+        alone.push(ask(&app, name, prompt, REAL_TOKENS, 0.0).await);
     }
     let in_turn = began.elapsed();
     let began = Instant::now();
-    let together = join_all(names.iter().zip(&prompts).map(|(name, prompt)| ask(&app, name, prompt, 12, 0.0))).await;
+    let together =
+        join_all(names.iter().zip(&prompts).map(|(name, prompt)| ask(&app, name, prompt, REAL_TOKENS, 0.0))).await;
     let at_once = began.elapsed();
     for (i, (got, want)) in together.iter().zip(&alone).enumerate() {
         assert_eq!(got, want, "request {i}");

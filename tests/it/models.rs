@@ -1,8 +1,10 @@
 //! `/v1/models`, and adapters that `model` names.
 
+use std::sync::Arc;
+
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use mote::{
-    store::{Contents, Facts, NewAdapter, OnConflict},
+    store::{Contents, NewAdapter, OnConflict},
     types::{Generation, TenantId},
 };
 use serde_json::{Value, json};
@@ -12,14 +14,17 @@ use crate::app::{CONTEXT, MODEL, TestApp};
 /// Puts an adapter of zeros into the store.
 async fn put(app: &TestApp, tenant: TenantId, name: &str, public: bool) {
     let base = &app.state.service.base;
-    let facts = Facts {
-        dtype: "bf16".into(),
-        scheme: mote::adapter::Scheme::tiny13().to_json().to_string(),
-        frame: None,
-        fingerprint: base.fingerprint,
-        forced_onto: None,
+    let contents = Contents {
+        generation: Generation([5; 16]),
+        data: vec![0; 26],
+        facts: Arc::new(mote::store::Facts {
+            dtype: "bf16".into(),
+            scheme: mote::adapter::Scheme::tiny13().to_full_json().to_string(),
+            frame: None,
+            fingerprint: base.fingerprint,
+            forced_onto: None,
+        }),
     };
-    let contents = Contents { generation: Generation([5; 16]), data: vec![0; 26], facts: facts.into() };
     let new = NewAdapter {
         tenant,
         name: name.into(),
