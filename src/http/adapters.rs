@@ -278,7 +278,7 @@ pub(super) async fn upload_adapter(
     let key = key.transpose().map_err(|_| Error::invalid("Idempotency-Key", "'Idempotency-Key' is not plain text."))?;
     let retry = key.map(|key| Retry { key, render });
     Ok(match state.service.upload(&caller, upload, retry).await? {
-        Uploaded::New(info) => (StatusCode::CREATED, adapter_answer(info)).into_response(),
+        Uploaded::New(info) => (StatusCode::CREATED, adapter_answer(*info)).into_response(),
         Uploaded::Before(body) => {
             (StatusCode::CREATED, [(header::CONTENT_TYPE, "application/json")], body).into_response()
         }

@@ -73,7 +73,7 @@ pub struct Retry {
 #[derive(Debug)]
 pub enum Uploaded {
     /// It was stored.
-    New(AdapterInfo),
+    New(Box<AdapterInfo>),
     /// It was stored before under the same key, and this was the answer's body.
     Before(String),
 }
@@ -123,7 +123,7 @@ impl Service {
         new.idempotency = idempotency;
         let name = new.name.clone();
         match self.store.put_adapter(new).await.map_err(|error| store_error(error, &name))? {
-            Stored::New { record, .. } => Ok(Uploaded::New(self.info(record)?)),
+            Stored::New { record, .. } => Ok(Uploaded::New(Box::new(self.info(record)?))),
             Stored::Replayed(answer) => Ok(Uploaded::Before(answer)),
         }
     }
