@@ -38,12 +38,21 @@ pub struct Library {
     /// Under which salts a generation may have cached KV.
     salts: Mutex<Salts>,
     /// The store's facts in our terms, and ours in the store's: an upload or a row costs no JSON.
+<<<<<<< HEAD
     read: Mutex<HashMap<Arc<StoredFacts>, KnownFacts>>,
     written: Mutex<HashMap<FactsKey, Arc<StoredFacts>>>,
 }
 
 /// Facts in our terms, and the count of numbers where it is known (adapters of this base).
 type KnownFacts = (Facts, Option<usize>);
+=======
+    read: Mutex<HashMap<Arc<StoredFacts>, OurFacts>>,
+    written: Mutex<HashMap<FactsKey, Arc<StoredFacts>>>,
+}
+
+/// Facts, and how many numbers go with them if they are of this base.
+type OurFacts = (Facts, Option<usize>);
+>>>>>>> store
 
 /// Everything that tells facts apart.
 type FactsKey = ([u8; 44], NumberType, Option<Vec<u8>>, Fingerprint, bool);
@@ -100,8 +109,8 @@ impl Library {
         self.interner.adapter(facts, &contents.data, numbers).map_err(bad)
     }
 
-    /// What stored facts say in terms of this base, and how many numbers go with them if they are of this base.
-    fn facts_of(&self, stored: &Arc<StoredFacts>) -> Result<(Facts, Option<usize>), BadContents> {
+    /// What stored facts say in terms of this base.
+    fn facts_of(&self, stored: &Arc<StoredFacts>) -> Result<OurFacts, BadContents> {
         if let Some(known) = self.read.lock().get(stored) {
             return Ok(known.clone());
         }

@@ -1,6 +1,9 @@
 //! Keys: made from the system's randomness, stored as hashes, compared in constant time.
 
-use std::fmt;
+use std::{
+    fmt,
+    hash::{Hash, Hasher},
+};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use subtle::ConstantTimeEq as _;
@@ -61,11 +64,15 @@ impl fmt::Debug for ApiKey {
 }
 
 /// BLAKE3 of a key, in a context of its own. A plain hash is enough: a key has 256 random bits, so there is nothing to guess.
+<<<<<<< HEAD
 #[derive(Clone, Copy, Eq, Hash)]
 #[allow(
     clippy::derived_hash_with_manual_eq,
     reason = "equality differs from the derived one only in taking constant time"
 )]
+=======
+#[derive(Clone, Copy, Eq)]
+>>>>>>> store
 pub struct KeyHash(pub [u8; 32]);
 
 impl KeyHash {
@@ -83,6 +90,13 @@ impl KeyHash {
 impl PartialEq for KeyHash {
     fn eq(&self, other: &Self) -> bool {
         self.0.ct_eq(&other.0).into()
+    }
+}
+
+/// Agrees with the comparison above, which looks at all bytes.
+impl Hash for KeyHash {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
     }
 }
 

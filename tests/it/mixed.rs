@@ -14,7 +14,7 @@ const REAL_TOKENS: usize = 24;
 
 /// Deterministic small numbers for adapter i; exactly representable in bf16.
 fn numbers(i: usize, count: usize) -> Vec<f64> {
-    (0..count).map(|k| ((i * 31 + k * 17) % 61) as f64 / 64.0 - 0.46875).collect()
+    (0..count).map(|k| ((i * 31 + k * 17) % 67) as f64 / 64.0 - 0.515625).collect()
 }
 
 async fn upload(app: &TestApp, count: usize) -> Vec<String> {
