@@ -38,21 +38,12 @@ pub struct Library {
     /// Under which salts a generation may have cached KV.
     salts: Mutex<Salts>,
     /// The store's facts in our terms, and ours in the store's: an upload or a row costs no JSON.
-<<<<<<< HEAD
-    read: Mutex<HashMap<Arc<StoredFacts>, KnownFacts>>,
-    written: Mutex<HashMap<FactsKey, Arc<StoredFacts>>>,
-}
-
-/// Facts in our terms, and the count of numbers where it is known (adapters of this base).
-type KnownFacts = (Facts, Option<usize>);
-=======
     read: Mutex<HashMap<Arc<StoredFacts>, OurFacts>>,
     written: Mutex<HashMap<FactsKey, Arc<StoredFacts>>>,
 }
 
 /// Facts, and how many numbers go with them if they are of this base.
 type OurFacts = (Facts, Option<usize>);
->>>>>>> store
 
 /// Everything that tells facts apart.
 type FactsKey = ([u8; 44], NumberType, Option<Vec<u8>>, Fingerprint, bool);

@@ -64,15 +64,7 @@ impl fmt::Debug for ApiKey {
 }
 
 /// BLAKE3 of a key, in a context of its own. A plain hash is enough: a key has 256 random bits, so there is nothing to guess.
-<<<<<<< HEAD
-#[derive(Clone, Copy, Eq, Hash)]
-#[allow(
-    clippy::derived_hash_with_manual_eq,
-    reason = "equality differs from the derived one only in taking constant time"
-)]
-=======
 #[derive(Clone, Copy, Eq)]
->>>>>>> store
 pub struct KeyHash(pub [u8; 32]);
 
 impl KeyHash {
