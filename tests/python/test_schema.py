@@ -20,7 +20,8 @@ def test_no_server_errors(tiny):
         "--request-timeout", "20",
         "--no-color",
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     print(result.stdout[-4000:])
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert tiny.process.poll() is None
