@@ -172,6 +172,13 @@ for_every_backend! {
     qwen2odd => |make| golden(make, "golden2/qwen2odd", 2);
     llamabias => |make| golden(make, "golden2/llamabias", 1);
     mistral => |make| golden(make, "golden2/mistral", 1);
+    llama_imported => |make| imported(make, "golden/llama", 4);
+    qwen2_imported => |make| imported(make, "golden/qwen2", 4);
+    llama3rope_imported => |make| imported(make, "golden2/llama3rope", 2);
+    qwen3_imported => |make| imported(make, "golden2/qwen3", 4);
+    qwen2odd_imported => |make| imported(make, "golden2/qwen2odd", 3);
+    llamabias_imported => |make| imported(make, "golden2/llamabias", 2);
+    mistral_imported => |make| imported(make, "golden2/mistral", 3);
 }
 
 /// The way of the server: our own basis of the loaded weights, PEFT's files imported against it, numbers expanded to
@@ -244,16 +251,6 @@ fn imported_of_a_folder() {
         }
     }
     assert!(worst <= TOLERANCE, "{worst}");
-}
-
-for_every_backend! {
-    llama_imported => |make| imported(make, "golden/llama", 4);
-    qwen2_imported => |make| imported(make, "golden/qwen2", 4);
-    llama3rope_imported => |make| imported(make, "golden2/llama3rope", 2);
-    qwen3_imported => |make| imported(make, "golden2/qwen3", 4);
-    qwen2odd_imported => |make| imported(make, "golden2/qwen2odd", 3);
-    llamabias_imported => |make| imported(make, "golden2/llamabias", 2);
-    mistral_imported => |make| imported(make, "golden2/mistral", 3);
 }
 
 #[test]

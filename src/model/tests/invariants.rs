@@ -78,6 +78,7 @@ fn mixed_batch<B: Backend>(backend: impl Fn() -> B) {
 }
 
 for_every_backend! {
+    equal bits:
     chunked_prefill_and_recomputation_keep_the_bits => chunks_and_recomputation;
     a_mixed_batch_keeps_the_bits => mixed_batch;
 }

@@ -14,8 +14,8 @@ use std::{
 
 use super::*;
 use crate::kernel::{
-    BASE_SLOT, BLOCK_TOKENS, Backend, Cores, Precision, SequenceRows, SiteFactors, StepBatch, cpu::CpuBackend,
-    reference::ReferenceBackend,
+    BASE_SLOT, BLOCK_TOKENS, Backend, Cores, Precision, SequenceRows, SiteFactors, StepBatch, candle::CandleBackend,
+    cpu::CpuBackend, reference::ReferenceBackend,
 };
 
 fn fixtures() -> PathBuf {
@@ -109,9 +109,9 @@ fn greedy(
     tokens
 }
 
-/// Every backend that the cases are held to, on this processor.
+/// Every backend that the cases are held to, on this processor. `equal bits` leaves out candle, which does not promise them.
 macro_rules! for_every_backend {
-    ($($name:ident => $body:expr;)*) => {
+    (equal bits: $($name:ident => $body:expr;)*) => {
         $(
             mod $name {
                 use super::*;
@@ -127,6 +127,18 @@ macro_rules! for_every_backend {
                 }
             }
         )*
+    };
+    ($($name:ident => $body:expr;)*) => {
+        for_every_backend! { equal bits: $($name => $body;)* }
+        mod candle {
+            use super::*;
+            $(
+                #[test]
+                fn $name() {
+                    ($body)(|| CandleBackend::new(candle_core::Device::Cpu));
+                }
+            )*
+        }
     };
 }
 use for_every_backend;
