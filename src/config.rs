@@ -22,7 +22,8 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve a model and its adapters over HTTP (OpenAI-style API; documentation at /docs).
+    /// Serve a model and its adapters over HTTP (OpenAI-style API; documentation at /docs). A flag given twice: the last counts.
+    #[command(args_override_self = true)]
     Serve(Box<ServeArgs>),
     /// Fetch a model into the cache and print the path of its file.
     Pull(PullArgs),

@@ -14,6 +14,7 @@ mod models;
 mod refusals;
 mod rooms;
 mod script;
+mod startup;
 mod streams;
 mod support;
 mod system;

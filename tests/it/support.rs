@@ -29,6 +29,7 @@ pub(crate) fn expected(name: &str) -> Value {
 pub(crate) struct TestAppBuilder {
     args: Vec<String>,
     data: Option<PathBuf>,
+    own_key: bool,
 }
 
 impl TestAppBuilder {
@@ -44,6 +45,12 @@ impl TestAppBuilder {
         self
     }
 
+    /// Lets an empty store make its own admin key.
+    pub(crate) fn without_admin_key(mut self) -> Self {
+        self.own_key = true;
+        self
+    }
+
     /// Starts the server and waits until it is ready.
     pub(crate) async fn start(self) -> TestApp {
         let own = tempfile::tempdir().expect("a temporary folder");
@@ -53,7 +60,7 @@ impl TestAppBuilder {
             .args(["serve", "--listen", "127.0.0.1:0", "--device", "cpu", "--data-dir"])
             .arg(&data)
             .args(&self.args)
-            .env("MOTE_ADMIN_KEY", ADMIN_KEY)
+            .envs((!self.own_key).then_some(("MOTE_ADMIN_KEY", ADMIN_KEY)))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -129,12 +136,13 @@ impl TestApp {
         TestAppBuilder {
             args: ["--model", &model, "--model-id", "tiny", "--dtype", "f32"].map(String::from).into(),
             data: None,
+            own_key: false,
         }
     }
 
     /// A server of SmolLM2-135M-Instruct, fetched when it is not in the cache.
     pub(crate) fn real() -> TestAppBuilder {
-        TestAppBuilder { args: Vec::new(), data: None }
+        TestAppBuilder { args: Vec::new(), data: None, own_key: false }
     }
 
     async fn ready(&self) {
