@@ -129,7 +129,7 @@ pub struct HttpArgs {
     /// With --no-auth: listen on any address all the same.
     #[arg(long, env = "MOTE_FORCE_NO_AUTH", requires = "no_auth")]
     pub force_no_auth: bool,
-    /// The admin key of an empty store, instead of a random one printed once. At least 16 characters.
+    /// The admin key of an empty store, instead of a random one printed once. 8 to 256 characters; 24 or more to be safe.
     #[arg(long, env = "MOTE_ADMIN_KEY", value_name = "KEY", hide_env_values = true)]
     pub admin_key: Option<String>,
     /// Largest JSON body in MiB.

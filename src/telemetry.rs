@@ -14,8 +14,8 @@ const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 /// A route, by its pattern.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RouteLabels {
-    /// GET, POST, ...
-    pub method: String,
+    /// GET, POST, ..., or `other`.
+    pub method: &'static str,
     /// `/adapters/{name}`, or `unmatched`.
     pub route: String,
 }

@@ -19,6 +19,7 @@ use crate::{
     model::ModelError,
     service::Service,
     store::{Store, StoreError},
+    tenant::ApiKey,
     text::{TemplateError, TokenizerError},
 };
 
@@ -150,8 +151,10 @@ fn check_exposure(http: &HttpArgs) -> Result<(), AppError> {
             http.listen
         )));
     }
-    if http.admin_key.as_deref().is_some_and(|key| key.len() < 16) {
-        return Err(AppError::Flag("MOTE_ADMIN_KEY: an admin key has at least 16 characters".into()));
+    if http.admin_key.as_deref().is_some_and(|key| ApiKey::chosen(key).is_none()) {
+        return Err(AppError::Flag(
+            "MOTE_ADMIN_KEY: this cannot be a key: use 8 to 256 printable characters without spaces (24 or more to be safe)".into(),
+        ));
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use crate::{
     config::{RoleArg, StateArgs, SyncMode},
     service::Service,
     store::{Location, NewKey, Store, StoreConfig, Sync},
-    tenant::{ApiKey, Role},
+    tenant::{ApiKey, Role, check_tenant_name},
     types::TenantId,
 };
 
@@ -42,7 +42,7 @@ pub(super) async fn first_admin_key(store: &Store, chosen: Option<&str>) -> Resu
     let key = match chosen {
         Some(text) => ApiKey::chosen(text).ok_or_else(|| {
             AppError::Flag(
-                "MOTE_ADMIN_KEY: this cannot be a key: use 16 to 256 printable characters without spaces".into(),
+                "MOTE_ADMIN_KEY: this cannot be a key: use 8 to 256 printable characters without spaces".into(),
             )
         })?,
         None => ApiKey::generate()?,
@@ -68,6 +68,7 @@ pub(super) async fn first_admin_key(store: &Store, chosen: Option<&str>) -> Resu
 /// # Errors
 /// The store cannot be used, or the tenant's name is not one.
 pub async fn create_key(state: &StateArgs, tenant: &str, role: RoleArg) -> Result<String, AppError> {
+    check_tenant_name(tenant).map_err(|error| AppError::Flag(format!("--tenant {tenant}: {error}")))?;
     let store = open_store(state).await?;
     let key = ApiKey::generate()?;
     let secret = key.secret().to_owned();

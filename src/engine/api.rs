@@ -122,7 +122,7 @@ pub struct Usage {
     pub preemptions: usize,
 }
 
-/// What a request's channel carries, in order: at most one `Prompt`, at most one `Began`, tokens, then exactly one `Finished` or `Failed`.
+/// What a request's channel carries, in order: at most one `Prompt`, at most one `Began`, tokens, then exactly one `Finished`, `Failed` or `NotFinite`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// Log-probs of the prompt, when asked for.
@@ -138,6 +138,8 @@ pub enum Event {
     Finished(FinishReason, Usage),
     /// The engine could not go on with this request (a device error, a panic in the step); the message is for the operator's log.
     Failed(String),
+    /// The end: the logits of this request are not finite, so there is nothing to choose from.
+    NotFinite,
 }
 
 /// The engine did not take a request.

@@ -260,7 +260,7 @@ impl Worker {
                 Ok(answers) => self.commit_chunk(chunk, answers, row),
                 Err(error) => {
                     tracing::error!(%error, "a request failed");
-                    self.fail(chunk.id, error.to_string());
+                    self.end_failed(chunk.id, Event::NotFinite);
                 }
             }
         }
@@ -317,10 +317,14 @@ impl Worker {
     }
 
     fn fail(&mut self, id: SequenceId, message: String) {
+        self.end_failed(id, Event::Failed(message));
+    }
+
+    fn end_failed(&mut self, id: SequenceId, event: Event) {
         self.scheduler.remove(id);
         if let Some(job) = self.jobs.remove(&id) {
             self.stats.failed.add(1);
-            job.outbox.close(Event::Failed(message));
+            job.outbox.close(event);
         }
     }
 

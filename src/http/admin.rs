@@ -69,8 +69,8 @@ pub(super) enum KeyRole {
 #[serde(deny_unknown_fields)]
 pub(super) struct NewKeyBody {
     /// What it may do.
-    #[serde(default)]
-    role: KeyRole,
+    #[schema(default = "member")]
+    role: Option<KeyRole>,
     /// Unix seconds from which it no longer works; null: never.
     #[schema(minimum = 0)]
     expires_at: Option<i64>,
@@ -241,7 +241,7 @@ pub(super) async fn create_key(
     if body.expires_at.is_some_and(|at| at < 0) {
         return Err(Error::invalid("expires_at", "'expires_at' must be a time after 1970, in Unix seconds.").into());
     }
-    let role = match body.role {
+    let role = match body.role.unwrap_or_default() {
         KeyRole::Admin => Role::Admin,
         KeyRole::Member => Role::Member,
     };

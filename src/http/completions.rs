@@ -76,6 +76,18 @@ decoding_body! {
         /// Not supported: text after the completion.
         #[schema(value_type = Option<String>)]
         suffix: Option<Value>,
+        /// Not supported.
+        #[schema(value_type = Option<Vec<Object>>)]
+        tools: Option<Value>,
+        /// Not supported.
+        #[schema(value_type = Option<Vec<Object>>)]
+        functions: Option<Value>,
+        /// Not supported.
+        #[schema(value_type = Option<Object>)]
+        audio: Option<Value>,
+        /// Not supported.
+        #[schema(value_type = Option<Object>)]
+        response_format: Option<Value>,
     }
 }
 
@@ -146,7 +158,13 @@ pub(super) async fn completions(
 ) -> ApiResult<Response> {
     let stream = body.stream.unwrap_or(false);
     let include_usage = StreamOptions::include_usage(body.stream_options.as_ref(), stream)?;
-    refuse_unsupported(&[("suffix", &body.suffix)])?;
+    refuse_unsupported(&[
+        ("suffix", &body.suffix),
+        ("tools", &body.tools),
+        ("functions", &body.functions),
+        ("audio", &body.audio),
+        ("response_format", &body.response_format),
+    ])?;
     let prompts = body.prompt.take().ok_or_else(|| Error::invalid("prompt", "'prompt' is required."))?.into();
     let max_tokens = body.max_tokens;
     let view = View { logprobs: body.logprobs.is_some(), ids: body.return_token_ids.unwrap_or(false), include_usage };

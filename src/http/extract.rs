@@ -74,16 +74,18 @@ pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let malformed = |error: serde_json::Error| {
         ApiError(Error::new(ErrorKind::Invalid, format!("The request body is not valid JSON: {error}.")))
     };
+    // serde takes a list for a struct, field by field: a request is an object.
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(malformed)?;
+        return Err(Error::new(ErrorKind::Invalid, "The request body must be a JSON object; it is a list.").into());
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let value = match serde_path_to_error::deserialize(&mut deserializer) {
         Ok(value) => value,
         Err(error) => {
             let path = error.path().to_string();
             let error = error.into_inner();
-            if !error.is_data() {
-                return Err(malformed(error));
-            }
-            // A wrong type may stand before a syntax error: the document comes first.
+            // A wrong type may stand before a syntax error: the document comes first. (And some wrong types, null for an enum, are called syntax errors.)
             serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(malformed)?;
             return Err(wrong_type(&path, &error).into());
         }

@@ -20,7 +20,7 @@ mod state;
 mod system;
 mod upload;
 
-use axum::{Router, middleware::from_fn_with_state};
+use axum::{Router, extract::DefaultBodyLimit, middleware::from_fn_with_state};
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::{
     Modify, OpenApi,
@@ -88,6 +88,7 @@ pub fn router(state: AppState) -> Router {
         .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)
+        .layer(DefaultBodyLimit::disable()) // every extractor of ours has its own limit
         .layer(CatchPanicLayer::custom(middleware::panicked))
         .layer(from_fn_with_state(state, middleware::observe))
 }

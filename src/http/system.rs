@@ -9,7 +9,11 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{error::ApiResult, state::AppState};
+use super::{
+    auth::Auth,
+    error::{ApiResult, CommonErrors},
+    state::AppState,
+};
 use crate::service::Error;
 
 /// A word of health.
@@ -42,8 +46,8 @@ pub(super) async fn readyz(State(state): State<AppState>) -> Response {
 }
 
 /// Counters for Prometheus, in the OpenMetrics text format.
-#[utoipa::path(get, path = "/metrics", tag = "operations", security(()), responses((status = 200, description = "OpenMetrics text.", body = String, content_type = "application/openmetrics-text")))]
-pub(super) async fn metrics(State(state): State<AppState>) -> ApiResult<Response> {
+#[utoipa::path(get, path = "/metrics", tag = "operations", responses((status = 200, description = "OpenMetrics text.", body = String, content_type = "application/openmetrics-text"), CommonErrors))]
+pub(super) async fn metrics(State(state): State<AppState>, _caller: Auth) -> ApiResult<Response> {
     let text = state.service.metrics_text().map_err(Error::internal)?;
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())

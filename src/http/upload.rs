@@ -190,8 +190,8 @@ async fn read_form(parts: &Parts, body: Bytes, state: &AppState) -> ApiResult<Up
     let malformed = |words: String| ApiError(Error::invalid("body", format!("The form cannot be read: {words}.")));
     let mut request = Request::new(Body::from(body));
     *request.headers_mut() = parts.headers.clone();
-    // The size was checked above.
-    let request = axum::RequestExt::with_limited_body(request).map(Body::new);
+    // With the router's `DefaultBodyLimit::disable()`, without which axum stops at 2 MiB: the size was checked above.
+    *request.extensions_mut() = parts.extensions.clone();
     let mut form =
         Multipart::from_request(request, state).await.map_err(|rejection| malformed(rejection.body_text()))?;
     let mut upload = empty();

@@ -8,7 +8,7 @@ use super::{Error, ErrorKind, Service, Upload, resolve::incompatible, upload};
 use crate::{
     adapter::{Adapter, Scheme, peft},
     store::{AdapterRecord, Contents, GenerationRecord, Idempotency, OnConflict, StoreError, Stored},
-    tenant::Caller,
+    tenant::{Caller, check_adapter_name},
     types::{AdapterId, Fingerprint, Generation},
 };
 
@@ -208,6 +208,7 @@ impl Service {
     /// # Errors
     /// 404.
     pub async fn delete_adapter(&self, caller: &Caller, name: &str) -> Result<(), Error> {
+        possible(name)?;
         self.store.delete_adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))?;
         Ok(())
     }
@@ -293,6 +294,7 @@ impl Service {
     /// # Errors
     /// 404 when there is no such adapter or generation.
     pub async fn rollback(&self, caller: &Caller, name: &str, generation: Generation) -> Result<AdapterInfo, Error> {
+        possible(name)?;
         match self.store.rollback(caller.tenant, name, generation).await {
             Ok((record, _)) => self.info(record),
             Err(StoreError::GenerationNotFound) => Err(Error::new(
@@ -363,6 +365,11 @@ impl Service {
 fn parse_id(text: &str) -> Option<AdapterId> {
     let digits = text.strip_prefix("adapter-").filter(|digits| digits.len() == 16)?;
     i64::from_str_radix(digits, 16).ok().map(AdapterId)
+}
+
+/// A name that cannot be is one that is not: it never reaches the writer, whose transaction others share.
+fn possible(name: &str) -> Result<(), Error> {
+    check_adapter_name(name).map_err(|_| Error::adapter_not_found(name, None))
 }
 
 /// The store's error in the words of the API.

@@ -121,6 +121,7 @@ impl Service {
             echo: request.echo,
             prompt_scores: request.echo && logprobs.is_some(),
             end_tokens: request.return_token_ids,
+            adapted: false,
         };
         let lease = self.resolve(caller, &request.target).await?;
         let base = self.base.clone();
@@ -136,7 +137,15 @@ impl Service {
     /// Submits all sequences of a plan or none.
     pub(super) fn start(&self, plan: Plan, lease: Lease, started: Instant) -> Result<Completion, Error> {
         let Plan { prompts, checked, default_max_tokens, param, best_of, logprobs, show } = plan;
-        let mut requests = Vec::with_capacity(prompts.len() * best_of);
+        let limits = self.engine.config();
+        let (count, most) = (prompts.len() * best_of, limits.max_batch + limits.max_queue);
+        if count > most {
+            let param = if prompts.len() > most { param } else { "n" };
+            let message = format!("The request makes {count} choices; this server holds at most {most} at once.");
+            return Err(Error::invalid(param, message));
+        }
+        let show = Show { adapted: lease.cores.is_some(), ..show };
+        let mut requests = Vec::with_capacity(count);
         let mut least = Vec::with_capacity(prompts.len());
         for prompt in &prompts {
             let budget = checked.budget(&self.base, prompt.tokens.len(), default_max_tokens, param)?;

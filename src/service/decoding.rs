@@ -9,6 +9,10 @@ use crate::{engine::Sampling, types::TokenId};
 pub const MAX_CHOICES: u64 = 128;
 /// At most so many stop strings.
 pub const MAX_STOPS: usize = 4;
+/// Longest stop string; each choice looks for them all.
+pub(super) const MAX_STOP_BYTES: usize = 1024;
+/// Most tokens with a bias; each choice has them all.
+pub(super) const MAX_BIASES: usize = 1024;
 
 /// The fields that completions and chats share, as given; None is the default.
 #[derive(Debug, Clone, Default)]
@@ -72,6 +76,10 @@ impl Decoding {
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::invalid("stop", "'stop' must not hold an empty string."));
         }
+        if self.stop.iter().any(|stop| stop.len() > MAX_STOP_BYTES) {
+            let message = format!("'stop': a string may have up to {MAX_STOP_BYTES} bytes.");
+            return Err(Error::invalid("stop", message));
+        }
         if let (Some(min), Some(max)) = (self.min_tokens, self.max_tokens)
             && min > max
         {
@@ -90,9 +98,8 @@ impl Decoding {
 
     fn repetition_penalty(&self) -> Result<f32, Error> {
         match self.repetition_penalty.unwrap_or(1.0) {
-            // A positive f64 may still be 0 as f32.
-            penalty if penalty as f32 > 0.0 && penalty <= 10.0 => Ok(penalty as f32),
-            _ => Err(Error::invalid("repetition_penalty", "'repetition_penalty' must be above 0 and at most 10.")),
+            penalty if (0.01..=10.0).contains(&penalty) => Ok(penalty as f32),
+            _ => Err(Error::invalid("repetition_penalty", "'repetition_penalty' must be between 0.01 and 10.")),
         }
     }
 
@@ -109,6 +116,9 @@ impl Decoding {
             }
             Ok((token, bias as f32))
         };
+        if self.logit_bias.len() > MAX_BIASES {
+            return Err(invalid(format!("'logit_bias' may hold up to {MAX_BIASES} tokens.")));
+        }
         self.logit_bias.iter().map(entry).collect()
     }
 }

@@ -65,7 +65,7 @@ impl Error {
             code: Some("model_not_found"),
             ..Self::new(
                 ErrorKind::NotFound,
-                format!("The model '{model}' does not exist or you do not have access to it."),
+                format!("The model '{}' does not exist or you do not have access to it.", clipped(model)),
             )
         }
     }
@@ -77,7 +77,7 @@ impl Error {
             code: Some("adapter_not_found"),
             ..Self::new(
                 ErrorKind::NotFound,
-                format!("The adapter '{name}' does not exist or you do not have access to it."),
+                format!("The adapter '{}' does not exist or you do not have access to it.", clipped(name)),
             )
         }
     }
@@ -99,4 +99,11 @@ impl Error {
         self.param = Some(param.into());
         self
     }
+}
+
+/// The beginning of what a client sent, for a message: long enough to recognise, too short to fill a log.
+fn clipped(text: &str) -> String {
+    const MOST: usize = 128;
+    let beginning: String = text.chars().filter(|c| !c.is_control()).take(MOST).collect();
+    if beginning.len() < text.len() { format!("{beginning}...") } else { beginning }
 }

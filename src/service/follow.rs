@@ -28,7 +28,7 @@ impl Observer for Follower {
                 // A name that could not be read at start is not there.
                 let _ = self.library.registry.remove(tenant, &name, None);
                 for generation in generations {
-                    self.library.take_salts(generation).into_iter().for_each(|salt| self.erase(salt));
+                    self.library.take_salts((tenant, generation)).into_iter().for_each(|salt| self.erase(salt));
                 }
             }
         }

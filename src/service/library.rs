@@ -7,14 +7,17 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{Error, salts::Salts};
+use super::{
+    Error,
+    salts::{Owned, Salts},
+};
 use crate::{
     adapter::{
         Adapter, Basis, Cores, Expander, Facts, Frame, Interner, NumberType, Registry, RegistryError, Scheme, Sites,
         cache_salt,
     },
     store::{Contents, Facts as StoredFacts, Store, StoreError},
-    types::{AdapterId, CacheSalt, Fingerprint, Generation, TenantId},
+    types::{AdapterId, CacheSalt, Fingerprint, TenantId},
 };
 
 /// Entries of the table of live cores below which dead ones are not looked for.
@@ -160,12 +163,12 @@ impl Library {
 
     /// Notes that requests of a generation may leave KV under a salt. Gives a salt that is no longer remembered: its KV is to be purged.
     #[must_use]
-    pub fn note_salt(&self, salt: CacheSalt, generations: impl Iterator<Item = Generation>) -> Option<CacheSalt> {
+    pub fn note_salt(&self, salt: CacheSalt, generations: impl Iterator<Item = Owned>) -> Option<CacheSalt> {
         self.salts.lock().note(salt, generations)
     }
 
     /// The salts under which requests of a generation ran; forgets them.
-    pub fn take_salts(&self, generation: Generation) -> Vec<CacheSalt> {
+    pub fn take_salts(&self, generation: Owned) -> Vec<CacheSalt> {
         self.salts.lock().take(generation)
     }
 

@@ -84,6 +84,8 @@ pub(super) struct Show {
     pub prompt_scores: bool,
     /// Also the tokens that are no text: a stop token, and those of a stop string.
     pub end_tokens: bool,
+    /// Runs under an adapter.
+    pub adapted: bool,
 }
 
 struct Pending {
@@ -166,6 +168,12 @@ impl Reader {
                     self.cached_tokens = usage.cached_tokens;
                     Some(self.finish(reason))
                 }
+                Some(Event::NotFinite) if self.show.adapted => {
+                    self.ended = true;
+                    let message = "Under this adapter the model's output is not finite: its numbers, scale or weights are too large.";
+                    return Some(Err(Error::invalid("adapter", message)));
+                }
+                Some(Event::NotFinite) => return Some(Err(self.fail("the base's logits are not finite"))),
                 Some(Event::Failed(cause)) => return Some(Err(self.fail(&cause))),
                 None => return Some(Err(self.fail("the engine dropped the request"))),
             };

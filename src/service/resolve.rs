@@ -13,7 +13,7 @@ use super::{AdapterField, Error, ErrorKind, Lease, Service, Target};
 use crate::{
     adapter::{Adapter, Facts, Scheme, SchemeError, codec},
     tenant::Caller,
-    types::Fingerprint,
+    types::{Fingerprint, TenantId},
 };
 
 /// Most adapters in a mix.
@@ -53,6 +53,19 @@ fn parse_model<'a>(base: &str, model: &'a str) -> Named<'a> {
     }
 }
 
+/// An adapter that a request uses.
+struct Used {
+    adapter: Arc<Adapter>,
+    /// Whose it is; None for one that travels in the request.
+    owner: Option<TenantId>,
+}
+
+impl From<Arc<Adapter>> for Used {
+    fn from(adapter: Arc<Adapter>) -> Self {
+        Self { adapter, owner: None }
+    }
+}
+
 impl Service {
     /// Resolves what a request names. The lease keeps its adapter whatever happens to the name.
     ///
@@ -60,13 +73,13 @@ impl Service {
     /// 404 for an unknown or foreign adapter, 422 for one of another base, 400 for one that is malformed.
     pub async fn resolve(&self, caller: &Caller, target: &Target) -> Result<Lease, Error> {
         let named = parse_model(&self.base.model_id, &target.model);
-        let of_model: Option<Arc<Adapter>> = match named {
+        let of_model: Option<Used> = match named {
             Named::Base => None,
             Named::Adapter(name) => {
                 let found = self.find(caller, name);
                 Some(found.ok_or_else(|| Error::model_not_found(&target.model))?)
             }
-            Named::Inline(data) => Some(self.inline(data, None, "model")?),
+            Named::Inline(data) => Some(self.inline(data, None, "model")?.into()),
         };
         let parts = match (&target.adapter, of_model) {
             (None, None) => Vec::new(),
@@ -82,23 +95,24 @@ impl Service {
         self.lease(caller, &parts)
     }
 
-    fn find(&self, caller: &Caller, name: &str) -> Option<Arc<Adapter>> {
-        self.library.registry.resolve(caller.tenant, name).map(|lease| lease.adapter)
+    fn find(&self, caller: &Caller, name: &str) -> Option<Used> {
+        let lease = self.library.registry.resolve(caller.tenant, name)?;
+        Some(Used { adapter: lease.adapter, owner: Some(lease.owner) })
     }
 
-    fn stored(&self, caller: &Caller, name: &str, param: &str) -> Result<Arc<Adapter>, Error> {
+    fn stored(&self, caller: &Caller, name: &str, param: &str) -> Result<Used, Error> {
         self.find(caller, name).ok_or_else(|| Error::adapter_not_found(name, Some(param)))
     }
 
     /// The adapters of the body's field, with their weights.
-    fn field(&self, caller: &Caller, field: &AdapterField) -> Result<Vec<(Arc<Adapter>, f32)>, Error> {
+    fn field(&self, caller: &Caller, field: &AdapterField) -> Result<Vec<(Used, f32)>, Error> {
         match field {
             AdapterField::Named { name, scale } => {
                 Ok(vec![(self.stored(caller, name, "adapter.name")?, weight(*scale, "adapter.scale")?)])
             }
             AdapterField::Inline { data, scheme, scale } => {
                 let adapter = self.inline(data, scheme.as_ref(), "adapter.data")?;
-                Ok(vec![(adapter, weight(*scale, "adapter.scale")?)])
+                Ok(vec![(adapter.into(), weight(*scale, "adapter.scale")?)])
             }
             AdapterField::Mix(parts) => {
                 if parts.is_empty() || parts.len() > MAX_MIX {
@@ -142,9 +156,9 @@ impl Service {
         scheme.validate(&self.base.sites, self.base.rank).map_err(|error| scheme_error(&error, prefix))
     }
 
-    fn lease(&self, caller: &Caller, parts: &[(Arc<Adapter>, f32)]) -> Result<Lease, Error> {
+    fn lease(&self, caller: &Caller, parts: &[(Used, f32)]) -> Result<Lease, Error> {
         let library = &self.library;
-        for (adapter, _) in parts {
+        for (Used { adapter, .. }, _) in parts {
             if !library.is_compatible(adapter) {
                 return Err(incompatible(adapter.facts().fingerprint, library.fingerprint));
             }
@@ -156,17 +170,19 @@ impl Service {
                 return Err(Error::new(ErrorKind::Incompatible, message).with_code("incompatible_adapter"));
             }
         }
-        let borrowed: Vec<(&Adapter, f32)> = parts.iter().map(|(adapter, weight)| (&**adapter, *weight)).collect();
+        let borrowed: Vec<(&Adapter, f32)> = parts.iter().map(|(used, weight)| (&*used.adapter, *weight)).collect();
         let salt = library.salt(caller.tenant, &borrowed);
         let cores = if borrowed.is_empty() { None } else { Some(library.cores(salt, &borrowed)?) };
-        let generations = parts.iter().map(|(adapter, _)| adapter.generation());
-        if !parts.is_empty()
+        // What travelled in the request belongs to nobody: no delete will ask for its KV.
+        let mut generations =
+            parts.iter().filter_map(|(used, _)| Some((used.owner?, used.adapter.generation()))).peekable();
+        if generations.peek().is_some()
             && let Some(forgotten) = library.note_salt(salt, generations)
         {
             self.engine.purge(forgotten);
         }
         let generation = match parts {
-            [(adapter, _)] => Some(adapter.generation()),
+            [(used, _)] => Some(used.adapter.generation()),
             _ => None,
         };
         Ok(Lease { cores, salt, generation })

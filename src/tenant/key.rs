@@ -15,7 +15,7 @@ const PREFIX: &str = "mote-sk-";
 const VISIBLE: usize = 12;
 
 /// The shortest key an operator may choose, in bytes.
-const MIN_CHOSEN: usize = 20;
+const MIN_CHOSEN: usize = 8;
 
 /// The longest bearer token that is looked at.
 const MAX_LEN: usize = 256;
@@ -51,9 +51,9 @@ impl ApiKey {
         KeyHash::of(&self.0)
     }
 
-    /// The first characters, to recognise the key by.
+    /// The first characters, to recognise the key by; of a short key an operator chose no more than a quarter.
     pub fn visible_prefix(&self) -> &str {
-        &self.0[..VISIBLE]
+        &self.0[..VISIBLE.min(self.0.len() / 4)]
     }
 }
 

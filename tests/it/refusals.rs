@@ -271,6 +271,45 @@ async fn a_full_queue_is_a_429() {
     }
 }
 
+/// Finite numbers whose cores are not, or whose logits are not, are the client's fault: a 400 that names the adapter, no 5xx.
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_too_large_for_the_model() {
+    let app = TestApp::tiny("llama").start().await;
+    app.ok("/adapters", &json!({"name": "a", "numbers": vec![1.0; 13]})).await;
+    let huge = app
+        .post(
+            "/v1/completions",
+            &json!({"model": "tiny", "prompt": [5, 6, 7], "adapter": {"name": "a", "scale": 1e20}}),
+        )
+        .await;
+    let (status, _, param, _) = envelope(&huge);
+    assert_eq!(status, 400, "{}", huge.1);
+    assert!(param.as_str().is_some_and(|param| param.starts_with("adapter")), "{param}");
+    app.ok("/v1/completions", &json!({"model": "a", "prompt": [5, 6, 7]})).await;
+}
+
+/// serde would take a list for a struct, field by field; a label a request method would be a series for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_are_no_objects_and_methods_no_series() {
+    let app = TestApp::tiny("llama").start().await;
+    for (path, body) in
+        [("/v1/completions", json!(["tiny", "x"])), ("/admin/tenants", json!(["ann"])), ("/adapters", json!([]))]
+    {
+        assert_eq!(envelope(&app.post(path, &body).await).0, 400, "{path}");
+    }
+    for i in 0..20 {
+        let method = Method::from_bytes(format!("WORD{i}").as_bytes()).expect("a method");
+        let _ = app.request(method, "/v1/models").send().await.expect("an answer");
+    }
+    let metrics = app.request(Method::GET, "/metrics").send().await.expect("metrics").text().await.expect("text");
+    assert!(!metrics.contains("WORD") && metrics.contains("method=\"other\""));
+    assert_eq!(app.anonymous(Method::GET, "/metrics").send().await.expect("an answer").status(), 401);
+    let long = json!({"model": "tiny", "prompt": "x", "stop": "s".repeat(2000)});
+    assert_eq!(envelope(&app.post("/v1/completions", &long).await).2, "stop");
+    let tools = json!({"model": "tiny", "prompt": "x", "tools": [{"type": "function"}]});
+    assert_eq!(envelope(&app.post("/v1/completions", &tools).await).2, "tools");
+}
+
 /// A data directory opened on another base: its adapters are listed as incompatible and are 422 on use.
 #[tokio::test(flavor = "multi_thread")]
 async fn adapters_of_another_base() {

@@ -109,6 +109,7 @@ fn collect(mut events: Events) -> Outcome {
             Event::Token(token) => outcome.tokens.push(token),
             Event::Finished(reason, usage) => outcome.finish = Some((reason, usage)),
             Event::Failed(message) => outcome.failed = Some(message),
+            Event::NotFinite => outcome.failed = Some("not finite".into()),
         }
     }
     assert!(outcome.finish.is_some() || outcome.failed.is_some(), "the channel ended without a last event");
