@@ -85,8 +85,12 @@ pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
         Err(error) => {
             let path = error.path().to_string();
             let error = error.into_inner();
-            // A wrong type may stand before a syntax error: the document comes first. (And some wrong types, null for an enum, are called syntax errors.)
+            // A wrong type may stand before a syntax error: the document comes first.
             serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(malformed)?;
+            if !error.is_data() {
+                // Some wrong types (null for an enum) are called syntax errors; true ones in strings pass unread above.
+                serde_json::from_slice::<serde_json::Value>(body).map_err(malformed)?;
+            }
             return Err(wrong_type(&path, &error).into());
         }
     };

@@ -234,7 +234,7 @@ async fn a_full_queue_is_429_and_worth_a_retry() {
     let never = app.post(COMPLETIONS, completion(json!({"n": 9}))).await;
     assert_eq!(
         never.error(),
-        row(400, "invalid_request_error", None, None),
+        row(400, "invalid_request_error", Some("n"), None),
         "more than there can ever be is no matter of waiting"
     );
 }

@@ -53,11 +53,12 @@ pub(crate) async fn upload(app: &TestApp, model: &str, adapter: &str) -> Value {
 
 /// axum's own limit of 2 MiB is not ours: an export of a real model is larger.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_form_may_be_as_large_as_the_configured_limit() {
-    let app = TestApp::tiny("llama").args(["--max-body-mb", "8"]).start().await;
+async fn a_form_may_be_as_large_as_a_checkpoint() {
+    let app = TestApp::tiny("llama").args(["--max-body-mb", "1"]).start().await;
     let folder = golden("llama").join("adapters/u13-tied");
     let file = |name: &str| multipart::Part::bytes(fs::read(folder.join(name)).expect("a checkpoint file"));
-    for (megabytes, want) in [(5, 201), (9, 413)] {
+    // A form may hold the largest checkpoint of the model, whatever the limit of JSON bodies.
+    for (megabytes, want) in [(5, 201), (64, 413)] {
         let form = multipart::Form::new()
             .text("name", format!("large-{megabytes}"))
             .part("padding", multipart::Part::bytes(vec![7; megabytes << 20]))

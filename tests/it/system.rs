@@ -63,7 +63,7 @@ async fn metrics_count_requests_tokens_and_steps() {
     }
     app.send(post("/v1/completions", "{")).await;
     get(&app, "/some/secret/path").await;
-    let answer = get(&app, "/metrics").await;
+    let answer = app.get("/metrics").await;
     assert!(answer.headers[header::CONTENT_TYPE].to_str().unwrap().starts_with("application/openmetrics-text"));
     let text = &answer.text;
     let route = |route: &str, method: &str, status: u16| {
