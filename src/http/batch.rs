@@ -15,7 +15,7 @@ use axum::{
 use bytes::{Bytes, BytesMut};
 use futures::{FutureExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_stream::wrappers::ReceiverStream;
 use utoipa::ToSchema;
 
@@ -35,8 +35,11 @@ use crate::{
 const GROUP_LINES: usize = 1024;
 /// Bytes of a group.
 const GROUP_BYTES: usize = 4 << 20;
-/// Groups of answers that may wait for a client that sends before it reads: about a million lines, some 70 MB.
-const ANSWERS: usize = 1024;
+/// Pieces of the answer on their way to the client.
+const ANSWERS: usize = 16;
+/// Bytes of answers that may wait besides for a client that sends before it reads: about a million lines. However the body is cut into pieces, such
+/// a client and this server never wait for one another below that.
+const UNREAD: usize = 96 << 20;
 /// Of a name that is none, so much comes back.
 const ECHO: usize = 64;
 
@@ -246,24 +249,37 @@ async fn write(
     mut groups: mpsc::Receiver<Vec<Line>>,
     answers: mpsc::Sender<Bytes>,
 ) {
+    let mut unread = Vec::new();
     while let Some(group) = groups.recv().await {
         let (names, uploads): (Vec<_>, Vec<_>) = group.into_iter().map(|line| (line.name, line.upload)).unzip();
         let stored = service.upload_many(&caller, uploads).await;
         let failed = stored.is_err();
         let results = stored.unwrap_or_else(|error| vec![Err(error); names.len()]);
-        let mut text = Vec::new();
         for (name, result) in names.into_iter().zip(results) {
             let line = match result {
                 Ok(generation) => BatchLine { name, generation: Some(generation.to_string()), error: None },
                 Err(error) => BatchLine { name, generation: None, error: Some(ApiError(error).body().error) },
             };
             // A struct of strings: it can be written.
-            let _ = serde_json::to_writer(&mut text, &line);
-            text.push(b'\n');
+            let _ = serde_json::to_writer(&mut unread, &line);
+            unread.push(b'\n');
         }
-        if answers.send(text.into()).await.is_err() || failed {
+        match answers.try_reserve() {
+            Ok(place) => place.send(std::mem::take(&mut unread).into()),
+            Err(TrySendError::Full(())) if unread.len() < UNREAD && !failed => {}
+            Err(_) => {
+                if answers.send(std::mem::take(&mut unread).into()).await.is_err() {
+                    return;
+                }
+            }
+        }
+        if failed {
             return;
         }
+    }
+    if !unread.is_empty() {
+        // A client that is gone needs no answer.
+        let _ = answers.send(unread.into()).await;
     }
 }
 

@@ -506,7 +506,11 @@ async fn a_batch_is_bounded_and_does_not_wait_for_its_reader() {
     let body = |count: usize| {
         let pieces =
             (0..count).map(|i| Ok::<_, std::convert::Infallible>(json_of(&format!("n{i:05}"), 0.5).to_string() + "\n"));
-        Body::from_stream(futures::stream::iter(pieces))
+        // A pause after each line, as of a slow link: every line is a group of its own.
+        Body::from_stream(futures::stream::iter(pieces).then(|piece| async {
+            tokio::task::yield_now().await;
+            piece
+        }))
     };
     let post = |count| request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", body(count));
     let response = app.router.clone().oneshot(post(3000)).await.unwrap();
