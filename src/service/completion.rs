@@ -163,7 +163,7 @@ impl Service {
                     capture_logits: false,
                     cores: lease.cores.clone(),
                     salt: lease.salt,
-                    use_cache: true,
+                    use_cache: lease.cacheable,
                 });
             }
         }

@@ -56,13 +56,13 @@ fn parse_model<'a>(base: &str, model: &'a str) -> Named<'a> {
 /// An adapter that a request uses.
 struct Used {
     adapter: Arc<Adapter>,
-    /// Whose it is; None for one that travels in the request.
-    owner: Option<TenantId>,
+    /// Whose it is, and its name; None for one that travels in the request.
+    stored: Option<(TenantId, String)>,
 }
 
 impl From<Arc<Adapter>> for Used {
     fn from(adapter: Arc<Adapter>) -> Self {
-        Self { adapter, owner: None }
+        Self { adapter, stored: None }
     }
 }
 
@@ -97,7 +97,7 @@ impl Service {
 
     fn find(&self, caller: &Caller, name: &str) -> Option<Used> {
         let lease = self.library.registry.resolve(caller.tenant, name)?;
-        Some(Used { adapter: lease.adapter, owner: Some(lease.owner) })
+        Some(Used { adapter: lease.adapter, stored: Some((lease.owner, name.to_owned())) })
     }
 
     fn stored(&self, caller: &Caller, name: &str, param: &str) -> Result<Used, Error> {
@@ -175,7 +175,7 @@ impl Service {
         let cores = if borrowed.is_empty() { None } else { Some(library.cores(salt, &borrowed)?) };
         // What travelled in the request belongs to nobody: no delete will ask for its KV.
         let mut generations =
-            parts.iter().filter_map(|(used, _)| Some((used.owner?, used.adapter.generation()))).peekable();
+            parts.iter().filter_map(|(used, _)| Some((used.stored.as_ref()?.0, used.adapter.generation()))).peekable();
         if generations.peek().is_some()
             && let Some(forgotten) = library.note_salt(salt, generations)
         {
@@ -185,7 +185,16 @@ impl Service {
             [(used, _)] => Some(used.adapter.generation()),
             _ => None,
         };
-        Ok(Lease { cores, salt, generation })
+        // After the salt was noted: a delete before this is seen here, a later one finds the salt.
+        let cacheable = parts.iter().all(|(used, _)| self.is_current(used));
+        Ok(Lease { cores, salt, generation, cacheable })
+    }
+
+    /// Does the name still mean what it meant when it was looked up?
+    fn is_current(&self, used: &Used) -> bool {
+        let Some((owner, name)) = &used.stored else { return true };
+        let now = self.library.registry.get(*owner, name);
+        now.is_some_and(|lease| lease.adapter.generation() == used.adapter.generation())
     }
 }
 

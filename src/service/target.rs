@@ -48,4 +48,6 @@ pub struct Lease {
     pub salt: CacheSalt,
     /// The adapter's generation, for the header; None for the bare base.
     pub generation: Option<Generation>,
+    /// May the request fill the prefix cache? Not if its adapter was deleted or replaced while it was being resolved: nobody would erase its KV.
+    pub cacheable: bool,
 }
