@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use super::{error::ApiError, state::AppState};
+use super::{drain::drained, error::ApiError, state::AppState};
 use crate::{
     service::{Error, ErrorKind},
     telemetry::{RequestLabels, RouteLabels},
@@ -38,7 +38,7 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let method = known_method(request.method());
 
-    let mut response = next.run(request).await;
+    let mut response = next.run(request.map(drained)).await;
 
     let elapsed = started.elapsed();
     let status = response.status().as_u16();

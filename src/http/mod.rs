@@ -10,6 +10,7 @@ mod batch;
 mod body;
 mod chat;
 mod completions;
+mod drain;
 pub mod error;
 pub mod extract;
 mod messages;
