@@ -18,8 +18,7 @@ use crate::{
     kernel::KernelError,
     model::ModelError,
     service::Service,
-    store::{Store, StoreError},
-    tenant::ApiKey,
+    store::StoreError,
     text::{TemplateError, TokenizerError},
 };
 
@@ -77,7 +76,7 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
         .await
         .map_err(|error| AppError::Flag(format!("loading the model failed: {error}")))??;
     let engine = base.engine.clone();
-    let service = Arc::new(state::service(base, store.clone()).await?);
+    let service = Arc::new(Service::open(base.info, base.basis, base.engine, store.clone()).await?);
     if !args.http.no_auth {
         state::first_admin_key(&store, args.http.admin_key.as_deref()).await?;
     }
@@ -151,18 +150,7 @@ fn check_exposure(http: &HttpArgs) -> Result<(), AppError> {
             http.listen
         )));
     }
-    if http.admin_key.as_deref().is_some_and(|key| ApiKey::chosen(key).is_none()) {
-        return Err(AppError::Flag(
-            "MOTE_ADMIN_KEY: this cannot be a key: use 8 to 256 printable characters without spaces (24 or more to be safe)".into(),
-        ));
-    }
+    // Also checked here, before the model is loaded.
+    http.admin_key.as_deref().map(state::chosen_key).transpose()?;
     Ok(())
-}
-
-/// The use cases over a base and a store; for tests that need no HTTP.
-///
-/// # Errors
-/// The store cannot be read.
-pub async fn service(base: Base, store: Store) -> Result<Service, AppError> {
-    state::service(base, store).await
 }

@@ -2,10 +2,9 @@
 
 use std::fmt::Write;
 
-use super::{AppError, Base};
+use super::AppError;
 use crate::{
     config::{RoleArg, StateArgs, SyncMode},
-    service::Service,
     store::{Location, NewKey, Store, StoreConfig, Sync},
     tenant::{ApiKey, Role, check_tenant_name},
     types::TenantId,
@@ -32,19 +31,16 @@ pub async fn open_store(state: &StateArgs) -> Result<Store, AppError> {
     Ok(Store::open(StoreConfig { sync, ..StoreConfig::new(location) }).await?)
 }
 
-/// Loads every adapter into memory and puts the use cases together.
-pub(super) async fn service(base: Base, store: Store) -> Result<Service, AppError> {
-    Ok(Service::open(base.info, base.basis, base.engine, store).await?)
+/// The admin key that an operator chose.
+pub(super) fn chosen_key(text: &str) -> Result<ApiKey, AppError> {
+    let words = "MOTE_ADMIN_KEY: this cannot be a key: use 8 to 256 printable characters without spaces (24 or more to be safe)";
+    ApiKey::chosen(text).ok_or_else(|| AppError::Flag(words.into()))
 }
 
 /// On an empty store: takes the given admin key, or makes one and prints it, once, to stderr.
 pub(super) async fn first_admin_key(store: &Store, chosen: Option<&str>) -> Result<(), AppError> {
     let key = match chosen {
-        Some(text) => ApiKey::chosen(text).ok_or_else(|| {
-            AppError::Flag(
-                "MOTE_ADMIN_KEY: this cannot be a key: use 8 to 256 printable characters without spaces".into(),
-            )
-        })?,
+        Some(text) => chosen_key(text)?,
         None => ApiKey::generate()?,
     };
     let secret = key.secret().to_owned();
