@@ -345,9 +345,7 @@ pub(super) fn bad_batches_are_refused<B: Backend>(mut backend: B) {
     check("slots", |batch| batch.slots[0] = 2);
     check("cores", |batch| batch.cores[1] = cores(1, 3, 1));
     check("cores", |batch| batch.cores[1] = cores(1, 2, 2));
-    check("cores", |batch| {
-        batch.cores = (0..2).map(|_| Arc::new(Cores::new(2, vec![0.0; 5]))).collect()
-    });
+    check("cores", |batch| batch.cores = (0..2).map(|_| Arc::new(Cores::new(2, vec![0.0; 5]))).collect());
     check("logits_rows", |batch| batch.logits_rows[2] = 3);
     check("logits_rows", |batch| batch.logits_rows = vec![1, 1]);
     check("sequences", |batch| batch.sequences.truncate(2));

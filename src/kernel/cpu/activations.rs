@@ -47,17 +47,6 @@ pub(super) fn cut(rows: usize, heights: &[usize], tiles: &mut Vec<Tile>) {
     }
 }
 
-/// Cuts rows into tiles without any row to spare.
-pub(super) fn cut_exactly(rows: usize, heights: &[usize], tiles: &mut Vec<Tile>) {
-    tiles.clear();
-    let mut first = 0;
-    while first < rows {
-        let height = heights.iter().copied().rfind(|&height| height <= rows - first).unwrap_or(1);
-        tiles.push(Tile { first, rows: height, height, place: first });
-        first += height;
-    }
-}
-
 /// Rows of tiles, heights counted.
 pub(super) fn places(tiles: &[Tile]) -> usize {
     tiles.last().map_or(0, |tile| tile.place + tile.height)
@@ -115,6 +104,7 @@ impl Room {
             words: self.words.0.wrapping_add(tile.place * words),
             height: tile.height,
             inputs: self.inputs,
+            ahead: 0,
             scales: self.scales.0.wrapping_add(tile.place * groups),
             offsets: self.offsets.0.wrapping_add(tile.place * groups),
             sums: self.sums.0.wrapping_add(tile.place * groups),
@@ -160,7 +150,7 @@ impl Room {
 /// # Safety
 /// The processor has the instructions of `L`; `x` is valid for `count` numbers, `words` for half as many.
 #[inline(always)]
-pub(super) unsafe fn pack_bf16<L: Lanes>(x: *const f32, count: usize, words: *mut u32, stride: usize) {
+unsafe fn pack_bf16<L: Lanes>(x: *const f32, count: usize, words: *mut u32, stride: usize) {
     // SAFETY: the caller's contract; whole lanes first, then pair by pair.
     unsafe {
         let whole = count / LANES * LANES;
@@ -196,8 +186,6 @@ mod tests {
                 }
                 assert_eq!(next, rows);
                 assert!(places(&tiles) <= rows + rows / 4 + 2, "{rows} rows in {} places", places(&tiles));
-                cut_exactly(rows, heights, &mut tiles);
-                assert_eq!((places(&tiles), tiles.iter().map(|tile| tile.rows).sum()), (rows, rows));
             }
         }
     }

@@ -1,21 +1,21 @@
 //! Attention over the blocks of the cache, in two regions: `append` turns q and k and writes k and v, `attend` walks the blocks.
 //!
-//! **Invariant.** A row walks the blocks of its sequence from 0, one block a tile, with a running maximum and sum, and stops at its own position:
-//! what it computes does not depend on the chunk that it came in. Slots behind its position are never multiplied, not even by zero: they may
-//! hold anything.
+//! **Invariant.** A row walks the tokens of its sequence from 0 in spans of 64 with a running maximum and sum. What lies behind its own position
+//! weighs exactly nothing, so what it computes does not depend on the chunk that it came in. Slots that no row of its sequence has filled
+//! are never multiplied, not even by zero: they may hold anything.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
 use super::{
-    activations::{MAX_HEIGHT, Packed, Room, Tile, cut, cut_exactly, pack_bf16, places},
+    activations::{MAX_HEIGHT, Packed, Tile, cut, places},
     format::{Bf16, F32, Words},
     isa::{Kernels, Tiling},
-    lanes::{LANES, Lanes, exp, sum},
+    lanes::{LANES, Lanes, exp, store_partial, sum},
     memory::{Lines, Shared},
     product::rms_norm,
     step::CpuStep,
-    tile::{Left, Tiles},
+    tile::{Left, Tiles, Values},
 };
 use crate::kernel::{AttentionSpec, BLOCK_TOKENS, KernelError, KvShape, Precision, rounding::Layout};
 
@@ -23,8 +23,10 @@ const _: () = assert!(BLOCK_TOKENS == LANES, "a KV block is a panel of sixteen t
 
 /// Rows of a sequence that are attended together; they share the keys and values that are read.
 pub(super) const CHUNK_ROWS: usize = 16;
-/// Blocks whose scores are computed together.
-const BLOCKS_AT_ONCE: usize = 4;
+/// Blocks whose scores are computed together: a span, counted from the beginning of the sequence.
+const SPAN_BLOCKS: usize = 4;
+/// Their tokens.
+pub(super) const SPAN_TOKENS: usize = SPAN_BLOCKS * BLOCK_TOKENS;
 
 /// The paged cache: for every layer, block and head one panel of keys `[head_dim][16 tokens]` and panels of values `[16 tokens][16 dimensions]`.
 pub struct CpuKv {
@@ -202,30 +204,26 @@ impl AttendJob<'_> {
 pub(super) struct Scratch {
     /// A head of a key.
     head: Vec<f32>,
-    /// Tiles of the query heads that share a key/value head.
-    group: Vec<Tile>,
-    /// Tiles of all queries of an item.
-    all: Vec<Tile>,
-    /// Queries in tiles of all, and in tiles of one row's.
+    /// The queries of an item, cut and packed.
+    tiles: Vec<Tile>,
     packed: Packed,
-    packed_rows: Packed,
-    /// `[BLOCKS_AT_ONCE][height, 16]`
+    /// `[SPAN_BLOCKS][height, 16]`
     scores: Vec<f32>,
-    /// Weights of a block, packed: `[words][height]`.
+    /// `[height][SPAN_WORDS]`
     weights: Vec<u32>,
     /// `[head_dim / 16][places, 16]`
     sums: Vec<f32>,
     /// Largest score so far of each query, and the weights relative to it, summed in sixteen chains.
     running: Vec<(f32, [f32; LANES])>,
-    /// Panels of a product.
-    panels: Vec<*const u8>,
+    /// Panels of keys, then of values, of the blocks of a span.
+    keys: Vec<*const u8>,
+    values: Vec<*const u8>,
 }
 
-// SAFETY: the pointers in `panels` are only read inside the call that wrote them.
+// SAFETY: the pointers are only read inside the call that wrote them.
 unsafe impl Send for Scratch {}
 
-/// Attention of one item. Its queries are the rows of the chunk times the query heads that share the key/value head; each row's take the
-/// places of whole tiles, so that a tile never reaches into the next row.
+/// Attention of one item. Its queries are the rows of the chunk times the query heads that share the key/value head.
 ///
 /// # Safety
 /// The processor has the instructions of `T`; the step was checked against the cache; the item's part of `out` (and of what is appended) is
@@ -239,149 +237,167 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
         // SAFETY: the caller's contract: these rows and heads are this item's.
         unsafe { (job.kernels.append)(append, chunk.first_row..chunk.first_row + chunk.rows, head..head + 1, scratch) };
     }
-    cut(group, job.kernels.heights, &mut scratch.group);
-    let row_places = places(&scratch.group);
-    let queries = chunk.rows * row_places;
-    cut_exactly(queries, job.kernels.heights, &mut scratch.all);
-    let room = scratch.packed.room(job.kv.layout, head_dim, queries);
-    let room_rows = scratch.packed_rows.room(job.kv.layout, head_dim, queries);
-    // SAFETY: row and head of the queries exist, and were written by this thread or in an earlier region.
-    let query = |row: usize, member: usize| unsafe {
-        job.queries.0.add((chunk.first_row + row) * width + (head * group + member) * head_dim).cast_const()
-    };
-    // SAFETY: the rooms were made for so many places, and are this thread's; places that are nobody's hold whatever they held.
-    unsafe {
-        for row in 0..chunk.rows {
-            for tile in &scratch.group {
-                let of_row = Tile { place: row * row_places + tile.place, ..*tile };
-                for i in 0..tile.rows {
-                    let x = query(row, tile.first + i);
-                    room_rows.pack::<T::Lanes>(of_row, i, x);
-                    let place = of_row.place + i;
-                    let after = scratch.all.partition_point(|all| all.place <= place);
-                    let all = scratch.all[after - 1];
-                    room.pack::<T::Lanes>(all, place - all.place, x);
-                }
-            }
+    // Where head_dim numbers of the item's q-th query begin, in queries and result alike.
+    let at = |query: usize| (chunk.first_row + query / group) * width + (head * group + query % group) * head_dim;
+    let queries = chunk.rows * group;
+    cut(queries, job.kernels.heights, &mut scratch.tiles);
+    let tiles = std::mem::take(&mut scratch.tiles);
+    let count = places(&tiles);
+    let room = scratch.packed.room(job.kv.layout, head_dim, count);
+    for tile in &tiles {
+        for row in 0..tile.rows {
+            // SAFETY: these queries exist, and were written by this thread or in an earlier region; the room has these places.
+            unsafe { room.pack::<T::Lanes>(*tile, row, job.queries.get(at(tile.first + row))) };
         }
     }
-    scratch.scores.resize(BLOCKS_AT_ONCE * MAX_HEIGHT * LANES, 0.0);
-    scratch.weights.resize(MAX_HEIGHT * BLOCK_TOKENS, 0);
+    scratch.scores.resize(SPAN_BLOCKS * MAX_HEIGHT * LANES, 0.0);
+    scratch.weights.resize(MAX_HEIGHT * SPAN_TOKENS, 0);
     scratch.sums.clear();
-    scratch.sums.resize(head_dim.div_ceil(LANES) * queries * LANES, 0.0);
+    scratch.sums.resize(head_dim.div_ceil(LANES) * count * LANES, 0.0);
     scratch.running.clear();
-    scratch.running.resize(queries, (f32::NEG_INFINITY, [0.0; LANES]));
+    scratch.running.resize(count, (f32::NEG_INFINITY, [0.0; LANES]));
 
     let start = job.step.positions[chunk.first_row] as usize;
-    let blocks = &job.step.blocks[chunk.blocks.clone()];
-    // Blocks that every row sees whole.
-    let whole = (start + 1) / BLOCK_TOKENS;
-    let (all, of_group) = (std::mem::take(&mut scratch.all), std::mem::take(&mut scratch.group));
-    let mut walk = |room: &Room, tile: Tile, blocks: &[u32], tokens: usize| {
-        // SAFETY: the contract of this function; scratch was sized for these queries.
-        unsafe { walk::<T>(job, head, blocks, room.left(tile), tile.place, queries, tokens, scratch) };
+    let (blocks, kv) = (&job.step.blocks[chunk.blocks.clone()], job.kv);
+    let tokens = start + chunk.rows;
+    // SAFETY: blocks were checked against the cache.
+    let panels_of = |blocks: &[u32], keys: &mut Vec<*const u8>, values: &mut Vec<*const u8>| unsafe {
+        keys.clear();
+        values.clear();
+        for &block in blocks {
+            let (key, value) = kv.at(job.layer, block, head);
+            keys.push(kv.keys.as_ptr().add(key));
+            values.push(kv.values.as_ptr().add(value));
+        }
     };
-    for first in (0..whole).step_by(BLOCKS_AT_ONCE) {
-        let blocks = &blocks[first..whole.min(first + BLOCKS_AT_ONCE)];
-        all.iter().for_each(|tile| walk(&room, *tile, blocks, BLOCK_TOKENS));
-    }
-    for row in 0..chunk.rows {
-        let position = start + row;
-        for block in whole..=position / BLOCK_TOKENS {
-            let tokens = BLOCK_TOKENS.min(position + 1 - block * BLOCK_TOKENS);
-            for tile in &of_group {
-                let tile = Tile { place: row * row_places + tile.place, ..*tile };
-                walk(&room_rows, tile, &blocks[block..=block], tokens);
-            }
+    for first in (0..tokens).step_by(SPAN_TOKENS) {
+        let seen = SPAN_TOKENS.min(tokens - first);
+        let span = first / BLOCK_TOKENS..(first + seen).div_ceil(BLOCK_TOKENS);
+        panels_of(&blocks[span], &mut scratch.keys, &mut scratch.values);
+        for tile in &tiles {
+            // How many of the span's tokens a row of the tile sees; rows of nobody see what the last one sees.
+            let visible = |row: usize| {
+                let row = (tile.first + row.min(tile.rows - 1)) / group;
+                seen.min((start + row + 1).saturating_sub(first))
+            };
+            // SAFETY: the contract of this function; scratch was sized for these tiles.
+            unsafe { span_of::<T>(job, room.left(*tile), tile.place, count, seen, visible, scratch) };
         }
     }
-    for row in 0..chunk.rows {
-        for tile in &of_group {
-            for i in 0..tile.rows {
-                let place = row * row_places + tile.place + i;
-                let at = (chunk.first_row + row) * width + (head * group + tile.first + i) * head_dim;
-                // SAFETY: this row and head of `out` are this thread's, and head_dim long.
-                unsafe {
-                    let total = sum(T::Lanes::load(scratch.running[place].1.as_ptr()));
-                    let out = job.out.0.add(at);
-                    for d in 0..head_dim {
-                        *out.add(d) = scratch.sums[(d / LANES * queries + place) * LANES + d % LANES] / total;
-                    }
+    for tile in &tiles {
+        for row in 0..tile.rows {
+            let place = tile.place + row;
+            // SAFETY: this query's part of `out` is this thread's, and head_dim long.
+            unsafe {
+                let total = T::Lanes::splat(1.0 / sum(T::Lanes::load(scratch.running[place].1.as_ptr())));
+                let out = job.out.get(at(tile.first + row));
+                for d in (0..head_dim).step_by(LANES) {
+                    let sums = scratch.sums[(d / LANES * count + place) * LANES..][..LANES].as_ptr();
+                    store_partial(T::Lanes::load(sums).mul(total), out.add(d), LANES.min(head_dim - d));
                 }
             }
         }
     }
-    (scratch.all, scratch.group) = (all, of_group);
+    scratch.tiles = tiles;
 }
 
-/// The queries of one tile, whose places begin at `first`, see the first `tokens` tokens of each of these blocks.
-#[allow(clippy::too_many_arguments)]
+/// The queries of one tile, whose places begin at `first`, meet the `seen` tokens of a span.
 #[inline(always)]
-unsafe fn walk<T: Tiling>(
+unsafe fn span_of<T: Tiling>(
     job: &AttendJob<'_>,
-    head: usize,
-    blocks: &[u32],
     left: Left,
     first: usize,
-    queries: usize,
-    tokens: usize,
+    places: usize,
+    seen: usize,
+    visible: impl Fn(usize) -> usize,
     scratch: &mut Scratch,
 ) {
-    let (kv, head_dim, height) = (job.kv, job.spec.head_dim, left.height);
-    let multiply = job.kernels.multiply(kv.layout);
-    // SAFETY: blocks were checked against the cache; scratch holds BLOCKS_AT_ONCE x height scores and all panels of sums; only the first
-    // `tokens` inputs of the value panels are read (one more if they are odd in number, see `append`).
+    let (kv, height) = (job.kv, left.height);
+    // SAFETY: scratch holds a span's scores and weights of a tile, and all panels of sums; of values only tokens are read that this step or an
+    // earlier one wrote (one more if they are odd in number, see `append`).
     unsafe {
-        scratch.panels.clear();
-        scratch.panels.extend(blocks.iter().map(|&block| kv.keys.as_ptr().add(kv.at(job.layer, block, head).0)));
         let scores = scratch.scores.as_mut_ptr();
-        multiply(left, &scratch.panels, Tiles { data: scores, panel_stride: height * LANES, add: false });
-        for (i, &block) in blocks.iter().enumerate() {
-            for row in 0..height {
-                let scores = scores.add((i * height + row) * LANES);
-                weigh::<T::Lanes>(scores, tokens, first + row, queries, scratch);
-                let words = scratch.weights.as_mut_ptr().add(row);
-                if kv.layout == Layout::F32 {
-                    (0..tokens).for_each(|k| *words.add(k * height) = (*scores.add(k)).to_bits());
-                } else {
-                    pack_bf16::<T::Lanes>(scores, BLOCK_TOKENS, words, height);
-                }
-            }
-            let values = kv.values.as_ptr().add(kv.at(job.layer, block, head).1);
-            scratch.panels.clear();
-            scratch.panels.extend((0..head_dim.div_ceil(LANES)).map(|panel| values.add(panel * kv.value_panel)));
-            let weights = Left { words: scratch.weights.as_ptr(), inputs: tokens, ..left };
-            let sums = scratch.sums.as_mut_ptr().add(first * LANES);
-            multiply(weights, &scratch.panels, Tiles { data: sums, panel_stride: queries * LANES, add: true });
+        let out = Tiles { data: scores, panel_stride: height * LANES, add: false };
+        (job.kernels.multiply(kv.layout))(left, &scratch.keys, out);
+        for row in 0..height {
+            let place = first + row;
+            weigh::<T::Lanes>(
+                kv.layout,
+                scores.add(row * LANES),
+                height,
+                visible(row),
+                seen,
+                row,
+                place,
+                places,
+                scratch,
+            );
         }
+        let values = Values {
+            weights: scratch.weights.as_ptr(),
+            height,
+            tokens: seen,
+            blocks: &scratch.values,
+            panels: job.spec.head_dim.div_ceil(LANES),
+            panel_bytes: kv.value_panel,
+        };
+        let sums = scratch.sums.as_mut_ptr().add(first * LANES);
+        (job.kernels.accumulate(kv.layout))(values, Tiles { data: sums, panel_stride: places * LANES, add: true });
     }
 }
 
-/// Turns the scores of one query and block into weights relative to the running maximum, and brings the query's sums down to it.
+/// Turns a query's scores of a span into weights relative to the running maximum, and brings its sums down to it. The scores of a
+/// block are `height` rows from those of the one before.
+#[allow(clippy::too_many_arguments)]
 #[inline(always)]
-unsafe fn weigh<L: Lanes>(scores: *mut f32, tokens: usize, query: usize, queries: usize, scratch: &mut Scratch) {
-    // SAFETY: a query has sixteen scores, of which `tokens` count, and sixteen sums a panel.
+unsafe fn weigh<L: Lanes>(
+    layout: Layout,
+    scores: *mut f32,
+    height: usize,
+    visible: usize,
+    seen: usize,
+    row: usize,
+    place: usize,
+    places: usize,
+    scratch: &mut Scratch,
+) {
+    // SAFETY: a query has sixteen scores a block and sixteen sums a panel; the weights have SPAN_TOKENS words for every row.
     unsafe {
-        for token in tokens..LANES {
-            *scores.add(token) = f32::NEG_INFINITY;
+        let blocks = seen.div_ceil(BLOCK_TOKENS);
+        let count = |block: usize| visible.saturating_sub(block * BLOCK_TOKENS).min(BLOCK_TOKENS);
+        let nothing = L::splat(f32::NEG_INFINITY);
+        let mut largest = nothing;
+        for block in 0..blocks {
+            let at = scores.add(block * height * LANES);
+            let masked = L::load(at).first(count(block), nothing);
+            masked.store(at);
+            largest = masked.at_least(largest);
         }
-        let running = &mut scratch.running[query];
+        let running = &mut scratch.running[place];
         let before = running.0;
-        let maximum = before.max(L::load(scores).largest());
-        exp(L::load(scores).sub(L::splat(maximum))).store(scores);
-        for token in tokens..LANES {
-            *scores.add(token) = 0.0;
-        }
+        let maximum = before.max(largest.largest());
         let total = running.1.as_mut_ptr();
         if maximum > before {
+            running.0 = maximum;
             let decay = exp(L::splat(before - maximum));
             L::load(total).mul(decay).store(total);
-            for panel in scratch.sums.chunks_exact_mut(queries * LANES) {
-                let sums = panel[query * LANES..(query + 1) * LANES].as_mut_ptr();
+            for panel in scratch.sums.chunks_exact_mut(places * LANES) {
+                let sums = panel[place * LANES..(place + 1) * LANES].as_mut_ptr();
                 L::load(sums).mul(decay).store(sums);
             }
         }
-        L::load(total).add(L::load(scores)).store(total);
-        running.0 = maximum;
+        let mut sum = L::load(total);
+        let weights = scratch.weights.as_mut_ptr().add(row * SPAN_TOKENS);
+        for block in 0..blocks {
+            let score = L::load(scores.add(block * height * LANES));
+            let weight = exp(score.sub(L::splat(maximum))).first(count(block), L::splat(0.0));
+            sum = sum.add(weight);
+            if layout == Layout::F32 {
+                weight.store(weights.add(block * BLOCK_TOKENS).cast());
+            } else {
+                weight.store_bf16(weights.add(block * BLOCK_TOKENS / 2).cast());
+            }
+        }
+        sum.store(total);
     }
 }

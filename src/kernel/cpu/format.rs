@@ -213,6 +213,9 @@ pub(super) trait Groups {
     /// The processor has the instructions of `L`.
     unsafe fn dot<L: Lanes>(sums: L::Ints, weights: L::Bytes, x: u32) -> L::Ints;
 
+    /// Asks for a group that will be read soon.
+    fn prefetch<L: Lanes>(panel: *const u8, inputs: usize, group: usize);
+
     /// Scales and minima of a group.
     ///
     /// # Safety
@@ -253,6 +256,15 @@ impl Groups for Q8 {
     }
 
     #[inline(always)]
+    fn prefetch<L: Lanes>(panel: *const u8, inputs: usize, group: usize) {
+        let lines = panel.wrapping_add(Self::integers(inputs) + group * GROUP_WORDS * WORD_LINE);
+        (0..GROUP_WORDS).for_each(|line| L::prefetch(lines.wrapping_add(line * WORD_LINE)));
+        if group.is_multiple_of(2) {
+            L::prefetch(panel.wrapping_add(group * LANES * 2));
+        }
+    }
+
+    #[inline(always)]
     unsafe fn scales<L: Lanes>(panel: *const u8, group: usize) -> (L, L) {
         // SAFETY: the scales lie in the panel.
         unsafe { (L::widen_f16(panel.cast::<u16>().add(group * LANES)), L::splat(0.0)) }
@@ -285,6 +297,12 @@ impl Groups for Q4 {
     unsafe fn dot<L: Lanes>(sums: L::Ints, weights: L::Bytes, x: u32) -> L::Ints {
         // SAFETY: the instruction set, by contract; a nibble is at most 15.
         unsafe { L::dot_nibbles(sums, weights, x) }
+    }
+
+    #[inline(always)]
+    fn prefetch<L: Lanes>(panel: *const u8, _: usize, group: usize) {
+        let lines = panel.wrapping_add(group * Self::GROUP_BYTES);
+        (0..Self::GROUP_BYTES).step_by(WORD_LINE).for_each(|at| L::prefetch(lines.wrapping_add(at)));
     }
 
     #[inline(always)]

@@ -36,6 +36,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn at_least(self, floor: Self) -> Self;
     /// At most `ceiling`; NaN stays NaN.
     unsafe fn at_most(self, ceiling: Self) -> Self;
+    /// The first `count <= 16` lanes, and those of `rest` behind them.
+    unsafe fn first(self, count: usize, rest: Self) -> Self;
     /// The largest lane, if none is NaN.
     unsafe fn largest(self) -> f32;
     /// The largest magnitude of both, or NaN if one of them is.

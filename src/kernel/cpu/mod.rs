@@ -30,7 +30,6 @@ mod tile;
 
 use half::bf16;
 
-pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use self::{
     activations::{Packed, Tile, cut, places},
     attention::{AppendJob, AttendJob, Scratch},
@@ -39,6 +38,7 @@ use self::{
     pool::Pool,
     product::{PrepareJob, ProductJob, RowScratch},
 };
+pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use super::{
     AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch, Weight,
     check::{check_attend, check_factors, check_product, ensure, shape},
@@ -166,7 +166,9 @@ impl Backend for CpuBackend {
         let values = weight.to_f32()?;
         let data = match precision {
             Precision::F32 => TableData::F32(values),
-            Precision::Bf16 | Precision::Q8 | Precision::Q4 => TableData::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+            Precision::Bf16 | Precision::Q8 | Precision::Q4 => {
+                TableData::Bf16(values.into_iter().map(bf16::from_f32).collect())
+            }
         };
         Ok(CpuTable { vocab: weight.rows, width: weight.cols, data })
     }

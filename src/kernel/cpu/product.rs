@@ -10,7 +10,7 @@ use super::{
     lanes::{LANES, Lanes, load_partial, silu, store_partial, sum},
     linear::CpuLinear,
     memory::Shared,
-    tile::Tiles,
+    tile::{Left, Tiles},
 };
 use crate::kernel::{BASE_SLOT, Cores, Epilogue};
 
@@ -229,29 +229,17 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
             for (i, pointer) in pointers[..count].iter_mut().enumerate() {
                 *pointer = weights.panel(job.panel(first, i));
             }
+            // The panels of the next units follow at once: the first tile asks for them while it reads these.
+            let ahead = if first + at_once < units.end { at_once * weights.panel_bytes() } else { 0 };
             for (number, &tile) in tiles.iter().enumerate() {
-                if tiles.len() > 1 && first + at_once < units.end {
-                    prefetch::<T::Lanes>(job, first + at_once, number, tiles.len());
-                }
                 let out = Tiles { data: tile_out.as_mut_ptr(), panel_stride: MAX_HEIGHT * LANES, add: false };
                 // SAFETY: at most four panels by twelve rows fit `tile_out`; the epilogue stays in these units' columns.
                 unsafe {
-                    multiply(job.room.left(tile), &pointers[..count], out);
+                    let left = Left { ahead: if number == 0 { ahead } else { 0 }, ..job.room.left(tile) };
+                    multiply(left, &pointers[..count], out);
                     end_tile::<T::Lanes>(job, first, count, tile, &tile_out);
                 }
             }
-        }
-    }
-}
-
-/// Asks for the given share of a unit's panel ahead of its use: helps when several tiles of rows share a panel.
-#[inline(always)]
-fn prefetch<L: Lanes>(job: &ProductJob<'_>, unit: usize, share: usize, shares: usize) {
-    let (bytes, per_unit) = (job.linear.weights.panel_bytes(), job.panels_per_unit());
-    for i in 0..per_unit {
-        let panel = job.linear.weights.panel(job.panel(unit, i));
-        for at in (bytes * share / shares / 64 * 64..bytes * (share + 1) / shares).step_by(64) {
-            L::prefetch(panel.wrapping_add(at));
         }
     }
 }

@@ -5,7 +5,8 @@
 #![allow(unsafe_code)]
 
 use super::{
-    format::{GROUP_WORDS, Groups, Words},
+    attention::SPAN_TOKENS,
+    format::{GROUP_WORDS, Groups, WORD_LINE, Words},
     isa::Tiling,
     lanes::{LANES, Lanes},
 };
@@ -19,6 +20,8 @@ pub(super) struct Left {
     pub(super) height: usize,
     /// Inputs: numbers of a row that take part.
     pub(super) inputs: usize,
+    /// Ask for what lies so many bytes ahead of a panel while it is read; 0: nothing.
+    pub(super) ahead: usize,
     /// `[groups][height]`, for integers: what an integer is worth.
     pub(super) scales: *const f32,
     /// `[groups][height]`, for integers: -128 times their sum.
@@ -68,6 +71,9 @@ unsafe fn words<L: Lanes, W: Words, const R: usize, const P: usize>(
             let x = left.words.add(k * R);
             let mut weights = [W::load::<L>(panels[0], k); P];
             each!(panel < P: { if panel > 0 { weights[panel] = W::load::<L>(panels[panel], k) } });
+            if left.ahead > 0 {
+                each!(panel < P: { L::prefetch(panels[panel].wrapping_add(k * WORD_LINE + left.ahead)) });
+            }
             each!(row < R: { each!(panel < P: {
                 sums[row][panel] = W::dot(sums[row][panel], weights[panel], *x.add(row));
             }) });
@@ -88,6 +94,9 @@ unsafe fn groups<L: Lanes, G: Groups, const R: usize, const P: usize>(
     unsafe {
         for group in 0..count {
             let at = group * R;
+            if left.ahead > 0 {
+                each!(panel < P: { G::prefetch::<L>(panels[panel].wrapping_add(left.ahead), left.inputs, group) });
+            }
             let mut ints = [[L::zero(); P]; R];
             each!(row < R: { each!(panel < P: { ints[row][panel] = G::start::<L>(left.offsets.add(at + row)) }) });
             for pair in 0..GROUP_WORDS / 2 {
@@ -186,6 +195,77 @@ unsafe fn panels<L: Lanes, K: Kernel, const R: usize, const P: usize>(left: Left
     for (i, panels) in panels.chunks(P).enumerate() {
         // SAFETY: the contract of `multiply`; `out` has room for every panel.
         unsafe { tile::<L, K, R, P>(left, panels, Tiles { data: out.data.add(i * P * out.panel_stride), ..out }) };
+    }
+}
+
+/// Weights of tokens, and the panels of their values: what the second product of attention takes.
+#[derive(Clone, Copy)]
+pub(super) struct Values<'a> {
+    /// `[height][SPAN_TOKENS]`
+    pub(super) weights: *const u32,
+    /// Rows of the tile: one of [`Tiling::HEIGHTS`].
+    pub(super) height: usize,
+    /// Tokens in all.
+    pub(super) tokens: usize,
+    /// The first panel of each block of sixteen tokens.
+    pub(super) blocks: &'a [*const u8],
+    /// Panels of a block.
+    pub(super) panels: usize,
+    /// Bytes of each.
+    pub(super) panel_bytes: usize,
+}
+
+/// Adds to all panels of R rows the weighted values of all tokens, in their order.
+#[inline(always)]
+unsafe fn accumulate_rows<L: Lanes, W: Words, const INPUTS: usize, const R: usize, const P: usize>(
+    values: Values<'_>,
+    out: Tiles,
+) {
+    // SAFETY: the contract of `accumulate`, of which this is a part.
+    unsafe {
+        for first in (0..values.panels).step_by(P) {
+            let place = |row: usize, panel: usize| out.data.add((first + panel) * out.panel_stride + row * LANES);
+            let present = P.min(values.panels - first);
+            let mut sums = [[L::splat(0.0); P]; R];
+            each!(panel < P: { if panel < present { each!(row < R: { sums[row][panel] = L::load(place(row, panel)) }) } });
+            for (block, &start) in values.blocks.iter().enumerate() {
+                let tokens = LANES.min(values.tokens - block * LANES);
+                let x = values.weights.add(block * LANES / INPUTS);
+                for k in 0..tokens.div_ceil(INPUTS) {
+                    each!(panel < P: {
+                        // A panel that is not there is the first once more, and its sums are nobody's.
+                        let panel_of = first + if panel < present { panel } else { 0 };
+                        let weights = W::load::<L>(start.add(panel_of * values.panel_bytes), k);
+                        each!(row < R: { sums[row][panel] = W::dot(sums[row][panel], weights, *x.add(row * SPAN_TOKENS + k)) });
+                    });
+                }
+            }
+            each!(panel < P: { if panel < present { each!(row < R: { sums[row][panel].store(place(row, panel)) }) } });
+        }
+    }
+}
+
+/// `out[p][i][j] += sum_t weights[i][t] values[t][16 p + j]`.
+///
+/// # Safety
+/// The processor has the instructions of `T`, inside a function compiled for them. Every block has its panels, with as many tokens as are
+/// left for it, and `out` has room for all panels and rows, touched by nobody else.
+#[inline(always)]
+pub(super) unsafe fn accumulate<T: Tiling, W: Words, const INPUTS: usize>(values: Values<'_>, out: Tiles) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match values.height {
+            1 => accumulate_rows::<T::Lanes, W, INPUTS, 1, 4>(values, out),
+            2 => accumulate_rows::<T::Lanes, W, INPUTS, 2, 4>(values, out),
+            3 if T::WIDE => accumulate_rows::<T::Lanes, W, INPUTS, 3, 4>(values, out),
+            3 => accumulate_rows::<T::Lanes, W, INPUTS, 3, 2>(values, out),
+            4 => accumulate_rows::<T::Lanes, W, INPUTS, 4, 2>(values, out),
+            6 if T::WIDE => accumulate_rows::<T::Lanes, W, INPUTS, 6, 2>(values, out),
+            6 => accumulate_rows::<T::Lanes, W, INPUTS, 6, 1>(values, out),
+            8 if T::WIDE => accumulate_rows::<T::Lanes, W, INPUTS, 8, 2>(values, out),
+            12 if T::WIDE => accumulate_rows::<T::Lanes, W, INPUTS, 12, 2>(values, out),
+            height => unreachable!("no tile of {height} rows"),
+        }
     }
 }
 

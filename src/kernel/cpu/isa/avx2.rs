@@ -89,6 +89,19 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         unsafe { Self(_mm256_min_ps(ceiling.0, self.0), _mm256_min_ps(ceiling.1, self.1)) }
     }
     #[inline(always)]
+    unsafe fn first(self, count: usize, rest: Self) -> Self {
+        // SAFETY: AVX2 by contract.
+        unsafe {
+            let count = _mm256_set1_epi32(count as i32);
+            let half = |x: __m256, rest: __m256, lanes: __m256i| {
+                _mm256_blendv_ps(rest, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, lanes)))
+            };
+            let low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
+            Self(half(self.0, rest.0, low), half(self.1, rest.1, high))
+        }
+    }
+    #[inline(always)]
     unsafe fn largest(self) -> f32 {
         // SAFETY: AVX by contract.
         unsafe {
@@ -204,10 +217,7 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         unsafe {
             let x = _mm256_set1_epi32(x.cast_signed());
             if VNNI {
-                return (
-                    _mm256_dpbusd_avx_epi32(sums.0, weights.0, x),
-                    _mm256_dpbusd_avx_epi32(sums.1, weights.1, x),
-                );
+                return (_mm256_dpbusd_avx_epi32(sums.0, weights.0, x), _mm256_dpbusd_avx_epi32(sums.1, weights.1, x));
             }
             // The unsigned factor is the weight's magnitude, its sign goes to x.
             let half = |sums, weights| {

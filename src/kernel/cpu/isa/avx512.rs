@@ -69,6 +69,11 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         Self(unsafe { _mm512_min_ps(ceiling.0, self.0) })
     }
     #[inline(always)]
+    unsafe fn first(self, count: usize, rest: Self) -> Self {
+        // SAFETY: AVX-512 F by contract.
+        Self(unsafe { _mm512_mask_mov_ps(rest.0, ((1u32 << count) - 1) as u16, self.0) })
+    }
+    #[inline(always)]
     unsafe fn largest(self) -> f32 {
         // SAFETY: AVX-512 F by contract.
         unsafe { _mm512_reduce_max_ps(self.0) }

@@ -13,7 +13,7 @@ use super::{
     attention::{AppendJob, AttendJob, Scratch},
     lanes::Lanes,
     product::{PrepareJob, ProductJob, RowScratch},
-    tile::{Left, Tiles},
+    tile::{Left, Tiles, Values},
 };
 use crate::kernel::rounding::Layout;
 
@@ -43,9 +43,8 @@ impl Isa {
 
     #[cfg(target_arch = "x86_64")]
     fn is_available(self) -> bool {
-        let avx2 = || {
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-        };
+        let avx2 =
+            || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         let avx512 = || {
             is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
@@ -114,6 +113,9 @@ const NARROW: [usize; 5] = [1, 2, 3, 4, 6];
 /// See [`super::tile::multiply`].
 pub(super) type Multiply = unsafe fn(Left, &[*const u8], Tiles);
 
+/// See [`super::tile::accumulate`].
+pub(super) type Accumulate = unsafe fn(Values<'_>, Tiles);
+
 /// What a thread runs inside a region of a step. The products of all others go through `multiply`, compiled once a layout.
 ///
 /// # Safety
@@ -123,6 +125,8 @@ pub(super) struct Kernels {
     pub(super) heights: &'static [usize],
     /// One a layout.
     pub(super) layouts: [Multiply; 4],
+    /// Of f32 and of bfloat16.
+    pub(super) values: [Accumulate; 2],
     pub(super) prepare: unsafe fn(&PrepareJob<'_>, Range<usize>, &mut RowScratch),
     pub(super) product: unsafe fn(&ProductJob<'_>, Range<usize>),
     pub(super) append: unsafe fn(&AppendJob<'_>, Range<usize>, Range<usize>, &mut Scratch),
@@ -138,6 +142,11 @@ impl Kernels {
             Layout::Q8 => 2,
             Layout::Q4 => 3,
         }]
+    }
+
+    /// The product of weights and values of this layout: f32, else bfloat16.
+    pub(super) fn accumulate(&self, layout: Layout) -> Accumulate {
+        self.values[usize::from(layout != Layout::F32)]
     }
 
     /// Heights of register tiles by their number.
@@ -172,6 +181,8 @@ macro_rules! kernels {
                     = tile::multiply::<Lanes, tile::ByGroups<format::Q8>>;
                 multiply_q4(left: tile::Left, panels: Panels<'_>, out: tile::Tiles)
                     = tile::multiply::<Lanes, tile::ByGroups<format::Q4>>;
+                accumulate_f32(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::F32, 1>;
+                accumulate_bf16(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::Bf16, 2>;
                 prepare(job: &product::PrepareJob<'_>, tiles: Range<usize>, scratch: &mut product::RowScratch)
                     = product::prepare::<Lanes>;
                 product(job: &product::ProductJob<'_>, units: Range<usize>) = product::product::<Lanes>;
@@ -184,6 +195,7 @@ macro_rules! kernels {
         pub(in $crate::kernel::cpu::isa) static KERNELS: $crate::kernel::cpu::isa::Kernels = $crate::kernel::cpu::isa::Kernels {
             heights: $crate::kernel::cpu::isa::Kernels::heights($wide),
             layouts: [compiled::multiply_f32, compiled::multiply_bf16, compiled::multiply_q8, compiled::multiply_q4],
+            values: [compiled::accumulate_f32, compiled::accumulate_bf16],
             prepare: compiled::prepare,
             product: compiled::product,
             append: compiled::append,

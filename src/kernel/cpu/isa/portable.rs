@@ -79,6 +79,10 @@ impl Lanes for Portable {
         self.zip(ceiling, |x, ceiling| if ceiling < x { ceiling } else { x })
     }
     #[inline(always)]
+    unsafe fn first(self, count: usize, rest: Self) -> Self {
+        Self(std::array::from_fn(|i| if i < count { self.0[i] } else { rest.0[i] }))
+    }
+    #[inline(always)]
     unsafe fn largest(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, |largest, x| if x > largest { x } else { largest })
     }
