@@ -19,3 +19,5 @@ pub use loss::*;
 pub use optimizer::*;
 pub use policy::*;
 pub use settings::*;
+/// Graders.
+pub mod grader;
