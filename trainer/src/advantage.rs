@@ -38,7 +38,7 @@ pub fn advantages(groups: &[Vec<f32>], scale: RewardScale) -> Vec<Vec<f32>> {
 }
 
 /// Are all rewards of a group the same?
-pub fn is_flat(rewards: &[f32]) -> bool {
+pub(crate) fn is_flat(rewards: &[f32]) -> bool {
     rewards.windows(2).all(|pair| pair[0] == pair[1])
 }
 

@@ -110,6 +110,7 @@ macro_rules! hyperparameters {
 
         impl Hyperparameters {
             $(
+                #[allow(dead_code)] // two defaults follow from other values, and are filled in where those are known
                 pub(crate) fn $name(&self, method: Method) -> $type {
                     let default: fn(Method) -> $type = $default;
                     self.$name.unwrap_or_else(|| default(method))

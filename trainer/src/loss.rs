@@ -49,6 +49,13 @@ pub struct ClipSettings {
     pub importance_cap: f64,
 }
 
+impl ClipSettings {
+    /// The truncated importance weight of a token whose log-prob is `difference` higher for the trainer than for the sampler.
+    pub fn importance(&self, difference: f64) -> f64 {
+        if self.importance_cap > 0.0 { difference.exp().min(self.importance_cap) } else { 1.0 }
+    }
+}
+
 /// What GRPO's loss needs to know of one sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GrpoSequence {
@@ -94,7 +101,7 @@ impl GrpoLoss {
         for (token, &logprob) in logprobs.iter().enumerate() {
             let logprob = f64::from(logprob);
             let old = it.old.as_ref().map_or(logprob, |old| f64::from(old[token]));
-            let importance = self.importance(old - f64::from(it.sampler[token]));
+            let importance = self.settings.importance(old - f64::from(it.sampler[token]));
             let (mut loss, mut slope) = (0.0, 0.0);
             if it.advantage != 0.0 {
                 let ratio = (logprob - old).exp();
@@ -117,10 +124,6 @@ impl GrpoLoss {
             terms.importance.push(importance);
         }
         terms
-    }
-
-    fn importance(&self, difference: f64) -> f64 {
-        if self.settings.importance_cap > 0.0 { difference.exp().min(self.settings.importance_cap) } else { 1.0 }
     }
 }
 
