@@ -20,6 +20,7 @@ pub mod grader;
 mod hyper;
 mod loss;
 mod metrics;
+pub mod openai;
 mod optimizer;
 mod policy;
 mod rng;

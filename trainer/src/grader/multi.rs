@@ -78,10 +78,10 @@ impl Grader for MultiGrader {
     }
 
     fn check_item(&self, item: &Value) -> Result<(), String> {
-        let check = |(name, grader): (&String, &Box<dyn Grader>)| {
-            grader.check_item(item).map_err(|message| format!("{name}: {message}"))
-        };
-        self.names.iter().zip(&self.graders).try_for_each(check)
+        for (name, grader) in self.names.iter().zip(&self.graders) {
+            grader.check_item(item).map_err(|message| format!("{name}: {message}"))?;
+        }
+        Ok(())
     }
 }
 
