@@ -253,52 +253,102 @@ unsafe fn end_tile<L: Lanes>(
     tile: Tile,
     products: &[f32; MAX_PANELS * MAX_HEIGHT * LANES],
 ) {
-    let mut i = 0;
-    while i < count {
-        let panel = job.panel(first_unit, i);
-        let info = &job.linear.info[panel];
-        for row in 0..tile.rows {
-            // SAFETY: the contract of `product`: row and columns of `out` exist and are this thread's.
-            unsafe {
-                let value = corrected::<L>(job, panel, tile.first + row, &products[(i * MAX_HEIGHT + row) * LANES..]);
-                let out = job.out.0.add((tile.first + row) * job.width + info.column);
-                match job.epilogue {
-                    Epilogue::Store => store_partial(value, out, info.columns),
-                    Epilogue::Add => {
-                        store_partial(load_partial::<L>(out, info.columns).add(value), out, info.columns);
+    for i in (0..count).step_by(job.panels_per_unit()) {
+        // SAFETY: the contract of `product`: rows and columns of `out` exist and are this thread's; the tile has rows below MAX_HEIGHT.
+        unsafe {
+            let panel = job.panel(first_unit, i);
+            let info = &job.linear.info[panel];
+            let ending = Ending::<L>::of(job, panel);
+            let products = products.as_ptr().add(i * MAX_HEIGHT * LANES);
+            let out = |row: usize| job.out.get((tile.first + row) * job.width + info.column);
+            let value = |row: usize| ending.corrected(tile.first + row, L::load(products.add(row * LANES)));
+            match job.epilogue {
+                Epilogue::Store => {
+                    for row in 0..tile.rows {
+                        store_partial(value(row), out(row), info.columns);
                     }
-                    Epilogue::SwiGlu => {
-                        let panel = job.panel(first_unit, i + 1);
-                        let product = &products[((i + 1) * MAX_HEIGHT + row) * LANES..];
-                        let up = corrected::<L>(job, panel, tile.first + row, product);
-                        store_partial(silu(value).mul(up), out, info.columns);
+                }
+                Epilogue::Add => {
+                    for row in 0..tile.rows {
+                        let sum = load_partial::<L>(out(row), info.columns).add(value(row));
+                        store_partial(sum, out(row), info.columns);
+                    }
+                }
+                Epilogue::SwiGlu => {
+                    let up = Ending::<L>::of(job, job.panel(first_unit, i + 1));
+                    let others = products.add(MAX_HEIGHT * LANES);
+                    for row in 0..tile.rows {
+                        let up = up.corrected(tile.first + row, L::load(others.add(row * LANES)));
+                        store_partial(silu(value(row)).mul(up), out(row), info.columns);
                     }
                 }
             }
         }
-        i += job.panels_per_unit();
     }
 }
 
-/// `W x + b + U h` of one row and panel, from `W x`.
-#[inline(always)]
-unsafe fn corrected<L: Lanes>(job: &ProductJob<'_>, panel: usize, row: usize, product: &[f32]) -> L {
-    let linear = job.linear;
-    let info = &linear.info[panel];
-    // SAFETY: all loads are of sixteen numbers from slices that were cut to sixteen at least; an adapted row of `mixed` has been written.
-    unsafe {
-        let mut value = L::load(product[..LANES].as_ptr());
-        if !linear.bias.is_empty() {
-            value = value.add(L::load(linear.bias[panel * LANES..(panel + 1) * LANES].as_ptr()));
-        }
-        let active = info.rank.min(job.active.get(row).map_or(0, |&active| active as usize));
-        if active > 0 {
-            let mixed = job.mixed.0.add(row * linear.down_rows + info.mixed);
-            let up = &linear.up[info.up..info.up + active * LANES];
-            for (i, up) in up.chunks_exact(LANES).enumerate() {
-                value = L::splat(*mixed.add(i)).fma(L::load(up.as_ptr()), value);
+/// Rows of U that are kept in registers: more than this an adapter seldom has.
+const KEPT: usize = 2;
+
+/// What ends a panel: its bias and its U.
+struct Ending<'a, L> {
+    bias: Option<L>,
+    /// [`Cores::active`] of every row; empty when no row has an adapter.
+    active: &'a [u32],
+    kept: [L; KEPT],
+    /// `[rank][16]`
+    up: &'a [f32],
+    /// The part's numbers of row 0 in the mixed V x.
+    mixed: *const f32,
+    stride: usize,
+}
+
+impl<'a, L: Lanes> Ending<'a, L> {
+    /// # Safety
+    /// The processor has the instructions of `L`.
+    #[inline(always)]
+    unsafe fn of(job: &ProductJob<'a>, panel: usize) -> Self {
+        let (linear, info) = (job.linear, &job.linear.info[panel]);
+        // SAFETY: all loads are of sixteen numbers from slices that were cut to sixteen.
+        unsafe {
+            let up = &linear.up[info.up..info.up + info.rank * LANES];
+            let row_of_up = |i: usize| up.get(i * LANES..(i + 1) * LANES).map_or(L::splat(0.0), |u| L::load(u.as_ptr()));
+            let bias = linear.bias.get(panel * LANES..(panel + 1) * LANES).map(|bias| L::load(bias.as_ptr()));
+            Self {
+                bias,
+                active: if info.rank > 0 { job.active } else { &[] },
+                kept: [row_of_up(0), row_of_up(1)],
+                up,
+                mixed: job.mixed.get(info.mixed).cast_const(),
+                stride: linear.down_rows,
             }
         }
-        value
+    }
+
+    /// `W x + b + U h` of one row, from `W x`.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; if the row is adapted, its mixed numbers have been written.
+    #[inline(always)]
+    unsafe fn corrected(&self, row: usize, product: L) -> L {
+        // SAFETY: `mixed` has `active` numbers of this part in an adapted row, and `up` as many rows.
+        unsafe {
+            let mut value = product;
+            if let Some(bias) = self.bias {
+                value = value.add(bias);
+            }
+            let active = self.active.get(row).map_or(0, |&active| active as usize);
+            if active > 0 {
+                let mixed = self.mixed.add(row * self.stride);
+                value = L::splat(*mixed).fma(self.kept[0], value);
+                if active > 1 {
+                    value = L::splat(*mixed.add(1)).fma(self.kept[1], value);
+                }
+                for i in KEPT..active {
+                    value = L::splat(*mixed.add(i)).fma(L::load(self.up[i * LANES..(i + 1) * LANES].as_ptr()), value);
+                }
+            }
+            value
+        }
     }
 }

@@ -87,6 +87,11 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    unsafe fn exact_sum(self) -> f32 {
+        // SAFETY: AVX-512 F by contract.
+        unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+    #[inline(always)]
     unsafe fn largest_magnitude(self, other: Self) -> f32 {
         // SAFETY: AVX-512 F by contract.
         unsafe {
