@@ -102,20 +102,39 @@ impl Weights {
 
     /// The last member of that set.
     fn nucleus(&mut self, scans: Scans, share: f64) -> (u32, f32) {
+        /// So few candidates are sorted sooner than scanned once more.
+        const FEW: usize = 512;
+        /// More than any weight.
+        const ABOVE_ALL: f32 = f32::from_bits(1f32.to_bits() + 1);
         let Self { weights, maxima, sums, candidates: found } = self;
         let goal = share * sums.iter().sum::<f64>();
-        // Most of the mass is usually in few weights: find a bound above which there is enough, and look no further.
-        let mut bound = 0.25f32;
-        while bound > 1e-12 && scans.mass_from(weights, maxima, bound) < goal {
-            bound *= 0.0625;
+        let mass_from = |bound: f32| scans.mass_from(weights, maxima, bound);
+        // The weights from `high` on are too few, those from `low` on are enough. Most of the mass is usually in few weights, so this begins above.
+        let (mut high, mut above) = (ABOVE_ALL, (0.0, 0));
+        let (mut low, mut enough) = (0.25f32, mass_from(0.25));
+        while enough.0 < goal && low > 1e-12 {
+            (high, above) = (low, enough);
+            low *= 0.0625;
+            enough = mass_from(low);
         }
-        let bound = if bound > 1e-12 { bound } else { f32::MIN_POSITIVE };
+        if enough.0 < goal {
+            (high, above) = (ABOVE_ALL, (0.0, 0));
+            low = f32::MIN_POSITIVE;
+            enough = mass_from(low);
+        }
+        // Positive floats lie as their bits do: this halves the number of floats between the two.
+        while enough.1 - above.1 > FEW && high.to_bits() - low.to_bits() > 1 {
+            let middle = f32::from_bits(low.to_bits().midpoint(high.to_bits()));
+            let mass = mass_from(middle);
+            if mass.0 >= goal {
+                (low, enough) = (middle, mass);
+            } else {
+                (high, above) = (middle, mass);
+            }
+        }
         found.clear();
-        for (tile, (weights, _)) in weights.chunks(TILE).zip(maxima.iter()).enumerate().filter(|(_, t)| *t.1 >= bound) {
-            let kept = weights.iter().enumerate().filter(|&(_, &weight)| weight >= bound);
-            found.extend(kept.map(|(at, &weight)| ((tile * TILE + at) as u32, weight)));
-        }
-        last_within(found, goal)
+        scans.collect(weights, maxima, low, high, found);
+        last_within(found, goal - above.0)
     }
 
     /// The index at which the running sum of the weights passes `u` of the total, 0 <= u < 1. Never one of weight 0.
@@ -217,7 +236,10 @@ mod tests {
         }
 
         #[test]
-        fn a_nucleus_is_the_smallest_set(row in row(), share in 0.0f64..0.999) {
+        fn a_nucleus_is_the_smallest_set(
+            row in prop_oneof![3 => row(), 1 => prop::collection::vec(-9f32..2.0, 2000..4000)],
+            share in 0.0f64..0.999,
+        ) {
             let mut weights = weighed(&row);
             let w = weights.weights.clone();
             let total: f64 = w.iter().map(|&w| f64::from(w)).sum();

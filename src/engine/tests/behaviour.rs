@@ -280,3 +280,31 @@ fn the_phases_account_for_the_time_of_a_step() {
     assert!(sum >= 0.95 * elapsed && sum <= elapsed, "{sum} of {elapsed}: {phases:?}");
     assert!(phases.iter().all(|&(_, seconds)| seconds > 0.0), "{phases:?}");
 }
+
+#[test]
+fn a_step_wakes_each_reader_once_and_one_that_holds_only_at_the_end() {
+    for hold in [false, true] {
+        let (model, _) = Fake::model(64);
+        let (handle, mut worker) = pair(model, config()).unwrap();
+        let asked = (0..4).map(|n| Request { prompt_logprobs: Some(0), ..request(prompt(20, n), 10) }).collect();
+        let readers: Vec<_> = handle
+            .submit_many(asked)
+            .unwrap()
+            .into_iter()
+            .map(|mut events| {
+                if hold {
+                    events.hold_until_end();
+                }
+                std::thread::spawn(move || assert!(collect(events).finish.is_some()))
+            })
+            .collect();
+        while handle.stats().finished.get() < 4 {
+            assert!(worker.turn());
+            // Long enough for every reader to wait again.
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+        let (wakes, steps) = (handle.stats().wakes.get(), handle.stats().steps.get());
+        assert!(if hold { wakes <= 4 } else { (4..=4 * steps).contains(&wakes) }, "{wakes} wakes in {steps} steps");
+    }
+}
