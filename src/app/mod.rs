@@ -1,6 +1,7 @@
 //! Puts the rooms together: a base that runs, the store, the use cases, the HTTP server, and the order in which they start and stop.
 
 mod base;
+mod bench;
 mod state;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -8,6 +9,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 
 pub use base::{Base, start as start_base};
+pub use bench::run as bench;
 pub use state::{create_key, export_adapter, list_adapters, list_keys, open_store, revoke_key};
 
 use crate::{
@@ -55,6 +57,9 @@ pub enum AppError {
     /// A file or the network.
     #[error("{0}: {1}")]
     Io(String, std::io::Error),
+    /// A measurement that has no meaning: the server refused, or answered something else than what was asked.
+    #[error("{0}")]
+    Bench(String),
     /// The engine died; a supervisor should start the program anew.
     #[error("the engine has stopped; see the log")]
     EngineDead,
