@@ -24,7 +24,7 @@ mod timed;
 mod weight;
 
 pub use backend::{AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors};
-pub use timed::{Clock, Part, Phase, Timed};
+pub use timed::{Clock, Part, Timed};
 pub use weight::Weight;
 
 use std::sync::Arc;

@@ -65,61 +65,22 @@ impl Part {
     }
 }
 
-/// What kind of step it was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// One row a sequence.
-    Decode,
-    /// Some sequence has several rows.
-    Prefill,
-}
-
-/// Sums of one part or of the whole.
-#[derive(Debug, Default)]
-struct Sum {
-    nanoseconds: AtomicU64,
-    calls: AtomicU64,
-}
-
-impl Sum {
-    fn add(&self, since: Instant) {
-        self.nanoseconds.fetch_add(since.elapsed().as_nanos() as u64, Relaxed);
-        self.calls.fetch_add(1, Relaxed);
-    }
-
-    fn clear(&self) {
-        self.nanoseconds.store(0, Relaxed);
-        self.calls.store(0, Relaxed);
-    }
-}
-
-/// Where [`Timed`] writes: the time of every part, by phase. Shared with who reads.
+/// Where [`Timed`] writes: the time of every part so far. Shared with who reads.
 #[derive(Debug, Default)]
 pub struct Clock {
-    parts: [[Sum; Part::ALL.len()]; 2],
-    /// From the beginning of a step to the end of its last part.
-    spans: [Sum; 2],
+    nanoseconds: [AtomicU64; Part::ALL.len()],
+    steps: AtomicU64,
 }
 
 impl Clock {
     /// Seconds in a part so far.
-    pub fn seconds(&self, phase: Phase, part: Part) -> f64 {
-        self.parts[phase as usize][part as usize].nanoseconds.load(Relaxed) as f64 * 1e-9
+    pub fn seconds(&self, part: Part) -> f64 {
+        self.nanoseconds[part as usize].load(Relaxed) as f64 * 1e-9
     }
 
-    /// Seconds from the first part of each step to its last, so far: the parts and what lies between them.
-    pub fn span_seconds(&self, phase: Phase) -> f64 {
-        self.spans[phase as usize].nanoseconds.load(Relaxed) as f64 * 1e-9
-    }
-
-    /// Steps so far.
-    pub fn steps(&self, phase: Phase) -> u64 {
-        self.parts[phase as usize][Part::Begin as usize].calls.load(Relaxed)
-    }
-
-    /// Forgets everything; between steps only.
-    pub fn clear(&self) {
-        self.parts.iter().flatten().chain(&self.spans).for_each(Sum::clear);
+    /// Steps begun so far.
+    pub fn steps(&self) -> u64 {
+        self.steps.load(Relaxed)
     }
 }
 
@@ -128,30 +89,19 @@ impl Clock {
 pub struct Timed<B> {
     inner: B,
     clock: Arc<Clock>,
-    phase: Phase,
     /// The part before: o and down, both added to the residual stream, follow attention and gate|up.
     last: Part,
-    /// The beginning of the step, and the end of its last part so far.
-    step: (Instant, Instant),
 }
 
 impl<B> Timed<B> {
     /// Wraps a backend.
     pub fn new(inner: B, clock: Arc<Clock>) -> Self {
-        let now = Instant::now();
-        Self { inner, clock, phase: Phase::Decode, last: Part::Read, step: (now, now) }
+        Self { inner, clock, last: Part::Read }
     }
 
     fn ended(&mut self, part: Part, since: Instant) {
         self.last = part;
-        self.clock.parts[self.phase as usize][part as usize].add(since);
-        let (begun, before) = self.step;
-        let now = Instant::now();
-        // The span grows part by part, since no part knows that it is a step's last.
-        let from = if part == Part::Begin { begun } else { before };
-        let grown = now.saturating_duration_since(from).as_nanos() as u64;
-        self.clock.spans[self.phase as usize].nanoseconds.fetch_add(grown, Relaxed);
-        self.step.1 = now;
+        self.clock.nanoseconds[part as usize].fetch_add(since.elapsed().as_nanos() as u64, Relaxed);
     }
 
     fn role(&self, rows: Rows, epilogue: Epilogue) -> Part {
@@ -200,9 +150,7 @@ impl<B: Backend> Backend for Timed<B> {
 
     fn begin(&mut self, batch: &StepBatch) -> Result<B::Step, KernelError> {
         let since = Instant::now();
-        self.step = (since, since);
-        let alone = batch.sequences.iter().all(|sequence| sequence.rows == 1);
-        self.phase = if alone { Phase::Decode } else { Phase::Prefill };
+        self.clock.steps.fetch_add(1, Relaxed);
         let step = self.inner.begin(batch)?;
         self.ended(Part::Begin, since);
         Ok(step)

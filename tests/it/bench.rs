@@ -80,7 +80,7 @@ fn what_cannot_be_measured_says_why() {
     for (words, said) in [
         ("served --rank 0", "--rank 0"),
         ("served --prompt-tokens 250 --max-tokens 100 --adapters 0 --clients 1", "answered 400"),
-        ("decode --context 5000", "at most 256 tokens"),
+        ("decode --context 5000", "at most 256"),
         ("quality --ids nowhere.json", "nowhere.json"),
         ("profile --temperature nan", "--temperature"),
     ] {

@@ -1,6 +1,10 @@
-//! `mote bench profile`: where the time of a step goes, by name. The engine runs as it does in a server; the backend's parts are timed one by one.
+//! `mote bench profile`: where the time of a step goes, by name. The engine runs as it does in a server; its own laps and the backend's parts are
+//! read before and after a stretch of equal steps, and compared with the time on the wall.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 
@@ -13,33 +17,73 @@ use super::{
 use crate::{
     app::AppError,
     config::ProfileArgs,
-    engine::{Engine, EngineConfig, Event, Handle, Request, Sampling},
-    kernel::{BLOCK_TOKENS, Clock, Cores, Part, Phase},
+    engine::{Engine, EngineConfig, Event, Events, Handle, Request, Sampling},
+    kernel::{BLOCK_TOKENS, Clock, Cores, Part},
     types::{CacheSalt, TokenId},
 };
 
-/// Steps that nobody counts.
+/// Decoding steps that nobody counts.
 const WARM_UP: usize = 4;
 
-/// What the engine is asked to do.
+/// What is looked at.
 #[derive(Clone, Copy)]
-struct Work {
-    sequences: usize,
-    prompt: usize,
-    generated: usize,
-    phase: Phase,
+enum Work {
+    /// So many sequences, each after a prompt, for so many steps in which all of them decode.
+    Decode { sequences: usize, prompt: usize, steps: usize },
+    /// One prompt, until its first token is there.
+    Prefill { prompt: usize },
 }
 
-/// Seconds of the steps of one kind, by name.
+impl Work {
+    fn sequences(self) -> usize {
+        match self {
+            Self::Decode { sequences, .. } => sequences,
+            Self::Prefill { .. } => 1,
+        }
+    }
+
+    /// Tokens of each prompt, and of each completion. The sequences that begin first go on until the last one has had its steps.
+    fn tokens(self, prefill_chunk: usize) -> (usize, usize) {
+        match self {
+            Self::Decode { sequences, prompt, steps } => {
+                (prompt, steps + WARM_UP + 2 + (sequences * prompt).div_ceil(prefill_chunk) + sequences)
+            }
+            Self::Prefill { prompt } => (prompt, 1),
+        }
+    }
+}
+
+/// What the clocks show.
+#[derive(Debug, Clone, PartialEq)]
+struct Reading {
+    at: Instant,
+    steps: u64,
+    parts: Vec<(&'static str, f64)>,
+}
+
+impl Reading {
+    fn now(engine: &Handle, clock: &Clock) -> Self {
+        let mut parts: Vec<(&'static str, f64)> = Part::ALL.map(|part| (part.name(), clock.seconds(part))).into();
+        parts.push(("engine: schedule, sample, commit, send", engine.stats().overhead_seconds.snapshot().sum));
+        Self { at: Instant::now(), steps: clock.steps(), parts }
+    }
+}
+
+/// Where the time between two readings went.
 #[derive(Debug, Clone, PartialEq)]
 struct Account {
     steps: u64,
-    /// Of the steps, from the engine's clock.
+    /// Seconds on the wall.
     total: f64,
     parts: Vec<(&'static str, f64)>,
 }
 
 impl Account {
+    fn between(before: &Reading, after: &Reading) -> Self {
+        let parts = before.parts.iter().zip(&after.parts).map(|((name, from), (_, to))| (*name, to - from));
+        Self { steps: after.steps - before.steps, total: (after.at - before.at).as_secs_f64(), parts: parts.collect() }
+    }
+
     fn named(&self) -> f64 {
         self.parts.iter().map(|(_, seconds)| seconds).sum()
     }
@@ -54,179 +98,177 @@ pub(super) fn run(args: &ProfileArgs) -> Result<Report, AppError> {
     if !args.temperature.is_finite() || args.temperature < 0.0 {
         return Err(AppError::Flag(format!("--temperature {}: not a number from 0", args.temperature)));
     }
-    let decode = args.batch.iter().map(|batch| Work {
-        sequences: batch.get(),
-        prompt: args.context.get(),
-        generated: args.steps.get() + 1,
-        phase: Phase::Decode,
-    });
-    let prefill = args.prefill.iter().map(|tokens| Work {
-        sequences: 1,
-        prompt: tokens.get(),
-        generated: 1,
-        phase: Phase::Prefill,
-    });
-    let works: Vec<Work> = decode.chain(prefill).collect();
-    let most = works.iter().map(|work| work.sequences).max().unwrap_or(1);
-    let positions = works.iter().map(|work| work.prompt + work.generated.max(WARM_UP + 1)).max().unwrap_or(1);
+    let (prompt, steps, prefill_chunk) = (args.context.get(), args.steps.get(), args.prefill_chunk.get());
+    let decode = args.batch.iter().map(|batch| Work::Decode { sequences: batch.get(), prompt, steps });
+    let works: Vec<Work> =
+        decode.chain(args.prefill.iter().map(|tokens| Work::Prefill { prompt: tokens.get() })).collect();
+    let most = works.iter().map(|work| work.sequences()).max().unwrap_or(1);
+    let lengths = works.iter().map(|work| work.tokens(prefill_chunk)).map(|(prompt, generated)| prompt + generated);
+    let positions = lengths.max().unwrap_or(1);
     // A block more a sequence: the engine keeps a spare one.
-    let size = Size {
-        adapters: args.adapters.distinct(most),
-        positions,
-        blocks: most * (positions.div_ceil(BLOCK_TOKENS) + 1),
-    };
+    let blocks = most * (positions.div_ceil(BLOCK_TOKENS) + 1);
     let clock = Arc::new(Clock::default());
+    let size = Size { adapters: args.adapters.distinct(most), positions, blocks };
     let subject = Subject::load(&args.model, size, Some(clock.clone()))?;
-    let vocab = subject.model.vocab_size();
-    let (name, precision, cores) = (subject.name, subject.precision, subject.cores);
+    let (name, precision) = (subject.name, subject.precision);
     let config = EngineConfig {
         max_batch: most,
         max_queue: most,
         max_model_len: positions,
-        prefill_chunk: args.prefill_chunk.get(),
+        prefill_chunk,
         rank: subject.rank,
         sites: subject.sites,
         prefix_cache: false,
     };
-    let flags = json!({ "model": name, "precision": format!("{precision:?}"), "rank": args.model.rank, "adapters": args.adapters.to_string(), "context": args.context, "steps": args.steps, "temperature": args.temperature });
-    let mut report = Report::new("profile", flags);
+    let mut report = Report::new(
+        "profile",
+        json!({
+            "model": name, "precision": format!("{precision:?}"), "rank": args.model.rank, "threads": args.model.threads, "adapters": args.adapters.to_string(),
+            "context": args.context, "steps": args.steps, "temperature": args.temperature, "prefill_chunk": prefill_chunk,
+        }),
+    );
     report.line(&format!(
-        "{name} in {precision:?}, --rank {}, adapters: {}; temperature {}",
+        "{name} in {precision:?}, --rank {}, adapters: {}, temperature {}",
         args.model.rank, args.adapters, args.temperature
     ));
-    // The model is packed once; its engine's counters are read before and after each work.
-    let engine = Engine::start(subject.model, config)?;
+    let vocab = subject.model.vocab_size();
+    let user = User {
+        engine: Engine::start(subject.model, config)?,
+        clock,
+        vocab,
+        prefill_chunk,
+        temperature: args.temperature,
+    };
     let mut results = Vec::new();
     for work in works {
-        let cores = &cores[..args.adapters.distinct(work.sequences)];
-        let warm_up = Work { generated: WARM_UP.min(work.generated), ..work };
-        let before = Counters::of(&engine);
-        clock.clear();
-        perform(&engine, warm_up, cores, vocab, args.temperature)?;
-        let before = settled(&engine, &clock, &before);
-        clock.clear();
-        perform(&engine, work, cores, vocab, args.temperature)?;
-        let after = settled(&engine, &clock, &before);
-        let account = account(&clock, work.phase, before.until(&after));
+        let cores = &subject.cores[..args.adapters.distinct(work.sequences())];
+        let account = match work {
+            Work::Decode { steps, .. } => user.decode(work, steps, cores)?,
+            Work::Prefill { .. } => {
+                user.prefill(work, cores)?; // once for nobody
+                user.prefill(work, cores)?
+            }
+        };
         results.push(show(&mut report, work, &account));
     }
     report.insert("results", results.into());
-    engine.shutdown(Duration::ZERO);
+    user.engine.shutdown(Duration::ZERO);
     Ok(report)
 }
 
-/// Sums of the engine's own counters.
-#[derive(Debug, Clone, Copy, Default)]
-struct Counters {
-    decode: f64,
-    prefill: f64,
-    steps: u64,
+/// Who uses the engine.
+struct User {
+    engine: Handle,
+    clock: Arc<Clock>,
+    vocab: usize,
+    prefill_chunk: usize,
+    temperature: f32,
 }
 
-impl Counters {
-    fn of(engine: &Handle) -> Self {
-        let stats = engine.stats();
-        let (decode, prefill) = (stats.decode_seconds.snapshot(), stats.prefill_seconds.snapshot());
-        // Of all that a step counts, this is last.
-        let steps = stats.overhead_seconds.snapshot().count;
-        Self { decode: decode.sum, prefill: prefill.sum, steps }
+impl User {
+    fn reading(&self) -> Reading {
+        Reading::now(&self.engine, &self.clock)
     }
 
-    fn until(&self, later: &Self) -> Self {
-        let steps = later.steps - self.steps;
-        Self { decode: later.decode - self.decode, prefill: later.prefill - self.prefill, steps }
-    }
-}
-
-/// The engine's counters when they hold every step that the clock has seen: requests are answered a moment before their last step is counted.
-fn settled(engine: &Handle, clock: &Clock, before: &Counters) -> Counters {
-    let seen = clock.steps(Phase::Decode) + clock.steps(Phase::Prefill);
-    for _ in 0..1000 {
-        if before.until(&Counters::of(engine)).steps >= seen {
-            break;
+    /// From the moment in which every sequence decodes until the last one has had its steps: the batch is full all the while.
+    fn decode(&self, work: Work, steps: usize, cores: &[Arc<Cores>]) -> Result<Account, AppError> {
+        let mut sequences = self.submit(work, cores)?;
+        for events in &mut sequences {
+            next_token(events)?;
         }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Counters::of(engine)
-}
-
-/// The steps of one phase: the backend's parts from its clock, the engine's part as what is left of its steps around the model.
-fn account(clock: &Clock, phase: Phase, engine: Counters) -> Account {
-    let total = match phase {
-        Phase::Decode => engine.decode,
-        Phase::Prefill => engine.prefill,
-    };
-    let mut parts: Vec<(&'static str, f64)> =
-        Part::ALL.iter().map(|&part| (part.name(), clock.seconds(phase, part))).collect();
-    parts.push(("engine: schedule, sample, commit, send", total - clock.span_seconds(phase)));
-    Account { steps: clock.steps(phase), total, parts }
-}
-
-/// Runs the work to its end.
-fn perform(engine: &Handle, work: Work, cores: &[Arc<Cores>], vocab: usize, temperature: f32) -> Result<(), AppError> {
-    let refused = |error: &dyn std::fmt::Display| AppError::Bench(format!("the engine refused: {error}"));
-    let request = |sequence: usize| {
-        let mut random = Random(sequence as u64);
-        let prompt = (0..work.prompt).map(|_| random.below(vocab) as TokenId).collect();
-        let sampling = Sampling { temperature, seed: sequence as u64, ..Sampling::default() };
-        let cores = (!cores.is_empty()).then(|| cores[sequence % cores.len()].clone());
-        Request {
-            prompt,
-            max_tokens: work.generated,
-            min_tokens: 0,
-            stop_tokens: Vec::new(),
-            sampling,
-            logprobs: None,
-            prompt_logprobs: None,
-            capture_logits: false,
-            cores,
-            salt: CacheSalt([0; 32]),
-            use_cache: false,
+        let Some(last) = sequences.last_mut() else { return Err(AppError::Bench("no sequences".into())) };
+        for _ in 0..WARM_UP {
+            next_token(last)?;
         }
-    };
-    let requests = (0..work.sequences).map(request).collect();
-    let events = engine.submit_many(requests).map_err(|error| refused(&error))?;
-    for mut events in events {
-        loop {
-            match events.blocking_recv() {
-                Some(Event::Finished(..)) => break,
-                Some(Event::Failed(message)) => return Err(refused(&message)),
-                Some(Event::NotFinite) | None => return Err(refused(&"the logits are not finite")),
-                Some(_) => {}
+        let before = self.reading();
+        for _ in 0..steps {
+            next_token(last)?;
+        }
+        let account = Account::between(&before, &self.reading());
+        drop(sequences); // which cancels them
+        while self.engine.stats().running.get() > 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(account)
+    }
+
+    /// From the request to its first token.
+    fn prefill(&self, work: Work, cores: &[Arc<Cores>]) -> Result<Account, AppError> {
+        let before = self.reading();
+        for mut events in self.submit(work, cores)? {
+            next_token(&mut events)?;
+        }
+        // A token is sent a moment before its step is counted.
+        let stats = self.engine.stats();
+        for _ in 0..1000 {
+            if stats.overhead_seconds.snapshot().count >= self.clock.steps() {
+                break;
             }
+            std::thread::sleep(Duration::from_micros(20));
         }
+        Ok(Account::between(&before, &self.reading()))
     }
-    Ok(())
+
+    fn submit(&self, work: Work, cores: &[Arc<Cores>]) -> Result<Vec<Events>, AppError> {
+        let (prompt, max_tokens) = work.tokens(self.prefill_chunk);
+        let request = |sequence: usize| {
+            let mut random = Random(sequence as u64);
+            Request {
+                prompt: (0..prompt).map(|_| random.below(self.vocab) as TokenId).collect(),
+                max_tokens,
+                min_tokens: 0,
+                stop_tokens: Vec::new(),
+                sampling: Sampling { temperature: self.temperature, seed: sequence as u64, ..Sampling::default() },
+                logprobs: None,
+                prompt_logprobs: None,
+                capture_logits: false,
+                cores: (!cores.is_empty()).then(|| cores[sequence % cores.len()].clone()),
+                salt: CacheSalt([0; 32]),
+                use_cache: false,
+            }
+        };
+        let requests = (0..work.sequences()).map(request).collect();
+        self.engine.submit_many(requests).map_err(|error| AppError::Bench(format!("the engine refused: {error}")))
+    }
+}
+
+/// Waits for the next token of a sequence.
+fn next_token(events: &mut Events) -> Result<(), AppError> {
+    loop {
+        let ended = match events.blocking_recv() {
+            Some(Event::Token(_)) => return Ok(()),
+            Some(Event::Began { .. } | Event::Prompt(_)) => continue,
+            Some(Event::Failed(message)) => message,
+            Some(Event::NotFinite) => "the logits are not finite".into(),
+            Some(Event::Finished(..)) | None => "the completion ended too early".into(),
+        };
+        return Err(AppError::Bench(format!("the engine stopped: {ended}")));
+    }
 }
 
 fn show(report: &mut Report, work: Work, account: &Account) -> Value {
     let per_step = |seconds: f64| 1e3 * seconds / account.steps.max(1) as f64;
-    let what = match work.phase {
-        Phase::Decode => format!("decoding {} sequences after {} tokens", work.sequences, work.prompt),
-        Phase::Prefill => format!("prefill of {} tokens", work.prompt),
+    let (phase, prompt, what) = match work {
+        Work::Decode { sequences, prompt, .. } => {
+            ("decode", prompt, format!("decoding {sequences} sequences after {prompt} tokens"))
+        }
+        Work::Prefill { prompt } => ("prefill", prompt, format!("prefill of {prompt} tokens")),
     };
-    let named = account.share(account.named());
-    let mut rows: Vec<Vec<String>> = Vec::new();
-    for &(name, seconds) in &account.parts {
-        rows.push(vec![
-            name.to_owned(),
-            format!("{:.3}", per_step(seconds)),
-            format!("{:.1}", 100.0 * account.share(seconds)),
-        ]);
-    }
-    rows.push(vec![
-        "all of it".into(),
-        format!("{:.3}", per_step(account.total)),
-        format!("{:.1} by name", 100.0 * named),
-    ]);
+    let named = account.named();
+    let row = |name: &str, seconds: f64| {
+        vec![name.to_owned(), format!("{:.3}", per_step(seconds)), format!("{:.1}", 100.0 * account.share(seconds))]
+    };
+    let mut rows: Vec<Vec<String>> = account.parts.iter().map(|&(name, seconds)| row(name, seconds)).collect();
+    rows.push(row("by name", named));
+    rows.push(row("by the clock on the wall", account.total));
     report.line(&format!("\n{what}, {} steps", account.steps));
     report.table(&["", "ms a step", "%"], &rows);
     let parts: Vec<Value> = (account.parts.iter())
         .map(|&(name, seconds)| json!({ "part": name, "ms": number(per_step(seconds)), "share": number(account.share(seconds)) }))
         .collect();
     json!({
-        "phase": format!("{:?}", work.phase).to_lowercase(), "sequences": work.sequences, "prompt": work.prompt, "steps": account.steps,
-        "step_ms": number(per_step(account.total)), "named_share": number(named), "parts": parts,
+        "phase": phase, "sequences": work.sequences(), "prompt": prompt, "steps": account.steps, "step_ms": number(per_step(account.total)),
+        "named_share": number(account.share(named)), "parts": parts,
     })
 }
 
@@ -235,16 +277,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_are_of_the_engines_steps() {
-        let account = Account { steps: 2, total: 2.0, parts: vec![("a", 1.5), ("b", 0.4)] };
+    fn an_account_is_the_difference_of_two_readings() {
+        let at = Instant::now();
+        let before = Reading { at, steps: 3, parts: vec![("a", 1.0), ("b", 0.5)] };
+        let after = Reading { at: at + Duration::from_secs(2), steps: 5, parts: vec![("a", 2.5), ("b", 0.9)] };
+        let account = Account::between(&before, &after);
+        assert_eq!((account.steps, account.total), (2, 2.0));
         assert!((account.named() - 1.9).abs() < 1e-12);
         assert!((account.share(account.named()) - 0.95).abs() < 1e-12);
     }
 
     #[test]
-    fn counters_are_compared_by_their_differences() {
-        let before = Counters { decode: 1.0, prefill: 2.0, steps: 3 };
-        let between = before.until(&Counters { decode: 1.5, prefill: 2.0, steps: 7 });
-        assert_eq!((between.decode, between.prefill, between.steps), (0.5, 0.0, 4));
+    fn the_first_sequences_go_on_until_the_last_has_had_its_steps() {
+        // 32 prompts of 64 tokens in chunks of 256: the last begins 8 steps or more after the first.
+        let (prompt, generated) = Work::Decode { sequences: 32, prompt: 64, steps: 10 }.tokens(256);
+        assert!(prompt == 64 && generated > 10 + WARM_UP + 8);
+        assert_eq!(Work::Prefill { prompt: 512 }.tokens(256), (512, 1));
     }
 }

@@ -92,14 +92,14 @@ fn a_profile_names_the_parts_of_both_kinds_of_steps() {
     let report = profile::run(&args).unwrap();
     let results = results(&report, "results");
     assert_eq!(results.len(), 3);
-    assert_eq!(results.iter().map(|result| result["steps"].as_u64().unwrap()).collect::<Vec<_>>(), [6, 6, 3]);
+    let phases: Vec<&str> = results.iter().map(|result| result["phase"].as_str().unwrap()).collect();
+    assert_eq!(phases, ["decode", "decode", "prefill"]);
     for result in results {
         let parts = result["parts"].as_array().unwrap();
         let part = |name: &str| parts.iter().find(|part| part["part"] == name).unwrap();
         for name in ["begin", "embed", "qkv", "attention", "o", "gate_up", "down", "head", "read"] {
             assert!(positive(&part(name)["ms"]), "{name} of {result}");
         }
-        let named = result["named_share"].as_f64().unwrap();
-        assert!((0.0..=1.0 + 1e-6).contains(&named), "{result}");
+        assert!(positive(&result["named_share"]) && positive(&result["steps"]), "{result}");
     }
 }
