@@ -159,6 +159,12 @@ pub trait Backend: Send {
         kv: &mut Self::Kv,
         out: &mut Self::Buffer,
     ) -> Result<(), KernelError>;
-    /// Copies a buffer's rows (as many as the last operation wrote) to the host, row-major, replacing what `out` held.
-    fn read(&mut self, buffer: &Self::Buffer, out: &mut Vec<f32>) -> Result<(), KernelError>;
+    /// Brings a buffer's rows (as many as the last operation wrote) to the host, row-major, replacing what `out` held. What the buffer
+    /// holds afterwards is unspecified: a backend on the host exchanges the two instead of copying megabytes of logits.
+    fn read(&mut self, buffer: &mut Self::Buffer, out: &mut Vec<f32>) -> Result<(), KernelError>;
+    /// Runs `work(0)`, ..., `work(items - 1)` in any order, on the backend's threads if it has any: work on the host between steps, such as
+    /// sampling, without a second pool that fights for the same processors.
+    fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..items).for_each(work);
+    }
 }

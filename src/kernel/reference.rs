@@ -245,7 +245,7 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn read(&mut self, buffer: &ReferenceBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
+    fn read(&mut self, buffer: &mut ReferenceBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
         out.clone_from(&buffer.data);
         Ok(())
     }
@@ -365,7 +365,7 @@ mod tests {
             backend.embed(&step, &table, &mut x).unwrap();
             backend.product(&step, &linear, Rows::All, None, &x, Epilogue::Store, &mut out).unwrap();
             let mut values = Vec::new();
-            backend.read(&out, &mut values).unwrap();
+            backend.read(&mut out, &mut values).unwrap();
             assert_eq!(values, want);
         }
     }
@@ -395,7 +395,7 @@ mod tests {
             backend.embed(&step, &table, &mut qkv).unwrap();
             backend.attend(&step, &spec, 0, &qkv, &mut kv, &mut out).unwrap();
             let mut values = Vec::new();
-            backend.read(&out, &mut values).unwrap();
+            backend.read(&mut out, &mut values).unwrap();
             assert!(values.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-6), "{values:?}");
         }
     }

@@ -130,7 +130,7 @@ pub(super) fn run_product<B: Backend>(
     let norm = backend.norm(&Random(seed + 1).units(group.inputs), 1e-5)?;
     backend.product(&step, linear, rows, group.norm.then_some(&norm), &x, group.epilogue, &mut out)?;
     let mut result = Vec::new();
-    backend.read(&out, &mut result)?;
+    backend.read(&mut out, &mut result)?;
     Ok(result)
 }
 
@@ -281,7 +281,7 @@ impl AttentionCase {
             backend.embed(&begun, &table, &mut qkv).unwrap();
             backend.attend(&begun, &attention, 1, &qkv, &mut kv, &mut out).unwrap();
             let mut values = Vec::new();
-            backend.read(&out, &mut values).unwrap();
+            backend.read(&mut out, &mut values).unwrap();
             let mut rows_of = values.chunks(self.heads * self.head_dim).map(<[f32]>::to_vec);
             for &(sequence, rows) in step {
                 results[sequence].extend(rows_of.by_ref().take(rows));

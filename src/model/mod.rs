@@ -40,6 +40,10 @@ pub trait Model: Send {
     fn kv_blocks(&self) -> usize;
     /// Runs a step: writes K and V of every row into the cache, and the logits of `batch.logits_rows` to `logits`, `[logits_rows, vocab]` row-major, replacing what it held.
     fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError>;
+    /// Runs `work(0)`, ..., `work(items - 1)` in any order, on the threads that the model's backend has (see [`crate::kernel::Backend::parallel`]).
+    fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..items).for_each(work);
+    }
 }
 
 #[cfg(test)]

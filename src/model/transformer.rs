@@ -249,4 +249,8 @@ impl<B: Backend> Model for Transformer<B> {
         backend.read(head_out, logits)?;
         Ok(())
     }
+
+    fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.backend.parallel(items, work);
+    }
 }

@@ -187,7 +187,7 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
-    fn read(&mut self, buffer: &CandleBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
+    fn read(&mut self, buffer: &mut CandleBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
         out.clear();
         if let Some(data) = &buffer.data {
             out.extend(data.flatten_all()?.to_vec1::<f32>()?);

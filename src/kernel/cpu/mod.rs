@@ -26,8 +26,6 @@ mod step;
 mod tests;
 mod tile;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use half::bf16;
 
 pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
@@ -282,33 +280,27 @@ impl Backend for CpuBackend {
         });
         let out = Shared(out.data.as_mut_ptr());
         let job = AttendJob { kernels, spec: attention, step, layer, queries: &self.queries, kv, out };
-        let (next, items) = (AtomicUsize::new(0), job.items());
         let scratch = Shared(self.scratch.as_mut_ptr());
         let (job, scratch) = (&job, &scratch);
-        let attend = |thread: usize| {
+        self.pool.deal(job.items(), 1, &|thread, items| {
             // SAFETY: one scratch a thread, and each thread has its own number.
             let scratch = unsafe { &mut *scratch.0.add(thread) };
-            // Which thread takes an item does not matter to its bits, so the one that is free does.
-            loop {
-                let item = next.fetch_add(1, Ordering::Relaxed);
-                if item >= items {
-                    break;
-                }
+            for item in items {
                 // SAFETY: as above; items are handed out once each, and no two share an element of the result.
                 unsafe { (job.kernels.attend)(job, item, scratch) };
             }
-        };
-        if items == 1 {
-            attend(0)
-        } else {
-            self.pool.run(&attend)
-        }
+        });
         Ok(())
     }
 
-    fn read(&mut self, buffer: &CpuBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
-        out.clear();
-        out.extend_from_slice(buffer.used());
+    fn read(&mut self, buffer: &mut CpuBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
+        std::mem::swap(&mut buffer.data, out);
+        out.truncate(buffer.rows * buffer.width);
+        buffer.rows = 0;
         Ok(())
+    }
+
+    fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.pool.each(items, work);
     }
 }

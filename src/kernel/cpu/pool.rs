@@ -118,6 +118,31 @@ impl Pool {
     }
 }
 
+impl Pool {
+    /// Hands out `0..items` in pieces of so many to whichever thread is free, with the thread's number. Alone when there is one piece.
+    /// For work of uneven length, and for machines that take a processor away now and then: the other thread goes on with the rest.
+    pub(super) fn deal(&mut self, items: usize, piece: usize, region: &(dyn Fn(usize, std::ops::Range<usize>) + Sync)) {
+        if items <= piece {
+            return region(0, 0..items);
+        }
+        let next = AtomicUsize::new(0);
+        self.run(&|thread| {
+            loop {
+                let first = next.fetch_add(piece, Ordering::Relaxed);
+                if first >= items {
+                    break;
+                }
+                region(thread, first..items.min(first + piece));
+            }
+        });
+    }
+
+    /// Runs the function once an item.
+    pub(super) fn each(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.deal(items, 1, &|_, range| range.for_each(work));
+    }
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);

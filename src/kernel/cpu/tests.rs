@@ -155,7 +155,7 @@ fn stale_slots_of_a_block_are_never_read() {
                 backend.embed(&step, &table, &mut qkv).unwrap();
                 backend.attend(&step, &attention, 0, &qkv, kv, &mut out).unwrap();
                 let mut values = Vec::new();
-                backend.read(&out, &mut values).unwrap();
+                backend.read(&mut out, &mut values).unwrap();
                 values
             };
             let mut fresh = CpuKv::new(shape, precision).unwrap();
