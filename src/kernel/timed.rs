@@ -194,10 +194,14 @@ impl<B: Backend> Backend for Timed<B> {
         Ok(())
     }
 
-    fn read(&mut self, buffer: &B::Buffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
+    fn read(&mut self, buffer: &mut B::Buffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
         let since = Instant::now();
         self.inner.read(buffer, out)?;
         self.ended(Part::Read, since);
         Ok(())
+    }
+
+    fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.inner.parallel(items, work);
     }
 }
