@@ -255,4 +255,23 @@ mod tests {
         assert_eq!((serve.engine.max_batch, serve.engine.kv_cache_mb, serve.state.sync), (9, Some(7), SyncMode::Full));
         assert_eq!(serve.model.basis_dir, args.model.basis_dir);
     }
+
+    /// A flag that `mote serve` gets one day must be passed on as well.
+    #[test]
+    fn every_flag_of_the_model_and_the_engine_is_passed_on() {
+        let line = "mote bench served --threads 3 --kv-cache-mb 7 --max-model-len 64 --basis-dir b";
+        let Given::Bench(bench) = Cli::parse_from(line.split(' ')).command else { panic!("not a bench") };
+        let BenchCommand::Served(args) = bench.command else { panic!("not served") };
+        let setup = Setup { model: &args.model, rank: 2, engine: Some(&args.engine), sync: SyncMode::Normal };
+        let passed = flags(&setup);
+        let cli = Cli::command();
+        let serve = cli.find_subcommand("serve").unwrap();
+        let flags = serve.get_arguments().filter(|arg| matches!(arg.get_help_heading(), Some("Model" | "Engine")));
+        let missing: Vec<&str> = (flags.filter_map(|arg| arg.get_long()))
+            // The first is for who looks after a basis, the second is always given.
+            .filter(|long| !["recompute-basis", "no-prefix-cache"].contains(long))
+            .filter(|long| !passed.contains(&OsString::from(format!("--{long}"))))
+            .collect();
+        assert_eq!(missing, [""; 0]);
+    }
 }
