@@ -16,6 +16,7 @@ mod backend;
 pub mod candle;
 mod check;
 pub mod cpu;
+pub mod host;
 pub mod reference;
 mod rounding;
 #[cfg(test)]

@@ -10,7 +10,7 @@ use super::{
     reader::{Delta, End, Prompt, Reader, Show, TokenScore},
 };
 use crate::{
-    engine::{FinishReason, Request, SubmitError},
+    engine::{FinishReason, Priority, Request, SubmitError},
     telemetry::{Metrics, TokenLabels},
     tenant::Caller,
     text::{StopStrings, TokenizerError},
@@ -164,6 +164,7 @@ impl Service {
                     cores: lease.cores.clone(),
                     salt: lease.salt,
                     use_cache: lease.cacheable,
+                    priority: Priority::Interactive,
                 });
             }
         }

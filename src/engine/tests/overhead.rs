@@ -59,7 +59,7 @@ fn overhead_of_a_row() {
         let once = |index| {
             let started = std::time::Instant::now();
             let question = Question::Next { sampling: &sampling, index, forbidden: &[], counts: None, logprobs };
-            sampler.answer(&row, WIDE, &[question]).remove(0).unwrap();
+            ask_with(&mut sampler, &row, WIDE, &[question], &mut |_, work| work(0)).remove(0).unwrap();
             started.elapsed()
         };
         let best = (0..500).map(once).min().unwrap();
