@@ -17,7 +17,7 @@ use super::{
 use crate::{
     app::AppError,
     config::ProfileArgs,
-    engine::{Engine, EngineConfig, Event, Events, Handle, Request, Sampling},
+    engine::{Engine, EngineConfig, Event, Events, Handle, Priority, Request, Sampling},
     kernel::{BLOCK_TOKENS, Clock, Cores, Part},
     types::{CacheSalt, TokenId},
 };
@@ -62,9 +62,11 @@ struct Reading {
 }
 
 impl Reading {
+    /// The backend's parts, then the engine's. Its time in the model is not one of them: what the parts leave of it has no name.
     fn now(engine: &Handle, clock: &Clock) -> Self {
         let mut parts: Vec<(&'static str, f64)> = Part::ALL.map(|part| (part.name(), clock.seconds(part))).into();
-        parts.push(("engine: schedule, sample, commit, send", engine.stats().overhead_seconds.snapshot().sum));
+        let phases = engine.stats().phases.all();
+        parts.extend(phases.into_iter().filter(|(name, _)| *name != "forward").map(|(name, time)| (name, time.get())));
         Self { at: Instant::now(), steps: clock.steps(), parts }
     }
 }
@@ -116,6 +118,8 @@ pub(super) fn run(args: &ProfileArgs) -> Result<Report, AppError> {
         max_queue: most,
         max_model_len: positions,
         prefill_chunk,
+        idle_prefill_chunk: prefill_chunk,
+        background_rows: 0,
         rank: subject.rank,
         sites: subject.sites,
         prefix_cache: false,
@@ -198,14 +202,6 @@ impl User {
         for mut events in self.submit(work, cores)? {
             next_token(&mut events)?;
         }
-        // A token is sent a moment before its step is counted.
-        let stats = self.engine.stats();
-        for _ in 0..1000 {
-            if stats.overhead_seconds.snapshot().count >= self.clock.steps() {
-                break;
-            }
-            std::thread::sleep(Duration::from_micros(20));
-        }
         Ok(Account::between(&before, &self.reading()))
     }
 
@@ -225,6 +221,7 @@ impl User {
                 cores: (!cores.is_empty()).then(|| cores[sequence % cores.len()].clone()),
                 salt: CacheSalt([0; 32]),
                 use_cache: false,
+                priority: Priority::Interactive,
             }
         };
         let requests = (0..work.sequences()).map(request).collect();

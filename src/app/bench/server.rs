@@ -177,6 +177,8 @@ fn flags(setup: &Setup<'_>) -> Vec<OsString> {
         flag("--max-batch", engine.max_batch.to_string().into());
         flag("--max-queue", engine.max_queue.to_string().into());
         flag("--prefill-chunk", engine.prefill_chunk.to_string().into());
+        flag("--idle-prefill-chunk", engine.idle_prefill_chunk.to_string().into());
+        flag("--background-rows", engine.background_rows.to_string().into());
         if let Some(length) = engine.max_model_len {
             flag("--max-model-len", length.to_string().into());
         }

@@ -97,7 +97,7 @@ fn a_profile_names_the_parts_of_both_kinds_of_steps() {
     for result in results {
         let parts = result["parts"].as_array().unwrap();
         let part = |name: &str| parts.iter().find(|part| part["part"] == name).unwrap();
-        for name in ["begin", "embed", "qkv", "attention", "o", "gate_up", "down", "head", "read"] {
+        for name in ["begin", "embed", "qkv", "attention", "o", "gate_up", "down", "head", "read", "sample", "commit"] {
             assert!(positive(&part(name)["ms"]), "{name} of {result}");
         }
         assert!(positive(&result["named_share"]) && positive(&result["steps"]), "{result}");
