@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def arguments() -> argparse.Namespace:
     add("--mote-decode-flags", type=shlex.split, metavar="'..'", help="flags of a second variant of ours for batch 1, e.g. '--dtype q4'")
     add("--lora-dtype", choices=("f16", "f32"), default="f16", help="dtype of llama.cpp's LoRA files")
     add("--wait-idle", type=float, default=30, metavar="S", help="wait so long for an idle machine before each measurement")
+    add("--tries", type=int, default=3, help="a measurement that others disturbed is taken again, at most so often")
     add("--work", type=Path, default=REPOSITORY / "target/bench", help="builds, formats, logs, data folders")
     add("--venv", type=Path, default=REPOSITORY / "target/bench-venv", help="where the peers' packages are installed")
     add("--llama-bin", type=Path, help="a folder with llama.cpp's tools, instead of building them")
@@ -65,7 +67,7 @@ class Runner:
     """One run: what is installed, what was measured."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.results, self.watch = args, Results(), machine.Watch(args.wait_idle)
+        self.args, self.results, self.watch = args, Results(), machine.Watch(args.wait_idle, args.tries)
         self.logs = args.work / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.llama: install.LlamaCpp | None = None
@@ -91,13 +93,13 @@ class Runner:
             with self.leaving_out("torch"):
                 python = install.torch_python(venv, args.torch_python)
                 for dtype in ("bf16", "f32"):
-                    self.workers.append(workers.Worker(f"PEFT {dtype}", python, ["torch", shape, dtype, args.threads], adapters, self.logs))
+                    self.workers.append(workers.Worker(f"PEFT {dtype}", python, ["torch", shape, dtype, args.threads], adapters, True, self.logs))
         if "mistral" in args.only:
             with self.leaving_out("mistral"):
                 if "Q4_0" not in self.formats:
                     raise install.Missing("mistral.rs is measured on the Q4_0 file that llama-quantize makes: llama and Q4_0 are needed")
-                python, folder = install.mistralrs_python(venv), args.work / "loras"
-                self.workers.append(workers.Worker("mistral.rs Q4_0", python, ["mistral", self.formats["Q4_0"], folder, shape, args.threads], adapters, self.logs))
+                python = install.mistralrs_python(venv)
+                self.workers.append(workers.Worker("mistral.rs Q4_0", python, ["mistral", self.formats["Q4_0"], args.threads], 0, False, self.logs))
 
     @contextlib.contextmanager
     def leaving_out(self, peer: str):
@@ -115,18 +117,14 @@ class Runner:
         made = []
         for fmt in self.args.formats if self.llama else []:
             log = self.logs / f"llama-server-{fmt}-{clients}.log"
-            server = LlamaServer(self.llama, fmt, self.formats[fmt], self.loras[:clients], clients, context, self.args.threads, log)
-            server.adapters = clients
-            made.append(server)
+            made.append(LlamaServer(self.llama, fmt, self.formats[fmt], self.loras[:clients], clients, context, self.args.threads, log))
         return made
 
     def mote_server(self, name: str = "mote", flags: tuple[str, ...] = (), adapters: int = 0) -> MoteServer:
         """One of our servers; `adapters` are uploaded once it runs."""
         args, folder = self.args, name.replace(" ", "-")
         all_flags = [*args.mote_flags, *flags]
-        server = MoteServer(name, args.mote, args.model, all_flags, args.threads, args.work / "data" / folder, self.logs / f"{folder}.log")
-        server.adapters = adapters
-        return server
+        return MoteServer(name, args.mote, args.model, all_flags, adapters, args.threads, args.work / "data" / folder, self.logs / f"{folder}.log")
 
     @contextlib.contextmanager
     def running(self, servers: list[Server]):
@@ -167,13 +165,12 @@ class Runner:
             with self.running([*servers, *self.llama_servers(clients)]) as alive:
                 for server in alive:
                     loads.warm_up(server, clients)
-                kinds = lambda server: loads.KINDS if server.adapters else ("base",)  # noqa: E731
-                cases = [loads.served(s, clients, kind, self.args.per_client) for s in alive for kind in kinds(s)]
+                cases = [loads.served(s, clients, kind, self.args.per_client) for s in alive for kind in loads.kinds(s)]
                 if clients == min(self.args.clients):
-                    cases += [worker.served(clients, kind) for worker in self.workers for kind in loads.KINDS]
+                    cases += [worker.served(clients, kind) for worker in self.workers if worker.batched for kind in loads.kinds(worker)]
                 self.measure(f"served, {clients} clients", cases)
                 if "streamed" in self.args.parts:
-                    cases = [loads.latency(s, clients, kind) for s in alive for kind in kinds(s) if kind != "one"]
+                    cases = [loads.latency(s, clients, kind) for s in alive for kind in loads.kinds(s) if kind != "one"]
                     self.measure(f"streamed, {clients} clients", cases, max(1, self.args.rounds // 2))
 
     def forward(self) -> None:
@@ -248,15 +245,16 @@ class Runner:
                 if memory := worker.stop():
                     self.results.facts.setdefault("memory", {})[worker.name] = memory
         self.save()
-        print("\n" + report.markdown(self.results, self.watch.warnings, self.watch.checks))
+        print("\n" + report.markdown(self.results, self.watch.warnings))
 
     def save(self) -> None:
         """Writes --out, if it was given."""
         if self.args.out:
             settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
             settings |= {"command": shlex.join(sys.argv), "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-            report.write(self.results, self.watch.warnings, self.watch.checks, settings, self.args.out)
+            report.write(self.results, self.watch.warnings, settings, self.args.out)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that the servers are ended too
     Runner(arguments()).run()

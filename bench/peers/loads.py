@@ -17,6 +17,11 @@ def _adapter(kind: str, number: int) -> int | None:
     return {"base": None, "one": 0, "own": number}[kind]
 
 
+def kinds(server) -> tuple[str, ...]:
+    """The kinds of load that a server or worker can take: without adapters only the base."""
+    return KINDS if server.adapters else ("base",)
+
+
 def _quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -58,12 +63,11 @@ def resident(server: MoteServer, clients: int, per_client: int) -> Case:
 
 def warm_up(server: Server, clients: int) -> None:
     """A burst that is not counted: first use of buffers, of threads, of every adapter."""
-    for kind in KINDS:
-        if kind == "base" or getattr(server, "adapters", 0):
-            texts = prompts.short(seed("warm", 0, kind), clients)
-            work = [[server.completion(text, 4, _adapter(kind, i))] for i, text in enumerate(texts)]
-            with server:
-                client.load(server.port, work, expect=4)
+    for kind in kinds(server):
+        texts = prompts.short(seed("warm", 0, kind), clients)
+        work = [[server.completion(text, 4, _adapter(kind, i))] for i, text in enumerate(texts)]
+        with server:
+            client.load(server.port, work, expect=4)
 
 
 def latency(server: Server, clients: int, kind: str) -> Case:

@@ -37,15 +37,16 @@ def memory_mb(pid: int) -> dict[str, float]:
 class Watch:
     """Looks at the processor around each measurement and remembers when others were using it.
 
-    `max_wait_s`: how long to wait for an idle machine before measuring all the same (and saying so).
+    `max_wait_s`: how long to wait for an idle machine before measuring all the same (and saying so). `tries`: how often a
+    measurement that was disturbed is taken again; the least disturbed one counts.
     """
 
     max_wait_s: float = 0.0
+    tries: int = 1
     warnings: list[str] = field(default_factory=list)
-    checks: int = 0
 
-    def before(self, what: str) -> float:
-        """Share of all cores that others use, over one second in which we do nothing. Warns when it is not idle."""
+    def before(self) -> float:
+        """Share of all cores that others use, over a second in which we do nothing; waits for an idle one if allowed to."""
         deadline = time.monotonic() + self.max_wait_s
         while True:
             busy0, steal0, all0 = _cpu_ticks()
@@ -53,17 +54,14 @@ class Watch:
             busy1, steal1, all1 = _cpu_ticks()
             share = (busy1 - busy0 + steal1 - steal0) / max(1, all1 - all0)
             if share <= IDLE_SHARE or time.monotonic() >= deadline:
-                break
-        self.checks += 1
-        if share > IDLE_SHARE:
-            self._warn(f"before {what}: {share:.0%} of the processor was in use by others (load {os.getloadavg()[0]:.1f})")
-        return round(share, 4)
+                return round(share, 4)
 
-    def during(self, what: str, pids: list[int]) -> "Span":
+    def during(self, pids: list[int]) -> "Span":
         """Context manager: how much of the processor others took while `pids` and this process worked."""
-        return Span(self, what, [os.getpid(), *pids])
+        return Span([os.getpid(), *pids])
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Says loudly that a measurement is not to be trusted, and remembers it."""
         self.warnings.append(text)
         print(f"  !! NOT IDLE {text}", flush=True)
 
@@ -71,9 +69,10 @@ class Watch:
 class Span:
     """CPU accounting over a measurement; read `figures` after the `with` block."""
 
-    def __init__(self, watch: Watch, what: str, pids: list[int]):
-        self.watch, self.what, self.pids = watch, what, pids
+    def __init__(self, pids: list[int]):
+        self.pids = pids
         self.figures: dict[str, float] = {}
+        self.disturbance = 0.0
 
     def __enter__(self) -> "Span":
         self.ticks = _cpu_ticks()
@@ -92,14 +91,13 @@ class Span:
         ours = [now - then for now, then in zip(self._seconds(), self.ours)]
         total = max(total, 1)
         foreign = max(0.0, busy - sum(ours) * TICKS) / total
+        self.disturbance = foreign + steal / total
         self.figures = {
             "client_cpu": round(ours[0] * TICKS / total, 4),
             "server_cpu": round(sum(ours[1:]) * TICKS / total, 4),
             "foreign_cpu": round(foreign, 4),
             "stolen_cpu": round(steal / total, 4),
         }
-        if foreign + steal / total > IDLE_SHARE:
-            self.watch._warn(f"during {self.what}: others took {foreign:.0%}, the host stole {steal / total:.0%}")
 
 
 def describe() -> dict:

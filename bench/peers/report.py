@@ -82,7 +82,7 @@ def target_rows(results: Results) -> list[dict]:
         rows.append(made)
         if ours is None:
             continue
-        made |= {"ours_case": ours, "ours": results.median(ours), "met": ""}
+        made |= {"ours_case": ours, "ours": results.median(ours), "met": "", "disturbed": results.disturbed(ours)}
         if row.kind != "ratio":
             made["met"] = _met(row, made["ours"])
             continue
@@ -94,6 +94,7 @@ def target_rows(results: Results) -> list[dict]:
             continue
         ratio, low, high = results.ratio(ours, theirs)
         made |= {"theirs_case": theirs, "theirs": results.median(theirs), "ratio": ratio, "ratio_range": [low, high], "met": _met(row, ratio)}
+        made["disturbed"] = made["disturbed"] or results.disturbed(theirs)
     return rows
 
 
@@ -108,7 +109,8 @@ def _targets_table(rows: list[dict]) -> str:
         peer = f"{_short(row['theirs'])} ({row['theirs_case'].split('/')[1]})" if "theirs" in row else ""
         ratio = f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f}..{row['ratio_range'][1]:.2f})" if "ratio" in row else ""
         goal = "" if row["target"] is None else f"{_short(row['target'])}" + (f" / {_short(row['stretch'])}" if row["stretch"] else "")
-        made.append([row["row"], value, peer, ratio, goal, row["met"]])
+        met = f"NOT TRUSTED ({row['met'] or '-'})" if row.get("disturbed") else row["met"]
+        made.append([row["row"], value, peer, ratio, goal, met])
     return _table(["", "ours", "compared with", "ratio (least..greatest of a round)", "target / stretch", "met"], made)
 
 
@@ -135,13 +137,18 @@ def _memory_table(results: Results) -> str:
     return _table(["server", "resident after start, MiB", "peak, MiB"], rows) if rows else ""
 
 
-def markdown(results: Results, warnings: list[str], checks: int) -> str:
+def markdown(results: Results, warnings: list[str]) -> str:
     """Everything for a person, as Markdown."""
     parts = []
+    measured = sum("others_before" in detail for details in results.details.values() for detail in details)
     if warnings:
-        parts.append(f"**The machine was NOT idle in {len(warnings)} of {2 * checks} looks: these numbers are not to be trusted.** First: {warnings[0]}.")
+        parts.append(
+            f"**The machine was NOT idle in {len(warnings)} of {measured} measurements: rows marked so are not to be trusted.** "
+            "llama.cpp's threads spin on barriers, so that a busy neighbour costs it far more than its share. "
+            f"First: {warnings[0]}."
+        )
     else:
-        parts.append(f"The machine was idle before and during each of {checks} measurements.")
+        parts.append(f"The machine was idle during each of {measured} measurements.")
     parts.append(_targets_table(target_rows(results)))
     parts.append("The peer of a row is the fastest of all peers and formats measured, whatever its precision.")
     parts += [part for part in (_latency_table(results), _memory_table(results)) if part]
@@ -151,7 +158,7 @@ def markdown(results: Results, warnings: list[str], checks: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(results: Results, warnings: list[str], checks: int, settings: dict, out: Path) -> None:
+def write(results: Results, warnings: list[str], settings: dict, out: Path) -> None:
     """`out` (JSON: every value of every round, settings, machine) and the same name with .md."""
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {
@@ -164,4 +171,4 @@ def write(results: Results, warnings: list[str], checks: int, settings: dict, ou
         "cases": {key: {"median": results.median(key), "values": values, "rounds": results.details[key]} for key, values in results.values.items()},
     }
     out.write_text(json.dumps(document, indent=1, default=str) + "\n")
-    out.with_suffix(".md").write_text(markdown(results, warnings, checks))
+    out.with_suffix(".md").write_text(markdown(results, warnings))

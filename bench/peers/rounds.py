@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .machine import Watch
+from .machine import IDLE_SHARE, Watch
 
 
 @dataclass
@@ -40,10 +40,31 @@ class Results:
         ratios = [x / y for x, y in zip(a, b)]
         return statistics.median(ratios), min(ratios), max(ratios)
 
+    def disturbed(self, key: str) -> bool:
+        """Whether others used the machine during any round of a case."""
+        return any(detail.get("disturbed") for detail in self.details.get(key, []))
+
     def best(self, keys: list[str]) -> str | None:
         """The key with the greatest median among those measured."""
         measured = [key for key in keys if self.values.get(key)]
         return max(measured, key=lambda key: self.median(key), default=None)
+
+
+def _measure(case: Case, number: int, watch: Watch) -> tuple[float, dict]:
+    """One measurement, taken again while others disturb it and tries are left; the least disturbed one."""
+    best: tuple[float, dict] | None = None
+    for _ in range(watch.tries):
+        before = watch.before()
+        with watch.during(case.pids) as span:
+            value, details = case.run(number)
+        figures = {"others_before": before, **span.figures, "disturbed": span.disturbance > IDLE_SHARE, **details}
+        if best is None or span.disturbance < least:
+            best, least = (value, figures), span.disturbance
+        if least <= IDLE_SHARE:
+            break
+    if best[1]["disturbed"]:
+        watch.warn(f"during {case.key}: others took {best[1]['foreign_cpu']:.0%}, the host stole {best[1]['stolen_cpu']:.0%}")
+    return best
 
 
 def interleave(group: str, cases: list[Case], rounds: int, watch: Watch, results: Results) -> None:
@@ -53,10 +74,8 @@ def interleave(group: str, cases: list[Case], rounds: int, watch: Watch, results
     for number in range(rounds):
         turn = number % max(1, len(alive))
         for case in [*alive[turn:], *alive[:turn]]:
-            idle = watch.before(case.key)
             try:
-                with watch.during(case.key, case.pids) as span:
-                    value, details = case.run(number)
+                value, details = _measure(case, number, watch)
             except Exception as error:  # one peer's failure must not end the others' run; it is reported
                 results.failures[case.key] = f"{type(error).__name__}: {error}"
                 results.values.pop(case.key, None)
@@ -65,5 +84,5 @@ def interleave(group: str, cases: list[Case], rounds: int, watch: Watch, results
                 print(f"  {case.key:44} FAILED {error}", flush=True)
                 continue
             results.values.setdefault(case.key, []).append(value)
-            results.details.setdefault(case.key, []).append({"others_before": idle, **span.figures, **details})
-            print(f"  {case.key:44} {value:10.1f}  others {span.figures['foreign_cpu']:.0%}", flush=True)
+            results.details.setdefault(case.key, []).append(details)
+            print(f"  {case.key:44} {value:10.1f}  others {details['foreign_cpu']:.0%}", flush=True)

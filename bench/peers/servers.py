@@ -28,9 +28,8 @@ class Server:
     """A server process on 127.0.0.1. `with server:` wakes it; outside of it the process is stopped and takes no CPU."""
 
     name = "server"
-    precision = ""
-    version = ""
     health = "/health"
+    adapters = 0  # how many can be named in a request: 0 .. adapters
 
     def __init__(self, name: str, command: list, log: Path):
         self.name, self.log = name, log
@@ -100,7 +99,7 @@ class LlamaServer(Server):
 
     def __init__(self, llama, fmt: str, model: Path, loras: list[Path], slots: int, context: int, threads: int, log: Path):
         self.port = free_port()
-        self.precision, self.version = fmt, llama.version
+        self.adapters = len(loras)
         command = [llama.tool("llama-server"), "-m", model, "--host", "127.0.0.1", "--port", self.port, "-t", threads, "-tb", threads]
         command += ["-np", slots, "-c", slots * context, "--no-cache-prompt", "--cache-ram", 0, "--no-ui", "-lv", 2]
         if loras:
@@ -114,14 +113,13 @@ class LlamaServer(Server):
 
 
 class MoteServer(Server):
-    """Our server; `flags` are appended, so that variants (--rank 0, --dtype ..) are one class."""
+    """Our server with `adapters` to be uploaded; `flags` are appended, so that variants (--rank 0, --dtype ..) are one class."""
 
     health = "/readyz"
 
-    def __init__(self, name: str, binary: Path, model: Path, flags: list[str], threads: int, data_dir: Path, log: Path):
+    def __init__(self, name: str, binary: Path, model: Path, flags: list[str], adapters: int, threads: int, data_dir: Path, log: Path):
         self.port = free_port()
-        self.flags = flags
-        self.precision = flags[flags.index("--dtype") + 1] if "--dtype" in flags else "auto"
+        self.adapters = adapters
         self.base_id = model.stem
         shutil.rmtree(data_dir, ignore_errors=True)
         command = [binary, "serve", "--no-auth", "--listen", f"127.0.0.1:{self.port}", "--model", model, "--model-id", self.base_id]

@@ -30,6 +30,8 @@ class Worker:
         for name in self.names[1:]:
             self.lora.add_adapter(name, lora)
         self.lora.to(self.model.dtype).eval()
+        for kind in ("base", "one", "own"):
+            self.batch(kind, ["not counted"], 2)
 
     def _ids(self, batch: int, length: int, seed: int) -> torch.Tensor:
         return torch.randint(1000, self.vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -14,10 +14,10 @@ from .rounds import Case
 
 
 class Worker:
-    """One such process. It is stopped (SIGSTOP) between measurements."""
+    """One such process. It is stopped (SIGSTOP) between measurements. `batched`: whether it takes more than one row."""
 
-    def __init__(self, name: str, python: Path, arguments: list, adapters: int, logs: Path):
-        self.name, self.adapters = name, adapters
+    def __init__(self, name: str, python: Path, arguments: list, adapters: int, batched: bool, logs: Path):
+        self.name, self.adapters, self.batched = name, adapters, batched
         script = Path(__file__).with_name(f"worker_{arguments[0]}.py")
         self.command = [str(part) for part in (python, script, *arguments[1:], adapters)]
         self.log = logs / f"{name.replace(' ', '-')}.log"
@@ -85,8 +85,9 @@ class Worker:
 
     def forward(self) -> list[Case]:
         """Batch-1 decode, prefill of 512 tokens, and 32 sequences decoding at context 512."""
-        return [
+        single = [
             self._case(f"decode1/{self.name}/tool", lambda number: {"do": "decode", "batch": 1, "context": 64, "tokens": 128, "seed": number}),
             self._case(f"pp512/{self.name}/tool", lambda number: {"do": "prefill", "tokens": 512, "seed": number}),
-            self._case(f"context512/{self.name}/tool", lambda number: {"do": "decode", "batch": 32, "context": 512, "tokens": 32, "seed": number}),
         ]
+        batch = self._case(f"context512/{self.name}/tool", lambda number: {"do": "decode", "batch": 32, "context": 512, "tokens": 32, "seed": number})
+        return [*single, batch] if self.batched else single
