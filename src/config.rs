@@ -81,7 +81,8 @@ pub struct ModelArgs {
     /// The id under which the base is served [default: the file's or folder's name].
     #[arg(long, env = "MOTE_MODEL_ID", value_name = "NAME")]
     pub model_id: Option<String>,
-    /// How weights are held. `auto`: as the file suggests (f32 for f32, bf16 for bf16 and f16, q8 for quantised files). `f32` dequantises everything.
+    /// How weights are held. `auto`: as the file suggests (f32 for f32, bf16 for bf16 and f16, q8 for quantised files). `f32` dequantises everything;
+    /// `q8` leaves 4-bit files as they are; `q4` makes 4 bits of any file, which is faster at small batches and coarser.
     #[arg(long, env = "MOTE_DTYPE", value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
     /// Where to run: auto, cpu, cuda, cuda:N or metal. `auto` takes a GPU this build supports, else the CPU.
@@ -93,6 +94,9 @@ pub struct ModelArgs {
     /// Threads for the arithmetic [default: the machine's cores].
     #[arg(long, env = "MOTE_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Instructions for the arithmetic on the CPU, to test or compare them.
+    #[arg(long, env = "MOTE_ISA", value_enum, default_value_t = IsaChoice::Auto)]
+    pub isa: IsaChoice,
     /// Where the basis of a model (the SVD of its weights) is cached [default: `basis` in Mote's cache folder].
     #[arg(long, env = "MOTE_BASIS_DIR", value_name = "DIR")]
     pub basis_dir: Option<PathBuf>,
@@ -196,10 +200,29 @@ pub enum Dtype {
     Auto,
     /// 32-bit floats throughout.
     F32,
-    /// bfloat16 weights, f32 sums.
+    /// bfloat16 weights and activations, f32 sums.
     Bf16,
-    /// 8-bit integers, a scale for 32 weights.
+    /// 8-bit integers, a scale for 32 of them; 4-bit files as they are.
     Q8,
+    /// 4-bit integers, a scale and a minimum for 32 of them.
+    Q4,
+}
+
+/// `--isa`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum IsaChoice {
+    /// The best that the processor has.
+    Auto,
+    /// AVX-512 with VNNI and BF16.
+    Avx512Bf16,
+    /// AVX-512 with VNNI.
+    Avx512,
+    /// AVX2 with AVX-VNNI.
+    AvxVnni,
+    /// AVX2 with FMA.
+    Avx2,
+    /// No more than the target guarantees.
+    Portable,
 }
 
 /// `--device`

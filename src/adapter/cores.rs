@@ -181,7 +181,7 @@ impl Expander {
                 }
             }
         }
-        Cores { rank, data: data.into() }
+        Cores::new(rank, data)
     }
 
     /// Drawn outside the lock: two threads may draw the same values, none waits for another's.

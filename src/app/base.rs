@@ -11,9 +11,13 @@ use candle_core::Device;
 use super::AppError;
 use crate::{
     adapter::{Basis, BasisCache, Loaded, ModelFiles, Origin, fingerprint_of_weights, internal_rank},
-    config::{DeviceChoice, Dtype, EngineArgs, ModelArgs},
+    config::{DeviceChoice, Dtype, EngineArgs, IsaChoice, ModelArgs},
     engine::{Engine, EngineConfig, Handle},
-    kernel::{Backend, Clock, Precision, Timed, candle::CandleBackend, cpu::CpuBackend},
+    kernel::{
+        Backend, Clock, Precision, Timed,
+        candle::CandleBackend,
+        cpu::{CpuBackend, Isa},
+    },
     model::{
         LoadedModel, Model, ModelSpec, ModelWeights, Sources, Transformer, TransformerOptions, kv_blocks, load,
         site_factors,
@@ -168,6 +172,18 @@ pub(super) fn precision(dtype: Dtype, weights: &ModelWeights) -> Precision {
         Dtype::F32 => Precision::F32,
         Dtype::Bf16 => Precision::Bf16,
         Dtype::Q8 => Precision::Q8,
+        Dtype::Q4 => Precision::Q4,
+    }
+}
+
+fn isa(choice: IsaChoice) -> Option<Isa> {
+    match choice {
+        IsaChoice::Auto => None,
+        IsaChoice::Avx512Bf16 => Some(Isa::Avx512Bf16),
+        IsaChoice::Avx512 => Some(Isa::Avx512),
+        IsaChoice::AvxVnni => Some(Isa::AvxVnni),
+        IsaChoice::Avx2 => Some(Isa::Avx2),
+        IsaChoice::Portable => Some(Isa::Portable),
     }
 }
 
@@ -236,7 +252,7 @@ pub(super) fn pack(
         None => {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let threads = args.threads.map_or(cores, usize::from);
-            packed(CpuBackend::new(threads, None)?, spec, weights, basis, options, clock)
+            packed(CpuBackend::new(threads, isa(args.isa))?, spec, weights, basis, options, clock)
         }
     }
 }

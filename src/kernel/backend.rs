@@ -20,10 +20,13 @@ pub enum KernelError {
 pub enum Precision {
     /// 32-bit floats; activations f32.
     F32,
-    /// bfloat16 weights, f32 activations and sums.
+    /// bfloat16 weights and activations, f32 sums.
     Bf16,
-    /// 8-bit integers with one scale for 32 consecutive inputs of an output.
+    /// 8-bit integers with one scale for 32 consecutive inputs, of weights and of activations; f32 sums of exact integer ones. Weights that
+    /// come from 4-bit blocks stay as they are: fewer bytes, and no second rounding.
     Q8,
+    /// As [`Precision::Q8`], with every weight on 16 steps between the smallest and the largest of 32: half the bytes, and coarser.
+    Q4,
 }
 
 /// U and V of one adapted site, orthonormal columns, shared by every adapter.

@@ -45,9 +45,20 @@ pub struct Cores {
     pub rank: usize,
     /// `[sites, r, r]`, row-major: `data[s*r*r + i*r + j]` is the entry that takes the j-th column of V to the i-th column of U.
     pub data: Box<[f32]>,
+    /// Rows and columns from here on are zero in every core: a backend need not multiply them. At most `rank`.
+    pub active: usize,
 }
 
 impl Cores {
+    /// Cores from their numbers; see [`Cores::data`].
+    pub fn new(rank: usize, data: impl Into<Box<[f32]>>) -> Self {
+        let data = data.into();
+        let reach = |i: usize| (i / rank % rank).max(i % rank) + 1;
+        let used = data.iter().enumerate().filter(|(_, value)| **value != 0.0 || value.is_nan());
+        let active = used.map(|(i, _)| reach(i)).max().unwrap_or(0);
+        Self { rank, data, active }
+    }
+
     /// The `r x r` core of one site, row-major.
     pub fn site(&self, site: usize) -> &[f32] {
         let size = self.rank * self.rank;

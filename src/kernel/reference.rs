@@ -7,7 +7,7 @@ use super::{
     AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows,
     StepBatch,
     check::{check_attend, check_batch, check_factors, check_product, ensure, shape},
-    rounding::{round_kv, round_row},
+    rounding::{Layout, from_q4, from_q8, round_activations, round_bf16, round_kv, round_weights},
     weight::Weight,
 };
 
@@ -17,6 +17,7 @@ pub struct ReferenceBackend;
 
 /// A group of linears, each as the precision rounds it.
 pub struct ReferenceLinear {
+    layout: Layout,
     inputs: usize,
     parts: Vec<Part>,
 }
@@ -98,8 +99,9 @@ impl Backend for ReferenceBackend {
     fn linear(&self, parts: &[LinearPart<'_>], precision: Precision) -> Result<ReferenceLinear, KernelError> {
         let first = parts.first().ok_or_else(|| shape("a group of no linears"))?;
         let inputs = first.weight.cols;
-        let parts = parts.iter().map(|part| pack(part, inputs, precision)).collect::<Result<_, _>>()?;
-        Ok(ReferenceLinear { inputs, parts })
+        let layout = Layout::of(precision, parts);
+        let parts = parts.iter().map(|part| pack(part, inputs, layout)).collect::<Result<_, _>>()?;
+        Ok(ReferenceLinear { layout, inputs, parts })
     }
 
     fn norm(&self, weight: &[f32], epsilon: f32) -> Result<ReferenceNorm, KernelError> {
@@ -109,7 +111,7 @@ impl Backend for ReferenceBackend {
     fn table(&self, weight: &Weight, precision: Precision) -> Result<ReferenceTable, KernelError> {
         let mut data = weight.to_f32()?;
         if precision != Precision::F32 {
-            round_row(&mut data, Precision::Bf16);
+            data.iter_mut().for_each(|x| *x = round_bf16(*x));
         }
         Ok(ReferenceTable { vocab: weight.rows, width: weight.cols, data })
     }
@@ -177,10 +179,11 @@ impl Backend for ReferenceBackend {
         })?;
         out.resize(chosen.len());
         for (i, &row) in chosen.iter().enumerate() {
-            let input = match norm {
+            let mut input = match norm {
                 Some(norm) => rms_norm(x.row(row), &norm.weight, norm.epsilon),
                 None => x.row(row).to_vec(),
             };
+            round_activations(&mut input, linear.layout);
             let y = product_row(step, linear, row, &input);
             let out = &mut out.data[i * out.width..(i + 1) * out.width];
             match epilogue {
@@ -220,9 +223,11 @@ impl Backend for ReferenceBackend {
                 let rotated = |heads: &[f32], norm: &Option<(Vec<f32>, f32)>| -> Vec<f32> {
                     heads.chunks(head_dim).flat_map(|head| rotate(head, norm, attention, position)).collect()
                 };
-                queries.push(rotated(q, &attention.q_norm));
-                let to = kv.at(layer, &sequence.blocks, position);
                 let precision = kv.precision;
+                let scale = 1.0 / (head_dim as f32).sqrt();
+                let query = rotated(q, &attention.q_norm).into_iter().map(|q| round_kv(q * scale, precision));
+                queries.push(query.collect::<Vec<f32>>());
+                let to = kv.at(layer, &sequence.blocks, position);
                 for (i, (k, v)) in rotated(k, &attention.k_norm).iter().zip(v).enumerate() {
                     kv.keys[to + i] = round_kv(*k, precision);
                     kv.values[to + i] = round_kv(*v, precision);
@@ -251,14 +256,17 @@ impl Backend for ReferenceBackend {
     }
 }
 
-fn pack(part: &LinearPart<'_>, inputs: usize, precision: Precision) -> Result<Part, KernelError> {
+fn pack(part: &LinearPart<'_>, inputs: usize, layout: Layout) -> Result<Part, KernelError> {
     part.check(inputs)?;
-    let mut weight = part.weight.to_f32()?;
-    weight.chunks_mut(inputs.max(1)).for_each(|row| round_row(row, precision));
+    let weight = match layout {
+        Layout::Q8 => from_q8(&part.weight.to_q8()?, inputs),
+        Layout::Q4 => from_q4(&part.weight.to_q4()?, inputs),
+        _ => round_weights(part.weight.to_f32()?, inputs, layout),
+    };
     let factors = part.factors.filter(|factors| factors.rank > 0).map(|factors| {
         let rank = factors.rank;
-        let mut v: Vec<f32> = (0..rank * inputs).map(|i| factors.v[i % inputs * rank + i / inputs]).collect();
-        v.chunks_mut(inputs.max(1)).for_each(|row| round_row(row, precision));
+        let v = (0..rank * inputs).map(|i| factors.v[i % inputs * rank + i / inputs]).collect();
+        let v = round_weights(v, inputs, layout.of_factors());
         Factors { site: factors.site, rank, u: factors.u.to_vec(), v }
     });
     Ok(Part { outputs: part.weight.rows, weight, bias: part.bias.map(<[f32]>::to_vec), factors })
@@ -317,10 +325,9 @@ fn rotate(head: &[f32], norm: &Option<(Vec<f32>, f32)>, spec: &AttentionSpec, po
     out
 }
 
-/// softmax(q k / sqrt(d)) v over the positions whose numbers start at `at`.
+/// softmax(q k) v over the positions whose numbers start at `at`.
 fn attend_head(q: &[f32], keys: &[f32], values: &[f32], at: &[usize]) -> Vec<f32> {
-    let scale = 1.0 / (q.len() as f64).sqrt();
-    let scores: Vec<f64> = at.iter().map(|&at| dot(q, &keys[at..at + q.len()]) * scale).collect();
+    let scores: Vec<f64> = at.iter().map(|&at| dot(q, &keys[at..at + q.len()])).collect();
     let largest = scores.iter().fold(f64::NEG_INFINITY, |a, b| a.max(*b));
     let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
     let total: f64 = weights.iter().sum();
@@ -357,7 +364,7 @@ mod tests {
         let part = LinearPart { weight: &weight, bias: Some(&[10.0, 20.0]), factors: Some(factors) };
         let linear = backend.linear(&[part], Precision::F32).unwrap();
         let core = [9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 0.0, 5.0];
-        let cores = Arc::new(Cores { rank: 2, data: core.into() });
+        let cores = Arc::new(Cores::new(2, core));
         let table = backend.table(&Weight::from_f32(1, 2, vec![1.0, -1.0]).unwrap(), Precision::F32).unwrap();
         let (mut x, mut out) = (backend.buffer(2).unwrap(), backend.buffer(2).unwrap());
         for (cores, want) in [(vec![cores], [10.0, 9.0]), (Vec::new(), [9.0, 19.0])] {

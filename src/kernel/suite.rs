@@ -8,7 +8,7 @@ use super::{
 };
 
 /// All precisions.
-pub(super) const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Q8];
+pub(super) const PRECISIONS: [Precision; 4] = [Precision::F32, Precision::Bf16, Precision::Q8, Precision::Q4];
 
 /// A small generator (splitmix64): the same numbers everywhere.
 pub(super) struct Random(pub(super) u64);
@@ -91,7 +91,7 @@ impl Group {
 
 /// Random cores of so many sites.
 pub(super) fn cores(seed: u64, rank: usize, sites: usize) -> Arc<Cores> {
-    Arc::new(Cores { rank, data: Random(seed).units(sites * rank * rank).into() })
+    Arc::new(Cores::new(rank, Random(seed).units(sites * rank * rank)))
 }
 
 /// A batch of one-token sequences, row i of which is token `rows[i].0` under slot `rows[i].1`.
@@ -179,8 +179,8 @@ pub(super) fn groups() -> Vec<Group> {
     ]
 }
 
-/// Every group, precision and batch size against the reference. `tolerance` is of [`error`], a precision.
-pub(super) fn products_equal_reference<B: Backend>(mut backend: B, tolerance: impl Fn(Precision) -> f32) {
+/// Every group, precision and batch size against the reference. `tolerance` is of [`error`], a group.
+pub(super) fn products_equal_reference<B: Backend>(mut backend: B, tolerance: impl Fn(&Group) -> f32) {
     let mut reference = super::reference::ReferenceBackend;
     for (number, group) in groups().into_iter().enumerate() {
         for precision in PRECISIONS {
@@ -198,7 +198,7 @@ pub(super) fn products_equal_reference<B: Backend>(mut backend: B, tolerance: im
                     let want = run_product(&mut reference, &group, &slow, &batch, chosen, seed, rows.max(1)).unwrap();
                     let got = run_product(&mut backend, &group, &linear, &batch, chosen, seed, rows.max(1)).unwrap();
                     let error = error(&got, &want);
-                    assert!(error <= tolerance(precision), "{group:?}, {rows} rows, {chosen:?}: error {error:e}");
+                    assert!(error <= tolerance(&group), "{group:?}, {rows} rows, {chosen:?}: error {error:e}");
                 }
             }
         }
@@ -345,9 +345,7 @@ pub(super) fn bad_batches_are_refused<B: Backend>(mut backend: B) {
     check("slots", |batch| batch.slots[0] = 2);
     check("cores", |batch| batch.cores[1] = cores(1, 3, 1));
     check("cores", |batch| batch.cores[1] = cores(1, 2, 2));
-    check("cores", |batch| {
-        batch.cores = (0..2).map(|_| Arc::new(Cores { rank: 2, data: vec![0.0; 5].into() })).collect()
-    });
+    check("cores", |batch| batch.cores = (0..2).map(|_| Arc::new(Cores::new(2, vec![0.0; 5]))).collect());
     check("logits_rows", |batch| batch.logits_rows[2] = 3);
     check("logits_rows", |batch| batch.logits_rows = vec![1, 1]);
     check("sequences", |batch| batch.sequences.truncate(2));

@@ -26,17 +26,13 @@ pub struct TransformerOptions {
 pub fn kv_precision(weights: Precision) -> Precision {
     match weights {
         Precision::F32 => Precision::F32,
-        Precision::Bf16 | Precision::Q8 => Precision::Bf16,
+        Precision::Bf16 | Precision::Q8 | Precision::Q4 => Precision::Bf16,
     }
 }
 
 /// KV blocks that fit into so many MiB, at the precision that [`kv_precision`] gives.
 pub fn kv_blocks(spec: &ModelSpec, precision: Precision, mebibytes: usize) -> usize {
-    let bytes = match kv_precision(precision) {
-        Precision::F32 => 4,
-        Precision::Bf16 => 2,
-        Precision::Q8 => 1,
-    };
+    let bytes = if kv_precision(precision) == Precision::F32 { 4 } else { 2 };
     let block = 2 * bytes * spec.layers * spec.kv_heads * spec.head_dim * BLOCK_TOKENS;
     mebibytes.saturating_mul(1 << 20) / block.max(1)
 }
@@ -48,7 +44,8 @@ pub fn site_factors(basis: &Basis) -> Vec<SiteFactors<'_>> {
 }
 
 impl ModelWeights {
-    /// The precision of `--dtype auto`: f32 files stay f32, bf16 and f16 files are held as bf16, quantised ones as 8-bit integers.
+    /// The precision of `--dtype auto`: f32 files stay f32, bf16 and f16 files are held as bf16, quantised ones as 8-bit integers, or as the 4-bit
+    /// ones that they are.
     pub fn natural_precision(&self) -> Precision {
         let all = || self.layers.iter().flat_map(|layer| &layer.sites).chain([&self.embedding]).chain(&self.head);
         if all().any(Weight::is_quantized) {

@@ -188,7 +188,7 @@ fn what_can_never_run_is_refused() {
     refused(request(vec![1; 60], 6), "KV cache");
     assert!(collect(handle.submit(request(vec![1; 60], 5)).unwrap()).finish.is_some(), "just fits");
     let wrong = |rank, numbers| Request {
-        cores: Some(Arc::new(crate::kernel::Cores { rank, data: vec![0.0; numbers].into() })),
+        cores: Some(Arc::new(crate::kernel::Cores::new(rank, vec![0.0; numbers]))),
         ..request(vec![1], 1)
     };
     refused(wrong(1, SITES), "rank");

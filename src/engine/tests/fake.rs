@@ -51,7 +51,7 @@ fn row(state: u64, token: TokenId) -> impl Iterator<Item = f32> {
 
 /// An adapter; equal numbers make equal adapters.
 pub(in crate::engine) fn cores(number: u32) -> Arc<Cores> {
-    Arc::new(Cores { rank: RANK, data: vec![number as f32; SITES * RANK * RANK].into() })
+    Arc::new(Cores::new(RANK, vec![number as f32; SITES * RANK * RANK]))
 }
 
 /// The logits after each of these tokens, computed without any cache.

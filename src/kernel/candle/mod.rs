@@ -43,7 +43,7 @@ impl CandleBackend {
 fn dtype(precision: Precision) -> DType {
     match precision {
         Precision::F32 => DType::F32,
-        Precision::Bf16 | Precision::Q8 => DType::BF16,
+        Precision::Bf16 | Precision::Q8 | Precision::Q4 => DType::BF16,
     }
 }
 

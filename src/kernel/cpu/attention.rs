@@ -1,34 +1,36 @@
 //! Attention over the blocks of the cache, in two regions: `append` turns q and k and writes k and v, `attend` walks the blocks.
 //!
-//! **Invariant.** A row walks the blocks of its sequence from 0, one block a tile, with a running maximum and sum, and stops at its own position:
-//! what it computes does not depend on the chunk that it came in. Slots behind its position are never multiplied, not even by zero: they may
-//! hold anything.
+//! **Invariant.** A row walks the tokens of its sequence from 0 in spans of 64 with a running maximum and sum. What lies behind its own position
+//! weighs exactly nothing, so what it computes does not depend on the chunk that it came in. Slots that no row of its sequence has filled
+//! are never multiplied, not even by zero: they may hold anything.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
 use super::{
-    format::{Bf16, F32, Format, Store},
+    activations::{MAX_HEIGHT, Packed, Tile, cut, pack_bf16, places},
     isa::{Kernels, Tiling},
-    lanes::{LANES, Lanes, exp, sum},
+    lanes::{LANES, Lanes, exp, load_partial, store_partial, sum},
     memory::{Lines, Shared},
     product::rms_norm,
     step::CpuStep,
-    tile::{Left, Tiles},
+    tile::{Left, Tiles, Values},
 };
-use crate::kernel::{AttentionSpec, BLOCK_TOKENS, KernelError, KvShape, Precision};
+use crate::kernel::{AttentionSpec, BLOCK_TOKENS, KernelError, KvShape, Precision, rounding::Layout};
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a KV block is a panel of sixteen tokens");
 
 /// Rows of a sequence that are attended together; they share the keys and values that are read.
 pub(super) const CHUNK_ROWS: usize = 16;
-/// Blocks whose scores are computed together.
-const BLOCKS_AT_ONCE: usize = 4;
+/// Blocks whose scores are computed together: a span, counted from the beginning of the sequence.
+const SPAN_BLOCKS: usize = 4;
+/// Their tokens.
+pub(super) const SPAN_TOKENS: usize = SPAN_BLOCKS * BLOCK_TOKENS;
 
 /// The paged cache: for every layer, block and head one panel of keys `[head_dim][16 tokens]` and panels of values `[16 tokens][16 dimensions]`.
 pub struct CpuKv {
     pub(super) shape: KvShape,
-    pub(super) precision: Precision,
+    layout: Layout,
     pub(super) keys: Lines,
     pub(super) values: Lines,
     /// Bytes of a head's keys in a block.
@@ -41,13 +43,10 @@ impl CpuKv {
     /// An empty cache; f32 beside f32 weights, else bfloat16.
     pub(super) fn new(shape: KvShape, precision: Precision) -> Result<Self, KernelError> {
         let heads = shape.tokens()? / BLOCK_TOKENS * shape.kv_heads;
-        let (key_bytes, value_panel) = match precision {
-            Precision::F32 => (F32::panel_bytes(shape.head_dim), F32::panel_bytes(BLOCK_TOKENS)),
-            Precision::Bf16 | Precision::Q8 => (Bf16::panel_bytes(shape.head_dim), Bf16::panel_bytes(BLOCK_TOKENS)),
-        };
-        let precision = if precision == Precision::F32 { precision } else { Precision::Bf16 };
+        let layout = if precision == Precision::F32 { Layout::F32 } else { Layout::Bf16 };
+        let (key_bytes, value_panel) = (layout.panel_bytes(shape.head_dim), layout.panel_bytes(BLOCK_TOKENS));
         let values = Lines::zeroed(heads * shape.head_dim.div_ceil(LANES) * value_panel);
-        Ok(Self { shape, precision, keys: Lines::zeroed(heads * key_bytes), values, key_bytes, value_panel })
+        Ok(Self { shape, layout, keys: Lines::zeroed(heads * key_bytes), values, key_bytes, value_panel })
     }
 
     /// Where a head's keys and values of a block begin: byte offsets into `keys` and `values`.
@@ -74,40 +73,54 @@ pub(super) struct AppendJob<'a> {
     pub(super) values: Shared<u8>,
 }
 
-/// Normalises and turns the heads of q and k, and writes k and v to the cache.
+/// Normalises and turns some key/value heads of some rows, with the query heads that share them, and writes k and v to the cache.
 ///
 /// # Safety
-/// The processor has the instructions of `T`; the step was checked against the cache and the rotary table; rows and slots are this thread's.
+/// The processor has the instructions of `T`; the step was checked against the cache and the rotary table; these heads of rows and slots are this
+/// thread's.
 #[inline(always)]
-pub(super) unsafe fn append<T: Tiling>(job: &AppendJob<'_>, rows: Range<usize>) {
+pub(super) unsafe fn append<T: Tiling>(
+    job: &AppendJob<'_>,
+    rows: Range<usize>,
+    heads: Range<usize>,
+    scratch: &mut Scratch,
+) {
     let spec = job.spec;
-    let (heads, kv_heads, head_dim) = (spec.heads, spec.kv_heads, spec.head_dim);
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    let mut key = vec![0f32; head_dim];
+    let (kv_heads, head_dim) = (spec.kv_heads, spec.head_dim);
+    let group = spec.heads / kv_heads;
+    let (width, scale) = (spec.heads * head_dim, 1.0 / (head_dim as f32).sqrt());
+    scratch.head.resize(head_dim, 0.0);
+    let key = &mut scratch.head[..];
     for row in rows {
         let position = job.step.positions[row] as usize;
-        let qkv = &job.qkv[row * (heads + 2 * kv_heads) * head_dim..][..(heads + 2 * kv_heads) * head_dim];
-        let (q, rest) = qkv.split_at(heads * head_dim);
+        let qkv = &job.qkv[row * (width + 2 * kv_heads * head_dim)..][..width + 2 * kv_heads * head_dim];
+        let (q, rest) = qkv.split_at(width);
         let (k, v) = rest.split_at(kv_heads * head_dim);
-        // SAFETY: row `row` of `queries` is this thread's and heads * head_dim long.
-        let queries =
-            unsafe { std::slice::from_raw_parts_mut(job.queries.0.add(row * heads * head_dim), heads * head_dim) };
-        for (query, q) in queries.chunks_exact_mut(head_dim).zip(q.chunks_exact(head_dim)) {
-            // SAFETY: the instruction set, by contract.
-            unsafe { turn::<T::Lanes>(q, &spec.q_norm, spec, position, query) };
-            query.iter_mut().for_each(|x| *x *= scale);
-        }
-        for head in 0..kv_heads {
+        for head in heads.clone() {
+            let of_group = head * group * head_dim..(head + 1) * group * head_dim;
+            // SAFETY: row `row` of `queries` is `width` long, and this head's part of it this thread's.
+            let queries = unsafe {
+                std::slice::from_raw_parts_mut(job.queries.0.add(row * width + of_group.start), group * head_dim)
+            };
+            for (query, q) in queries.chunks_exact_mut(head_dim).zip(q[of_group].chunks_exact(head_dim)) {
+                // SAFETY: the instruction set, by contract.
+                unsafe { turn::<T::Lanes>(q, &spec.q_norm, spec, position, query) };
+                query.iter_mut().for_each(|x| *x *= scale);
+            }
             let (key_at, value_at) = job.kv.at(job.layer, job.step.row_blocks[row], head);
             let token = position % BLOCK_TOKENS;
-            // SAFETY: the block was checked against the cache; the slot of this row is this thread's.
+            let value = &v[head * head_dim..][..head_dim];
+            // SAFETY: the block was checked against the cache; the slot of this row is this thread's, and so is the next one if no row of
+            // this step has it.
             unsafe {
-                turn::<T::Lanes>(&k[head * head_dim..][..head_dim], &spec.k_norm, spec, position, &mut key);
-                let value = &v[head * head_dim..][..head_dim];
+                turn::<T::Lanes>(&k[head * head_dim..][..head_dim], &spec.k_norm, spec, position, key);
                 let (keys, values) = (job.keys.0.add(key_at), job.values.0.add(value_at));
-                match job.kv.precision {
-                    Precision::F32 => put_token::<F32>(keys, values, job.kv.value_panel, token, &key, value),
-                    _ => put_token::<Bf16>(keys, values, job.kv.value_panel, token, &key, value),
+                if job.kv.layout == Layout::F32 {
+                    put_f32(keys, values, job.kv.value_panel, token, key, value);
+                } else {
+                    // Values are multiplied in pairs of tokens: what a stranger left in the next slot must not be a NaN.
+                    let alone = token.is_multiple_of(2) && job.step.last[row];
+                    put_bf16::<T::Lanes>(keys, values, job.kv.value_panel, token, key, value, alone);
                 }
             }
         }
@@ -141,20 +154,48 @@ unsafe fn turn<L: Lanes>(
 }
 
 /// Writes one head of one token.
+///
+/// # Safety
+/// A block's head has head_dim key inputs and head_dim / 16 value panels, rounded up; the token's slot is this thread's.
 #[inline(always)]
-unsafe fn put_token<F: Store>(
+unsafe fn put_f32(keys: *mut u8, values: *mut u8, value_panel: usize, token: usize, key: &[f32], value: &[f32]) {
+    for d in 0..key.len() {
+        // SAFETY: the contract of this function; panels start on cache lines, so the numbers are aligned.
+        unsafe {
+            *keys.cast::<f32>().add(d * LANES + token) = key[d];
+            *values.add(d / LANES * value_panel).cast::<f32>().add(token * LANES + d % LANES) = value[d];
+        }
+    }
+}
+
+/// Writes one head of one token, and zeros as the value of the next if it is `alone` in its pair.
+///
+/// # Safety
+/// As for [`put_f32`], with the instructions of `L`, for an even head_dim; the next slot is this thread's too if `alone`.
+#[inline(always)]
+unsafe fn put_bf16<L: Lanes>(
     keys: *mut u8,
     values: *mut u8,
     value_panel: usize,
     token: usize,
     key: &[f32],
     value: &[f32],
+    alone: bool,
 ) {
-    for d in 0..key.len() {
-        // SAFETY: a block's head has head_dim key inputs and head_dim / 16 value panels, rounded up; the slot is the caller's.
-        unsafe {
-            F::put(keys, d, token, key[d]);
-            F::put(values.add(d / LANES * value_panel), token, d % LANES, value[d]);
+    // SAFETY: the contract of this function; panels start on cache lines, so the numbers are aligned.
+    unsafe {
+        pack_bf16::<L>(key.as_ptr(), key.len(), keys.cast::<u32>().add(token), LANES);
+        for first in (0..value.len()).step_by(LANES) {
+            let count = LANES.min(value.len() - first);
+            let mut narrow = [0u16; LANES];
+            load_partial::<L>(value.as_ptr().add(first), count).store_bf16(narrow.as_mut_ptr());
+            let pairs = values.add(first / LANES * value_panel).cast::<u16>().add(token / 2 * 2 * LANES + token % 2);
+            for (lane, bits) in narrow[..count].iter().enumerate() {
+                *pairs.add(2 * lane) = *bits;
+                if alone {
+                    *pairs.add(2 * lane + 1) = 0;
+                }
+            }
         }
     }
 }
@@ -166,8 +207,10 @@ pub(super) struct AttendJob<'a> {
     pub(super) step: &'a CpuStep,
     pub(super) layer: usize,
     /// `[rows, heads head_dim]`, as [`append`] left them.
-    pub(super) queries: &'a [f32],
+    pub(super) queries: Shared<f32>,
     pub(super) kv: &'a CpuKv,
+    /// Append each item's own heads first: possible when no chunk needs the keys of another.
+    pub(super) append: Option<&'a AppendJob<'a>>,
     /// `[rows, heads head_dim]`. The rows and heads of an item belong to one thread.
     pub(super) out: Shared<f32>,
 }
@@ -182,136 +225,202 @@ impl AttendJob<'_> {
 /// What a thread needs besides, kept from step to step.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// `[queries, head_dim]`
-    queries: Vec<f32>,
-    /// `[BLOCKS_AT_ONCE][queries, 16]`: scores, then weights.
+    /// A head of a key.
+    head: Vec<f32>,
+    /// The queries of an item, cut and packed.
+    tiles: Vec<Tile>,
+    packed: Packed,
+    /// `[SPAN_BLOCKS][height, 16]`
     scores: Vec<f32>,
-    /// `[head_dim / 16][queries, 16]`
+    /// `[height][SPAN_WORDS]`
+    weights: Vec<u32>,
+    /// `[head_dim / 16][places, 16]`
     sums: Vec<f32>,
     /// Largest score so far of each query, and the weights relative to it, summed in sixteen chains.
     running: Vec<(f32, [f32; LANES])>,
-    /// Panels of a product.
-    panels: Vec<*const u8>,
+    /// Panels of keys, then of values, of the blocks of a span.
+    keys: Vec<*const u8>,
+    values: Vec<*const u8>,
 }
 
-// SAFETY: the pointers in `panels` are only read inside the call that wrote them.
+// SAFETY: the pointers are only read inside the call that wrote them.
 unsafe impl Send for Scratch {}
 
 /// Attention of one item. Its queries are the rows of the chunk times the query heads that share the key/value head.
 ///
 /// # Safety
-/// The processor has the instructions of `T`; the step was checked against the cache; the item's part of `out` is this thread's.
+/// The processor has the instructions of `T`; the step was checked against the cache; the item's part of `out` (and of what is appended) is
+/// this thread's.
 #[inline(always)]
 pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch: &mut Scratch) {
     let (chunk, head) = (&job.step.chunks[item / job.spec.kv_heads], item % job.spec.kv_heads);
     let (head_dim, group) = (job.spec.head_dim, job.spec.heads / job.spec.kv_heads);
     let width = job.spec.heads * head_dim;
-    let queries = chunk.rows * group;
-    scratch.queries.clear();
-    for row in chunk.first_row..chunk.first_row + chunk.rows {
-        scratch.queries.extend_from_slice(&job.queries[row * width + head * group * head_dim..][..group * head_dim]);
+    if let Some(append) = job.append {
+        // SAFETY: the caller's contract: these rows and heads are this item's.
+        unsafe { (job.kernels.append)(append, chunk.first_row..chunk.first_row + chunk.rows, head..head + 1, scratch) };
     }
-    scratch.scores.resize(scratch.scores.len().max(BLOCKS_AT_ONCE * queries * LANES), 0.0);
+    // Where head_dim numbers of the item's q-th query begin, in queries and result alike.
+    let at = |query: usize| (chunk.first_row + query / group) * width + (head * group + query % group) * head_dim;
+    let queries = chunk.rows * group;
+    cut(queries, job.kernels.heights, &mut scratch.tiles);
+    let tiles = std::mem::take(&mut scratch.tiles);
+    let count = places(&tiles);
+    let room = scratch.packed.room(job.kv.layout, head_dim, count);
+    for tile in &tiles {
+        for row in 0..tile.rows {
+            // SAFETY: these queries exist, and were written by this thread or in an earlier region; the room has these places.
+            unsafe { room.pack::<T::Lanes>(*tile, row, job.queries.get(at(tile.first + row))) };
+        }
+    }
+    scratch.scores.resize(SPAN_BLOCKS * MAX_HEIGHT * LANES, 0.0);
+    scratch.weights.resize(MAX_HEIGHT * SPAN_TOKENS, 0);
     scratch.sums.clear();
-    scratch.sums.resize(head_dim.div_ceil(LANES) * queries * LANES, 0.0);
+    scratch.sums.resize(head_dim.div_ceil(LANES) * count * LANES, 0.0);
     scratch.running.clear();
-    scratch.running.resize(queries, (f32::NEG_INFINITY, [0.0; LANES]));
+    scratch.running.resize(count, (f32::NEG_INFINITY, [0.0; LANES]));
 
     let start = job.step.positions[chunk.first_row] as usize;
-    let blocks = &job.step.blocks[chunk.blocks.clone()];
-    // Blocks that every row sees whole.
-    let whole = (start + 1) / BLOCK_TOKENS;
-    // SAFETY: the contract of this function; scratch was sized for these queries.
-    unsafe {
-        for first in (0..whole).step_by(BLOCKS_AT_ONCE) {
-            let blocks = &blocks[first..whole.min(first + BLOCKS_AT_ONCE)];
-            walk::<T>(job, head, blocks, 0..queries, queries, BLOCK_TOKENS, scratch);
+    let (blocks, kv) = (&job.step.blocks[chunk.blocks.clone()], job.kv);
+    let tokens = start + chunk.rows;
+    // SAFETY: blocks were checked against the cache.
+    let panels_of = |blocks: &[u32], keys: &mut Vec<*const u8>, values: &mut Vec<*const u8>| unsafe {
+        keys.clear();
+        values.clear();
+        for &block in blocks {
+            let (key, value) = kv.at(job.layer, block, head);
+            keys.push(kv.keys.as_ptr().add(key));
+            values.push(kv.values.as_ptr().add(value));
         }
-        for row in 0..chunk.rows {
-            let position = start + row;
-            for block in whole..=position / BLOCK_TOKENS {
-                let tokens = BLOCK_TOKENS.min(position + 1 - block * BLOCK_TOKENS);
-                walk::<T>(job, head, &blocks[block..=block], row * group..(row + 1) * group, queries, tokens, scratch);
-            }
+    };
+    for first in (0..tokens).step_by(SPAN_TOKENS) {
+        let seen = SPAN_TOKENS.min(tokens - first);
+        let span = first / BLOCK_TOKENS..(first + seen).div_ceil(BLOCK_TOKENS);
+        panels_of(&blocks[span], &mut scratch.keys, &mut scratch.values);
+        for tile in &tiles {
+            // How many of the span's tokens a row of the tile sees; rows of nobody see what the last one sees.
+            let visible = |row: usize| {
+                let row = (tile.first + row.min(tile.rows - 1)) / group;
+                seen.min((start + row + 1).saturating_sub(first))
+            };
+            // SAFETY: the contract of this function; scratch was sized for these tiles.
+            unsafe { span_of::<T>(job, room.left(*tile), tile.place, count, seen, visible, scratch) };
         }
-        for query in 0..queries {
-            let total = sum(T::Lanes::load(scratch.running[query].1.as_ptr()));
-            let row = chunk.first_row + query / group;
-            let out = job.out.0.add(row * width + (head * group + query % group) * head_dim);
-            for d in 0..head_dim {
-                *out.add(d) = scratch.sums[(d / LANES * queries + query) * LANES + d % LANES] / total;
+    }
+    for tile in &tiles {
+        for row in 0..tile.rows {
+            let place = tile.place + row;
+            // SAFETY: this query's part of `out` is this thread's, and head_dim long.
+            unsafe {
+                let total = T::Lanes::splat(1.0 / sum(T::Lanes::load(scratch.running[place].1.as_ptr())));
+                let out = job.out.get(at(tile.first + row));
+                for d in (0..head_dim).step_by(LANES) {
+                    let sums = scratch.sums[(d / LANES * count + place) * LANES..][..LANES].as_ptr();
+                    store_partial(T::Lanes::load(sums).mul(total), out.add(d), LANES.min(head_dim - d));
+                }
             }
         }
     }
+    scratch.tiles = tiles;
 }
 
-/// Some queries of an item see the first `tokens` tokens of each of these blocks.
+/// The queries of one tile, whose places begin at `first`, meet the `seen` tokens of a span.
 #[inline(always)]
-unsafe fn walk<T: Tiling>(
+unsafe fn span_of<T: Tiling>(
     job: &AttendJob<'_>,
-    head: usize,
-    blocks: &[u32],
-    range: Range<usize>,
-    queries: usize,
-    tokens: usize,
+    left: Left,
+    first: usize,
+    places: usize,
+    seen: usize,
+    visible: impl Fn(usize) -> usize,
     scratch: &mut Scratch,
 ) {
-    let (kv, head_dim) = (job.kv, job.spec.head_dim);
-    let multiply = job.kernels.multiply(kv.precision);
-    let count = range.len();
-    // SAFETY: blocks were checked against the cache; scratch holds BLOCKS_AT_ONCE x queries scores and all panels of sums; only the first
-    // `tokens` inputs of the value panels are read.
+    let (kv, height) = (job.kv, left.height);
+    // SAFETY: scratch holds a span's scores and weights of a tile, and all panels of sums; of values only tokens are read that this step or an
+    // earlier one wrote (one more if they are odd in number, see `append`).
     unsafe {
-        scratch.panels.clear();
-        scratch.panels.extend(blocks.iter().map(|&block| kv.keys.as_ptr().add(kv.at(job.layer, block, head).0)));
-        let left = Left {
-            data: scratch.queries.as_ptr().add(range.start * head_dim),
-            stride: head_dim,
-            rows: count,
-            inputs: head_dim,
-        };
         let scores = scratch.scores.as_mut_ptr();
-        multiply(left, &scratch.panels, Tiles { data: scores, panel_stride: count * LANES, add: false });
-        for (i, &block) in blocks.iter().enumerate() {
-            let scores = scores.add(i * count * LANES);
-            for query in range.clone() {
-                weigh::<T::Lanes>(scores.add((query - range.start) * LANES), tokens, query, queries, scratch);
-            }
-            let values = kv.values.as_ptr().add(kv.at(job.layer, block, head).1);
-            scratch.panels.clear();
-            scratch.panels.extend((0..head_dim.div_ceil(LANES)).map(|panel| values.add(panel * kv.value_panel)));
-            let left = Left { data: scores, stride: LANES, rows: count, inputs: tokens };
-            let sums = scratch.sums.as_mut_ptr().add(range.start * LANES);
-            multiply(left, &scratch.panels, Tiles { data: sums, panel_stride: queries * LANES, add: true });
+        let out = Tiles { data: scores, panel_stride: height * LANES, add: false };
+        (job.kernels.multiply(kv.layout))(left, &scratch.keys, out);
+        for row in 0..height {
+            let place = first + row;
+            weigh::<T::Lanes>(
+                kv.layout,
+                scores.add(row * LANES),
+                height,
+                visible(row),
+                seen,
+                row,
+                place,
+                places,
+                scratch,
+            );
         }
+        let values = Values {
+            weights: scratch.weights.as_ptr(),
+            height,
+            tokens: seen,
+            blocks: &scratch.values,
+            panels: job.spec.head_dim.div_ceil(LANES),
+            panel_bytes: kv.value_panel,
+        };
+        let sums = scratch.sums.as_mut_ptr().add(first * LANES);
+        (job.kernels.accumulate(kv.layout))(values, Tiles { data: sums, panel_stride: places * LANES, add: true });
     }
 }
 
-/// Turns the scores of one query and block into weights relative to the running maximum, and brings the query's sums down to it.
+/// Turns a query's scores of a span into weights relative to the running maximum, and brings its sums down to it. The scores of a
+/// block are `height` rows from those of the one before.
+#[allow(clippy::too_many_arguments)]
 #[inline(always)]
-unsafe fn weigh<L: Lanes>(scores: *mut f32, tokens: usize, query: usize, queries: usize, scratch: &mut Scratch) {
-    // SAFETY: a query has sixteen scores, of which `tokens` count, and sixteen sums a panel.
+unsafe fn weigh<L: Lanes>(
+    layout: Layout,
+    scores: *mut f32,
+    height: usize,
+    visible: usize,
+    seen: usize,
+    row: usize,
+    place: usize,
+    places: usize,
+    scratch: &mut Scratch,
+) {
+    // SAFETY: a query has sixteen scores a block and sixteen sums a panel; the weights have SPAN_TOKENS words for every row.
     unsafe {
-        for token in tokens..LANES {
-            *scores.add(token) = f32::NEG_INFINITY;
+        let blocks = seen.div_ceil(BLOCK_TOKENS);
+        let count = |block: usize| visible.saturating_sub(block * BLOCK_TOKENS).min(BLOCK_TOKENS);
+        let nothing = L::splat(f32::NEG_INFINITY);
+        let mut largest = nothing;
+        for block in 0..blocks {
+            let at = scores.add(block * height * LANES);
+            let masked = L::load(at).first(count(block), nothing);
+            masked.store(at);
+            largest = masked.at_least(largest);
         }
-        let running = &mut scratch.running[query];
+        let running = &mut scratch.running[place];
         let before = running.0;
-        let maximum = before.max(L::load(scores).largest());
-        exp(L::load(scores).sub(L::splat(maximum))).store(scores);
-        for token in tokens..LANES {
-            *scores.add(token) = 0.0;
-        }
+        let maximum = before.max(largest.largest());
         let total = running.1.as_mut_ptr();
         if maximum > before {
+            running.0 = maximum;
             let decay = exp(L::splat(before - maximum));
             L::load(total).mul(decay).store(total);
-            for panel in scratch.sums.chunks_exact_mut(queries * LANES) {
-                let sums = panel[query * LANES..(query + 1) * LANES].as_mut_ptr();
+            for panel in scratch.sums.chunks_exact_mut(places * LANES) {
+                let sums = panel[place * LANES..(place + 1) * LANES].as_mut_ptr();
                 L::load(sums).mul(decay).store(sums);
             }
         }
-        L::load(total).add(L::load(scores)).store(total);
-        running.0 = maximum;
+        let mut sum = L::load(total);
+        let weights = scratch.weights.as_mut_ptr().add(row * SPAN_TOKENS);
+        for block in 0..blocks {
+            let score = L::load(scores.add(block * height * LANES));
+            let weight = exp(score.sub(L::splat(maximum))).first(count(block), L::splat(0.0));
+            sum = sum.add(weight);
+            if layout == Layout::F32 {
+                weight.store(weights.add(block * BLOCK_TOKENS).cast());
+            } else {
+                weight.store_bf16(weights.add(block * BLOCK_TOKENS / 2).cast());
+            }
+        }
+        sum.store(total);
     }
 }

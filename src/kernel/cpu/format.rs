@@ -1,178 +1,298 @@
 //! How a panel lies in memory: sixteen outputs (or tokens, or columns) side by side, input after input.
 //!
-//! | format | a panel of K inputs |
-//! |---|---|
-//! | [`F32`] | `[K][16]` f32 |
-//! | [`Bf16`] | `[K/2][16][2]` bfloat16, rounded up: two inputs of an output are neighbours, as dot-product instructions want them |
-//! | [`Q8`] | for each 32 inputs: `[16]` f32 scales, then `[32][16]` signed bytes |
+//! Inputs come in *words* of 32 bits, of weights and of activations alike: one f32, two bfloat16, or four bytes.
 //!
-//! KV blocks use the same panels: keys are a panel with the head's dimensions as inputs and the sixteen tokens as outputs, values are
-//! panels with the tokens as inputs.
+//! | layout | a panel of K inputs |
+//! |---|---|
+//! | f32 | `[K][16]` f32 |
+//! | bf16 | `[K/2][16][2]` bfloat16, rounded up: two inputs of an output are neighbours, as dot-product instructions want them |
+//! | q8 | `[K/32][16]` f16 scales, up to a cache line; then `[K/4][16][4]` unsigned bytes, 128 more than the integers |
+//! | q4 | for each 32 inputs: `[16]` f16 scales, `[16]` f16 minima, `[4][16][4]` bytes whose low and high halves are two words |
+//!
+//! The dot-product instruction for bytes wants one unsigned factor: weights take that part, and what 128 adds to a sum depends on the
+//! activations only. KV blocks use the same panels: keys are a panel with the head's dimensions as inputs and the sixteen tokens as
+//! outputs, values are panels with the tokens as inputs.
 #![allow(unsafe_code)]
 
 use half::bf16;
 
 use super::lanes::{LANES, Lanes};
-use crate::kernel::rounding::{Q8_GROUP, quantize_q8};
+use crate::kernel::rounding::{GROUP, Layout, Q4Block, Q8Block};
 
-/// Takes the widened weights of input `k` of each panel.
-pub(super) trait Sink<L: Lanes, const P: usize> {
-    /// # Safety
-    /// As for [`Format::walk`].
-    unsafe fn step(&mut self, k: usize, weights: [L; P]);
-}
+/// Bytes of sixteen words.
+pub(super) const WORD_LINE: usize = LANES * 4;
+/// Words of a group of activations.
+pub(super) const GROUP_WORDS: usize = GROUP / 4;
 
-/// A layout of panels.
-pub(super) trait Format {
+impl Layout {
+    /// Inputs in a word.
+    pub(super) fn inputs_a_word(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Bf16 => 2,
+            Self::Q8 | Self::Q4 => 4,
+        }
+    }
+
+    /// Inputs rounded up to what a panel holds.
+    pub(super) fn padded(self, inputs: usize) -> usize {
+        match self {
+            Self::F32 => inputs,
+            Self::Bf16 => inputs.next_multiple_of(2),
+            Self::Q8 | Self::Q4 => inputs.next_multiple_of(GROUP),
+        }
+    }
+
+    /// Groups with a scale in a row of activations.
+    pub(super) fn groups(self, inputs: usize) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 0,
+            Self::Q8 | Self::Q4 => inputs.div_ceil(GROUP),
+        }
+    }
+
     /// Bytes of a panel with so many inputs: whole cache lines.
-    fn panel_bytes(inputs: usize) -> usize;
-
-    /// Writes one panel from up to sixteen rows of `inputs` weights; `out` is zeroed, and `panel_bytes` long.
-    fn pack(rows: &[&[f32]], inputs: usize, out: &mut [u8]);
-
-    /// Hands the weights of inputs `0..inputs` to the sink, in that order.
-    ///
-    /// # Safety
-    /// The processor has the instructions of `L`; each panel holds at least so many inputs.
-    unsafe fn walk<L: Lanes, const P: usize, S: Sink<L, P>>(panels: [*const u8; P], inputs: usize, sink: &mut S);
+    pub(super) fn panel_bytes(self, inputs: usize) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => inputs.div_ceil(self.inputs_a_word()) * WORD_LINE,
+            Self::Q8 => Q8::integers(inputs) + inputs.div_ceil(GROUP) * GROUP_WORDS * WORD_LINE,
+            Self::Q4 => inputs.div_ceil(GROUP) * Q4::GROUP_BYTES,
+        }
+    }
 }
 
-/// A format that single numbers can be written to: what the KV cache needs.
-pub(super) trait Store: Format {
-    /// Writes input `k` of an output of a panel.
-    ///
-    /// # Safety
-    /// The panel holds input `k`, `output` is below sixteen, and nobody else touches that number meanwhile.
-    unsafe fn put(panel: *mut u8, k: usize, output: usize, value: f32);
+/// Writes a panel of up to sixteen rows of f32; `out` is zeroed.
+pub(super) fn pack_f32(rows: &[f32], inputs: usize, out: &mut [u8]) {
+    for (output, row) in rows.chunks(inputs).enumerate() {
+        for (k, weight) in row.iter().enumerate() {
+            let at = 4 * (k * LANES + output);
+            out[at..at + 4].copy_from_slice(&weight.to_ne_bytes());
+        }
+    }
 }
 
-/// See the module.
+/// Writes a panel of up to sixteen rows, rounded to bfloat16; `out` is zeroed.
+pub(super) fn pack_bf16(rows: &[f32], inputs: usize, out: &mut [u8]) {
+    for (output, row) in rows.chunks(inputs).enumerate() {
+        for (k, weight) in row.iter().enumerate() {
+            let at = 2 * ((k / 2 * LANES + output) * 2 + k % 2);
+            out[at..at + 2].copy_from_slice(&bf16::from_f32(*weight).to_bits().to_ne_bytes());
+        }
+    }
+}
+
+/// Writes a panel of up to sixteen rows of 8-bit blocks; `out` is zeroed.
+pub(super) fn pack_q8(rows: &[Q8Block], inputs: usize, out: &mut [u8]) {
+    let (scales, integers) = out.split_at_mut(Q8::integers(inputs));
+    integers.fill(128);
+    for (output, row) in rows.chunks(inputs.div_ceil(GROUP)).enumerate() {
+        for (group, block) in row.iter().enumerate() {
+            let at = 2 * (group * LANES + output);
+            scales[at..at + 2].copy_from_slice(&block.scale.to_bits().to_ne_bytes());
+            for (k, int) in block.ints.iter().enumerate() {
+                let word = group * GROUP_WORDS + k / 4;
+                integers[word * WORD_LINE + 4 * output + k % 4] = int.wrapping_add(-128).to_ne_bytes()[0];
+            }
+        }
+    }
+}
+
+/// Writes a panel of up to sixteen rows of 4-bit blocks; `out` is zeroed.
+pub(super) fn pack_q4(rows: &[Q4Block], inputs: usize, out: &mut [u8]) {
+    for (output, row) in rows.chunks(inputs.div_ceil(GROUP)).enumerate() {
+        for (group, block) in row.iter().enumerate() {
+            let out = &mut out[group * Q4::GROUP_BYTES..][..Q4::GROUP_BYTES];
+            out[2 * output..2 * output + 2].copy_from_slice(&block.scale.to_bits().to_ne_bytes());
+            let min = Q4::MINIMA + 2 * output;
+            out[min..min + 2].copy_from_slice(&block.min.to_bits().to_ne_bytes());
+            for (k, int) in block.ints.iter().enumerate() {
+                let (line, high) = (k / 8, k / 4 % 2);
+                out[Q4::INTEGERS + line * WORD_LINE + 4 * output + k % 4] |= int << (4 * high);
+            }
+        }
+    }
+}
+
+/// Panels of f32.
 pub(super) struct F32;
-/// See the module.
+/// Panels of bfloat16.
 pub(super) struct Bf16;
-/// See the module.
+/// Panels of 8-bit integers.
 pub(super) struct Q8;
+/// Panels of 4-bit integers.
+pub(super) struct Q4;
 
-impl Format for F32 {
-    fn panel_bytes(inputs: usize) -> usize {
-        inputs * LANES * 4
-    }
+/// Panels whose inputs take part one word at a time.
+pub(super) trait Words {
+    /// Weights of one word of a panel.
+    type Weights<L: Lanes>: Copy;
 
-    fn pack(rows: &[&[f32]], inputs: usize, out: &mut [u8]) {
-        for (output, row) in rows.iter().enumerate() {
-            for (k, weight) in row[..inputs].iter().enumerate() {
-                let at = 4 * (k * LANES + output);
-                out[at..at + 4].copy_from_slice(&weight.to_ne_bytes());
-            }
-        }
+    /// The weights of sixteen outputs in word `k`.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; the panel has word `k`.
+    unsafe fn load<L: Lanes>(panel: *const u8, k: usize) -> Self::Weights<L>;
+
+    /// Adds the products with one word of activations.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`.
+    unsafe fn dot<L: Lanes>(sums: L, weights: Self::Weights<L>, x: u32) -> L;
+}
+
+impl Words for F32 {
+    type Weights<L: Lanes> = L;
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(panel: *const u8, k: usize) -> L {
+        // SAFETY: the word lies in the panel.
+        unsafe { L::load(panel.add(k * WORD_LINE).cast()) }
     }
 
     #[inline(always)]
-    unsafe fn walk<L: Lanes, const P: usize, S: Sink<L, P>>(panels: [*const u8; P], inputs: usize, sink: &mut S) {
-        // SAFETY: input k lies inside each panel; the caller vouches for the instruction set.
-        unsafe {
-            let mut weights = [L::splat(0.0); P];
-            for k in 0..inputs {
-                for p in 0..P {
-                    weights[p] = L::load(panels[p].cast::<f32>().add(k * LANES));
-                }
-                sink.step(k, weights);
-            }
-        }
+    unsafe fn dot<L: Lanes>(sums: L, weights: L, x: u32) -> L {
+        // SAFETY: the instruction set, by contract.
+        unsafe { L::splat(f32::from_bits(x)).fma(weights, sums) }
     }
 }
 
-impl Store for F32 {
+impl Words for Bf16 {
+    type Weights<L: Lanes> = L::Pairs;
+
     #[inline(always)]
-    unsafe fn put(panel: *mut u8, k: usize, output: usize, value: f32) {
-        // SAFETY: inside the panel and ours alone, by contract; panels start on cache lines, so it is aligned.
-        unsafe { *panel.cast::<f32>().add(k * LANES + output) = value }
+    unsafe fn load<L: Lanes>(panel: *const u8, k: usize) -> L::Pairs {
+        // SAFETY: the word lies in the panel.
+        unsafe { L::load_pairs(panel.add(k * WORD_LINE).cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot<L: Lanes>(sums: L, weights: L::Pairs, x: u32) -> L {
+        // SAFETY: the instruction set, by contract.
+        unsafe { sums.dot_pairs(weights, x) }
     }
 }
 
-impl Format for Bf16 {
-    fn panel_bytes(inputs: usize) -> usize {
-        inputs.div_ceil(2) * LANES * 4
-    }
+/// Panels whose inputs take part in groups of 32, with integer sums inside a group.
+pub(super) trait Groups {
+    /// There are minima: `w = scale q + min`.
+    const MINIMA: bool;
 
-    fn pack(rows: &[&[f32]], inputs: usize, out: &mut [u8]) {
-        for (output, row) in rows.iter().enumerate() {
-            for (k, weight) in row[..inputs].iter().enumerate() {
-                let at = 2 * ((k / 2 * LANES + output) * 2 + k % 2);
-                out[at..at + 2].copy_from_slice(&bf16::from_f32(*weight).to_bits().to_ne_bytes());
-            }
-        }
-    }
+    /// Sums before the first word of a group; `offset` is -128 times the sum of the group's activations.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`.
+    unsafe fn start<L: Lanes>(offset: *const i32) -> L::Ints;
 
-    #[inline(always)]
-    unsafe fn walk<L: Lanes, const P: usize, S: Sink<L, P>>(panels: [*const u8; P], inputs: usize, sink: &mut S) {
-        // SAFETY: pair k lies inside each panel, an odd last input has a pair too; the caller vouches for the instruction set.
-        unsafe {
-            let (mut first, mut second) = ([L::splat(0.0); P], [L::splat(0.0); P]);
-            for pair in 0..inputs.div_ceil(2) {
-                for p in 0..P {
-                    (first[p], second[p]) = L::widen_bf16(panels[p].cast::<u16>().add(pair * 2 * LANES));
-                }
-                sink.step(2 * pair, first);
-                if 2 * pair + 1 < inputs {
-                    sink.step(2 * pair + 1, second);
-                }
-            }
-        }
-    }
-}
+    /// Words `2 pair` and `2 pair + 1` of a group.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; the panel has this group, and `inputs` in all.
+    unsafe fn load<L: Lanes>(panel: *const u8, inputs: usize, group: usize, pair: usize) -> (L::Bytes, L::Bytes);
 
-impl Store for Bf16 {
-    #[inline(always)]
-    unsafe fn put(panel: *mut u8, k: usize, output: usize, value: f32) {
-        // SAFETY: inside the panel and ours alone, by contract; panels start on cache lines, so it is aligned.
-        unsafe { *panel.cast::<u16>().add((k / 2 * LANES + output) * 2 + k % 2) = bf16::from_f32(value).to_bits() }
-    }
+    /// Adds the products with one word of activations.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`.
+    unsafe fn dot<L: Lanes>(sums: L::Ints, weights: L::Bytes, x: u32) -> L::Ints;
+
+    /// Asks for a group that will be read soon.
+    fn prefetch<L: Lanes>(panel: *const u8, inputs: usize, group: usize);
+
+    /// Scales and minima of a group.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; the panel has this group.
+    unsafe fn scales<L: Lanes>(panel: *const u8, group: usize) -> (L, L);
 }
 
 impl Q8 {
-    /// Sixteen scales and 32 x 16 integers.
-    const GROUP_BYTES: usize = LANES * 4 + Q8_GROUP * LANES;
+    /// Where the integers begin.
+    #[inline(always)]
+    fn integers(inputs: usize) -> usize {
+        (inputs.div_ceil(GROUP) * LANES * 2).next_multiple_of(WORD_LINE)
+    }
 }
 
-impl Format for Q8 {
-    fn panel_bytes(inputs: usize) -> usize {
-        inputs.div_ceil(Q8_GROUP) * Self::GROUP_BYTES
+impl Groups for Q8 {
+    const MINIMA: bool = false;
+
+    #[inline(always)]
+    unsafe fn start<L: Lanes>(offset: *const i32) -> L::Ints {
+        // SAFETY: the instruction set and the pointer, by contract.
+        unsafe { L::start(*offset) }
     }
 
-    fn pack(rows: &[&[f32]], inputs: usize, out: &mut [u8]) {
-        for (output, row) in rows.iter().enumerate() {
-            let (ints, scales) = quantize_q8(&row[..inputs]);
-            for (group, scale) in scales.iter().enumerate() {
-                let at = group * Self::GROUP_BYTES + 4 * output;
-                out[at..at + 4].copy_from_slice(&scale.to_ne_bytes());
-            }
-            for (k, int) in ints.iter().enumerate() {
-                let ints_of_group = k / Q8_GROUP * Self::GROUP_BYTES + LANES * 4;
-                out[ints_of_group + k % Q8_GROUP * LANES + output] = int.to_ne_bytes()[0];
-            }
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(panel: *const u8, inputs: usize, group: usize, pair: usize) -> (L::Bytes, L::Bytes) {
+        // SAFETY: both words lie in the panel.
+        unsafe {
+            let from = panel.add(Self::integers(inputs) + (group * GROUP_WORDS + 2 * pair) * WORD_LINE);
+            (L::load_bytes(from), L::load_bytes(from.add(WORD_LINE)))
         }
     }
 
     #[inline(always)]
-    unsafe fn walk<L: Lanes, const P: usize, S: Sink<L, P>>(panels: [*const u8; P], inputs: usize, sink: &mut S) {
-        // SAFETY: every group that is read lies inside each panel; the caller vouches for the instruction set.
+    unsafe fn dot<L: Lanes>(sums: L::Ints, weights: L::Bytes, x: u32) -> L::Ints {
+        // SAFETY: the instruction set, by contract; integers are -127..=127.
+        unsafe { L::dot_bytes(sums, weights, x) }
+    }
+
+    #[inline(always)]
+    fn prefetch<L: Lanes>(panel: *const u8, inputs: usize, group: usize) {
+        let lines = panel.wrapping_add(Self::integers(inputs) + group * GROUP_WORDS * WORD_LINE);
+        (0..GROUP_WORDS).for_each(|line| L::prefetch(lines.wrapping_add(line * WORD_LINE)));
+        if group.is_multiple_of(2) {
+            L::prefetch(panel.wrapping_add(group * LANES * 2));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scales<L: Lanes>(panel: *const u8, group: usize) -> (L, L) {
+        // SAFETY: the scales lie in the panel.
+        unsafe { (L::widen_f16(panel.cast::<u16>().add(group * LANES)), L::splat(0.0)) }
+    }
+}
+
+impl Q4 {
+    /// Where the parts of a group begin.
+    const MINIMA: usize = LANES * 2;
+    const INTEGERS: usize = LANES * 4;
+    const GROUP_BYTES: usize = Self::INTEGERS + GROUP / 2 * LANES;
+}
+
+impl Groups for Q4 {
+    const MINIMA: bool = true;
+
+    #[inline(always)]
+    unsafe fn start<L: Lanes>(_: *const i32) -> L::Ints {
+        // SAFETY: the instruction set, by contract.
+        unsafe { L::zero() }
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(panel: *const u8, _: usize, group: usize, pair: usize) -> (L::Bytes, L::Bytes) {
+        // SAFETY: the line lies in the panel.
+        unsafe { L::load_nibbles(panel.add(group * Self::GROUP_BYTES + Self::INTEGERS + pair * WORD_LINE)) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot<L: Lanes>(sums: L::Ints, weights: L::Bytes, x: u32) -> L::Ints {
+        // SAFETY: the instruction set, by contract; a nibble is at most 15.
+        unsafe { L::dot_nibbles(sums, weights, x) }
+    }
+
+    #[inline(always)]
+    fn prefetch<L: Lanes>(panel: *const u8, _: usize, group: usize) {
+        let lines = panel.wrapping_add(group * Self::GROUP_BYTES);
+        (0..Self::GROUP_BYTES).step_by(WORD_LINE).for_each(|at| L::prefetch(lines.wrapping_add(at)));
+    }
+
+    #[inline(always)]
+    unsafe fn scales<L: Lanes>(panel: *const u8, group: usize) -> (L, L) {
+        // SAFETY: scales and minima lie in the panel.
         unsafe {
-            let (mut groups, mut scales, mut weights) = (panels, [L::splat(0.0); P], [L::splat(0.0); P]);
-            let mut first = 0;
-            while first < inputs {
-                for p in 0..P {
-                    groups[p] = panels[p].add(first / Q8_GROUP * Self::GROUP_BYTES);
-                    scales[p] = L::load(groups[p].cast());
-                }
-                for k in 0..Q8_GROUP.min(inputs - first) {
-                    for p in 0..P {
-                        weights[p] = L::widen_i8(groups[p].add(LANES * 4 + k * LANES).cast()).mul(scales[p]);
-                    }
-                    sink.step(first + k, weights);
-                }
-                first += Q8_GROUP;
-            }
+            let from = panel.add(group * Self::GROUP_BYTES);
+            (L::widen_f16(from.cast()), L::widen_f16(from.add(<Self>::MINIMA).cast()))
         }
     }
 }

@@ -1,19 +1,28 @@
-//! Sixteen f32 lanes: the vocabulary in which every kernel is written once, for all instruction sets.
+//! Sixteen lanes: the vocabulary in which every kernel is written once, for all instruction sets.
 #![allow(unsafe_code)]
+
+use crate::kernel::rounding::activation_scale;
 
 /// Outputs of a panel, tokens of a KV block, columns of a vector: everything is cut into sixteens.
 pub(super) const LANES: usize = 16;
 
 /// `1.5 * 2^23`: adding it leaves the rounded integer in the low bits of the mantissa.
-const ROUND: f32 = 12_582_912.0;
+pub(super) const ROUND: f32 = 12_582_912.0;
 
 /// Sixteen f32.
 ///
 /// # Safety
 /// Every method may use the instructions of its implementation: callers run on a processor that has them, and inside a function
 /// compiled for them (the wrappers in [`super::isa`]), into which these inline. Pointers must be valid for sixteen numbers of their type
-/// (`widen_bf16`: thirty-two); no alignment is needed.
+/// (`load_pairs`: thirty-two; `load_bytes` and `load_nibbles`: sixty-four bytes); no alignment is needed.
 pub(super) trait Lanes: Copy {
+    /// Sixteen pairs of bfloat16: two inputs of each output.
+    type Pairs: Copy;
+    /// Sixteen fours of unsigned bytes: four inputs of each output.
+    type Bytes: Copy;
+    /// Sixteen 32-bit sums.
+    type Ints: Copy;
+
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
@@ -27,14 +36,45 @@ pub(super) trait Lanes: Copy {
     unsafe fn at_least(self, floor: Self) -> Self;
     /// At most `ceiling`; NaN stays NaN.
     unsafe fn at_most(self, ceiling: Self) -> Self;
+    /// The first `count <= 16` lanes, and those of `rest` behind them.
+    unsafe fn first(self, count: usize, rest: Self) -> Self;
     /// The largest lane, if none is NaN.
     unsafe fn largest(self) -> f32;
+    /// The largest magnitude of both, or NaN if one of them is.
+    unsafe fn largest_magnitude(self, other: Self) -> f32;
+    /// The sum of lanes whose sums are exact in any order, as those of small integers are.
+    #[inline(always)]
+    unsafe fn exact_sum(self) -> f32 {
+        // SAFETY: as for the trait.
+        unsafe { sum(self) }
+    }
     /// `2^n` where the low nine bits of each lane's representation hold n.
     unsafe fn power_of_two(self) -> Self;
-    /// Sixteen pairs of bfloat16: the first and the second of each.
-    unsafe fn widen_bf16(from: *const u16) -> (Self, Self);
-    /// Sixteen 8-bit integers.
-    unsafe fn widen_i8(from: *const i8) -> Self;
+    /// The low byte of each lane's representation.
+    unsafe fn store_low_bytes(self, to: *mut u8);
+    /// The nearest bfloat16, ties to even; NaN stays NaN.
+    unsafe fn store_bf16(self, to: *mut u16);
+    unsafe fn widen_f16(from: *const u16) -> Self;
+
+    unsafe fn load_pairs(from: *const u16) -> Self::Pairs;
+    /// `self + first * x.first + second * x.second`, where x is one pair of bfloat16.
+    unsafe fn dot_pairs(self, weights: Self::Pairs, x: u32) -> Self;
+
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    /// The low and the high halves of sixty-four bytes.
+    unsafe fn load_nibbles(from: *const u8) -> (Self::Bytes, Self::Bytes);
+    /// Sums of nothing.
+    unsafe fn zero() -> Self::Ints;
+    /// What sums of [`Lanes::dot_bytes`] start from, where `offset` is -128 times the sum of all x.
+    unsafe fn start(offset: i32) -> Self::Ints;
+    /// Adds (w - 128) x, where x is four signed bytes; `w >= 1`.
+    unsafe fn dot_bytes(sums: Self::Ints, weights: Self::Bytes, x: u32) -> Self::Ints;
+    /// Adds w x, where `w <= 15`.
+    unsafe fn dot_nibbles(sums: Self::Ints, weights: Self::Bytes, x: u32) -> Self::Ints;
+    unsafe fn from_ints(sums: Self::Ints) -> Self;
+
+    /// Asks for the cache line at an address, if the processor takes such wishes. Safe for any address.
+    fn prefetch(_at: *const u8) {}
 }
 
 /// e^x within 2 ulp for -87 <= x <= 88; beyond, the value at the border. NaN stays NaN. (Cephes' expf: one reduction, one polynomial.)
@@ -85,6 +125,25 @@ pub(super) unsafe fn sum<L: Lanes>(x: L) -> f32 {
         }
     }
     lanes[0]
+}
+
+/// Thirty-two numbers as 8-bit integers with one scale, and the sum of the integers.
+///
+/// # Safety
+/// As for [`Lanes`], with `x` and `to` valid for thirty-two numbers.
+#[inline(always)]
+pub(super) unsafe fn quantize<L: Lanes>(x: *const f32, to: *mut u8) -> (f32, f32) {
+    // SAFETY: thirty-two of each by contract.
+    unsafe {
+        let (low, high) = (L::load(x), L::load(x.add(LANES)));
+        let (inverse, scale) = activation_scale(low.largest_magnitude(high));
+        let (inverse, round) = (L::splat(inverse), L::splat(ROUND));
+        // Not fused: the same integers on every instruction set.
+        let (low, high) = (low.mul(inverse).add(round), high.mul(inverse).add(round));
+        low.store_low_bytes(to);
+        high.store_low_bytes(to.add(LANES));
+        (scale, low.sub(round).add(high.sub(round)).exact_sum())
+    }
 }
 
 /// `count <= 16` numbers, zeros behind them.

@@ -1,44 +1,80 @@
 //! Packing a group of frozen linears.
 
 use super::{
-    format::{Bf16, F32, Format, Q8},
+    format::{pack_bf16, pack_f32, pack_q4, pack_q8},
     lanes::LANES,
-    memory::Lines,
+    memory::{Arena, Region},
 };
-use crate::kernel::{KernelError, LinearPart, Precision, check::shape};
+use crate::kernel::{
+    Epilogue, KernelError, LinearPart, Precision, Weight,
+    check::shape,
+    rounding::{GROUP, Layout, quantize_q8},
+};
 
 /// Panels of one matrix.
 pub(super) struct Panels {
-    data: Lines,
+    pub(super) layout: Layout,
+    data: Region,
     panel_bytes: usize,
     count: usize,
 }
 
+/// A matrix in the numbers of its layout, row after row.
+enum Matrix {
+    Floats(Vec<f32>),
+    Q8(Vec<crate::kernel::rounding::Q8Block>),
+    Q4(Vec<crate::kernel::rounding::Q4Block>),
+}
+
+impl Matrix {
+    fn of(weight: &Weight, layout: Layout) -> Result<Self, KernelError> {
+        Ok(match layout {
+            Layout::F32 | Layout::Bf16 => Self::Floats(weight.to_f32()?),
+            Layout::Q8 => Self::Q8(weight.to_q8()?),
+            Layout::Q4 => Self::Q4(weight.to_q4()?),
+        })
+    }
+}
+
 impl Panels {
     /// Packs matrices `[rows, inputs]` one after another, each from a fresh panel.
-    fn pack(matrices: &[Vec<f32>], inputs: usize, precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => Self::pack_as::<F32>(matrices, inputs),
-            Precision::Bf16 => Self::pack_as::<Bf16>(matrices, inputs),
-            Precision::Q8 => Self::pack_as::<Q8>(matrices, inputs),
-        }
-    }
-
-    fn pack_as<F: Format>(matrices: &[Vec<f32>], inputs: usize) -> Self {
-        let panel_bytes = F::panel_bytes(inputs);
-        let count = matrices.iter().map(|matrix| (matrix.len() / inputs).div_ceil(LANES)).sum();
-        let mut data = Lines::zeroed(count * panel_bytes);
-        let panels = matrices.iter().flat_map(|matrix| matrix.chunks(inputs * LANES));
-        for (rows, out) in panels.zip(data.bytes_mut().chunks_mut(panel_bytes)) {
-            let rows: Vec<&[f32]> = rows.chunks(inputs).collect();
-            F::pack(&rows, inputs, out);
-        }
-        Self { data, panel_bytes, count }
+    fn pack(arena: &Arena, matrices: &[Matrix], inputs: usize, layout: Layout) -> Self {
+        let panel_bytes = layout.panel_bytes(inputs);
+        let blocks = inputs.div_ceil(GROUP);
+        let panels_of = |matrix: &Matrix| match matrix {
+            Matrix::Floats(values) => (values.len() / inputs).div_ceil(LANES),
+            Matrix::Q8(values) => (values.len() / blocks).div_ceil(LANES),
+            Matrix::Q4(values) => (values.len() / blocks).div_ceil(LANES),
+        };
+        let count = matrices.iter().map(panels_of).sum();
+        let data = arena.take(count * panel_bytes, |bytes| {
+            let mut rest = bytes;
+            for matrix in matrices {
+                let (out, after) = std::mem::take(&mut rest).split_at_mut(panels_of(matrix) * panel_bytes);
+                rest = after;
+                let out = out.chunks_mut(panel_bytes);
+                let (floats, blocks) = (inputs * LANES, blocks * LANES);
+                match matrix {
+                    Matrix::Floats(values) => values.chunks(floats).zip(out).for_each(|(rows, out)| match layout {
+                        Layout::Bf16 => pack_bf16(rows, inputs, out),
+                        _ => pack_f32(rows, inputs, out),
+                    }),
+                    Matrix::Q8(rows) => rows.chunks(blocks).zip(out).for_each(|(rows, out)| pack_q8(rows, inputs, out)),
+                    Matrix::Q4(rows) => rows.chunks(blocks).zip(out).for_each(|(rows, out)| pack_q4(rows, inputs, out)),
+                }
+            }
+        });
+        Self { layout, data, panel_bytes, count }
     }
 
     /// How many.
     pub(super) fn len(&self) -> usize {
         self.count
+    }
+
+    /// Bytes of each.
+    pub(super) fn panel_bytes(&self) -> usize {
+        self.panel_bytes
     }
 
     /// The first byte of a panel.
@@ -76,7 +112,7 @@ pub(super) struct PartInfo {
 
 /// A packed group of linears.
 pub struct CpuLinear {
-    pub(super) precision: Precision,
+    pub(super) layout: Layout,
     pub(super) inputs: usize,
     /// Outputs of each linear.
     pub(super) outputs: Vec<usize>,
@@ -98,22 +134,23 @@ pub struct CpuLinear {
 
 impl CpuLinear {
     /// Packs a group; see [`crate::kernel::Backend::linear`].
-    pub(super) fn pack(parts: &[LinearPart<'_>], precision: Precision) -> Result<Self, KernelError> {
+    pub(super) fn pack(arena: &Arena, parts: &[LinearPart<'_>], precision: Precision) -> Result<Self, KernelError> {
         let inputs = parts.first().map_or(0, |part| part.weight.cols);
         if inputs == 0 {
             return Err(shape("linear: a group without inputs"));
         }
         parts.iter().try_for_each(|part| part.check(inputs))?;
-        let weights = parts.iter().map(|part| part.weight.to_f32()).collect::<Result<Vec<_>, _>>()?;
+        let layout = Layout::of(precision, parts);
+        let matrices = parts.iter().map(|part| Matrix::of(part.weight, layout)).collect::<Result<Vec<_>, _>>()?;
         let mut linear = Self {
-            precision,
+            layout,
             inputs,
             outputs: parts.iter().map(|part| part.weight.rows).collect(),
-            weights: Panels::pack(&weights, inputs, precision),
+            weights: Panels::pack(arena, &matrices, inputs, layout),
             info: Vec::new(),
             bias: Vec::new(),
             parts: Vec::new(),
-            down: Panels::pack(&[], inputs, precision),
+            down: Panels::pack(arena, &[], inputs, layout.of_factors()),
             down_rows: 0,
             up: Vec::new(),
         };
@@ -130,8 +167,17 @@ impl CpuLinear {
             }
             column += part.weight.rows;
         }
-        linear.down = Panels::pack(&[down], inputs, precision);
+        let down = match layout.of_factors() {
+            Layout::Q8 => Matrix::Q8(quantize_q8(&down, inputs)),
+            _ => Matrix::Floats(down),
+        };
+        linear.down = Panels::pack(arena, &[down], inputs, layout.of_factors());
         Ok(linear)
+    }
+
+    /// Columns of the result.
+    pub(super) fn width(&self, epilogue: Epilogue) -> usize {
+        if epilogue == Epilogue::SwiGlu { self.outputs[0] } else { self.outputs.iter().sum() }
     }
 
     /// Adds the panels of a part whose first output is `column` of the group.

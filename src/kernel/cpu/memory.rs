@@ -1,9 +1,20 @@
 //! Memory that starts on a cache line, and the pointer through which threads write their own parts of a result.
 #![allow(unsafe_code)]
 
+use std::{
+    alloc::{Layout, alloc, dealloc, handle_alloc_error},
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+
 /// One cache line.
 const LINE: usize = 64;
 const WORD: usize = size_of::<u128>();
+/// What the processor maps with one entry of its tables, if the system lends such pages.
+const HUGE_PAGE: usize = 2 << 20;
+/// Weights of many small matrices lie side by side in chunks of this size.
+const CHUNK: usize = 32 << 20;
 
 /// Zeroed bytes on whole cache lines.
 pub(super) struct Lines {
@@ -12,7 +23,6 @@ pub(super) struct Lines {
     words: Vec<u128>,
     /// Word at which the first line starts.
     start: usize,
-    bytes: usize,
 }
 
 impl Lines {
@@ -20,11 +30,11 @@ impl Lines {
     pub(super) fn zeroed(bytes: usize) -> Self {
         let bytes = bytes.next_multiple_of(LINE);
         if bytes == 0 {
-            return Self { words: Vec::new(), start: 0, bytes };
+            return Self { words: Vec::new(), start: 0 };
         }
         let words = vec![0u128; (bytes + LINE) / WORD];
         let start = words.as_ptr().addr().wrapping_neg() % LINE / WORD;
-        Self { words, start, bytes }
+        Self { words, start }
     }
 
     /// The first byte.
@@ -36,11 +46,92 @@ impl Lines {
     pub(super) fn as_mut_ptr(&mut self) -> *mut u8 {
         self.words[self.start..].as_mut_ptr().cast()
     }
+}
 
-    /// All bytes.
-    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the words from `start` on hold at least so many bytes, all initialised, and are borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr(), self.bytes) }
+/// Where weights live: chunks on huge pages, which a stream of reads passes through faster (30 to 34 GB/s against 25 to 31 where it was measured).
+#[derive(Default)]
+pub(super) struct Arena {
+    current: Mutex<Option<(Arc<Chunk>, usize)>>,
+}
+
+struct Chunk {
+    start: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: the memory is written through a `Region` while it is built, which has its range for itself, and only read afterwards.
+unsafe impl Send for Chunk {}
+// SAFETY: as above.
+unsafe impl Sync for Chunk {}
+
+impl Chunk {
+    fn new(bytes: usize) -> Self {
+        let layout = Layout::from_size_align(bytes.next_multiple_of(HUGE_PAGE), HUGE_PAGE);
+        let layout = layout.expect("a model's weights fit the address space: the file did");
+        // SAFETY: the size is not zero.
+        let start = unsafe { alloc(layout) };
+        if start.is_null() {
+            handle_alloc_error(layout);
+        }
+        // SAFETY: the range is ours; the advice does not change what it holds, and may be refused.
+        #[cfg(target_os = "linux")]
+        unsafe {
+            libc::madvise(start.cast(), layout.size(), libc::MADV_HUGEPAGE);
+        }
+        Self { start, layout }
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and every region that points into it holds the chunk.
+        unsafe { dealloc(self.start, self.layout) }
+    }
+}
+
+/// A range of a chunk, on whole cache lines.
+pub(super) struct Region {
+    chunk: Option<Arc<Chunk>>,
+    start: usize,
+    bytes: usize,
+}
+
+impl Arena {
+    /// So many zeroed bytes, which `fill` writes before anybody else sees them.
+    pub(super) fn take(&self, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Region {
+        if bytes == 0 {
+            return Region { chunk: None, start: 0, bytes };
+        }
+        let mut current = self.current.lock();
+        let (chunk, start) = match current.take() {
+            Some((chunk, used)) if chunk.layout.size() - used >= bytes => (chunk, used),
+            _ => (Arc::new(Chunk::new(bytes.max(CHUNK))), 0),
+        };
+        *current = Some((Arc::clone(&chunk), (start + bytes).next_multiple_of(LINE)));
+        drop(current);
+        // SAFETY: no other region has this range of the chunk, and no reference to it exists yet; it is zeroed before it is lent as a slice.
+        unsafe {
+            let first = chunk.start.add(start);
+            first.write_bytes(0, bytes);
+            fill(std::slice::from_raw_parts_mut(first, bytes));
+        }
+        Region { chunk: Some(chunk), start, bytes }
+    }
+}
+
+impl Region {
+    /// The first byte; dangling when there is none.
+    pub(super) fn as_ptr(&self) -> *const u8 {
+        match &self.chunk {
+            // SAFETY: the region lies in its chunk.
+            Some(chunk) => unsafe { chunk.start.add(self.start) },
+            None => std::ptr::dangling(),
+        }
+    }
+
+    /// How many.
+    pub(super) fn len(&self) -> usize {
+        self.bytes
     }
 }
 
@@ -48,7 +139,39 @@ impl Lines {
 #[derive(Clone, Copy)]
 pub(super) struct Shared<T>(pub(super) *mut T);
 
+impl<T> Shared<T> {
+    /// The address of element `i`.
+    pub(super) fn get(&self, i: usize) -> *mut T {
+        self.0.wrapping_add(i)
+    }
+}
+
 // SAFETY: it is only an address; every access through it is in an unsafe block with its own reason.
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_lie_on_lines_and_keep_what_was_written() {
+        let arena = Arena::default();
+        let regions: Vec<Region> = (0..40u8)
+            .map(|i| {
+                arena.take(usize::from(i) * 1000 + 1, |bytes| {
+                    assert!(bytes.iter().all(|byte| *byte == 0));
+                    bytes.fill(i);
+                })
+            })
+            .collect();
+        drop(arena);
+        for (i, region) in regions.iter().enumerate() {
+            assert_eq!(region.as_ptr().addr() % LINE, 0);
+            // SAFETY: the region holds so many bytes.
+            let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr(), region.len()) };
+            assert!(bytes.len() == i * 1000 + 1 && bytes.iter().all(|byte| usize::from(*byte) == i));
+        }
+    }
+}

@@ -3,14 +3,16 @@
 //! | file | holds |
 //! |---|---|
 //! | [`isa`] | run-time choice; one file an instruction set |
-//! | `lanes` | sixteen f32 lanes: the words kernels are written in, and exp |
-//! | `format` | how panels of f32, bf16 and 8-bit weights lie in memory |
-//! | `tile` | the register tile: one chain of multiply-adds an output |
+//! | `lanes` | sixteen lanes: the words kernels are written in, and exp |
+//! | `format` | how panels of f32, bf16, 8-bit and 4-bit weights lie in memory |
+//! | `activations` | rows cut into tiles, rounded and packed as the kernels read them |
+//! | `tile` | the register tile: one chain of additions an output |
 //! | `linear`, `product` | packing; norm, product, adapter and epilogue |
 //! | `attention` | the paged cache and the walk over it |
-//! | `pool` | threads |
+//! | `memory`, `pool` | huge pages for weights; threads |
 #![allow(unsafe_code)]
 
+mod activations;
 mod attention;
 mod format;
 pub mod isa;
@@ -28,14 +30,15 @@ mod tile;
 
 use half::bf16;
 
-pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use self::{
+    activations::{Packed, Tile, cut, places},
     attention::{AppendJob, AttendJob, Scratch},
     isa::Kernels,
-    memory::Shared,
+    memory::{Arena, Shared},
     pool::Pool,
-    product::{PrepareJob, ProductJob},
+    product::{PrepareJob, ProductJob, RowScratch},
 };
+pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use super::{
     AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch, Weight,
     check::{check_attend, check_factors, check_product, ensure, shape},
@@ -46,15 +49,33 @@ pub struct CpuBackend {
     isa: Isa,
     kernels: &'static Kernels,
     pool: Pool,
-    /// Rows of a product, gathered and normalised.
-    prepared: Vec<f32>,
-    /// `C V^T x` of a product's rows.
-    mixed: Vec<f32>,
+    /// Where weights live.
+    arena: Arena,
+    /// The rows of a product, cut.
+    tiles: Vec<Tile>,
     /// Queries of an attention, turned and scaled.
     queries: Vec<f32>,
     /// One a thread.
-    scratch: Vec<Scratch>,
+    threads: Vec<Thread>,
 }
+
+/// What a thread keeps from region to region.
+#[derive(Default)]
+struct Thread {
+    /// Rows of a product: the first thread's hold those of all, unless they are so few that each thread prepares them for itself.
+    packed: Packed,
+    /// `C V^T x` of a product's rows, likewise.
+    mixed: Vec<f32>,
+    rows: RowScratch,
+    attention: Scratch,
+}
+
+/// Pieces a thread that a region is dealt in: a thread that is taken away for a while leaves the rest to the others.
+const PIECES: usize = 4;
+/// Rows whose keys and values a thread writes at a time.
+const APPENDED_ROWS: usize = 8;
+/// So few rows are prepared by every thread for itself: that takes less time than to meet once more.
+const FEW_ROWS: usize = 4;
 
 impl CpuBackend {
     /// A backend with so many threads (the caller among them; 0 counts as 1), on this instruction set or the best there is.
@@ -65,9 +86,8 @@ impl CpuBackend {
         let isa = isa.unwrap_or_else(|| Isa::available()[0]);
         let kernels = isa.kernels().ok_or_else(|| shape(format!("this processor has no {isa}")))?;
         let pool = Pool::new(threads).map_err(|error| shape(format!("cannot start kernel threads: {error}")))?;
-        let scratch = (0..pool.threads()).map(|_| Scratch::default()).collect();
-        let (prepared, mixed, queries) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { isa, kernels, pool, prepared, mixed, queries, scratch })
+        let threads = (0..pool.threads()).map(|_| Thread::default()).collect();
+        Ok(Self { isa, kernels, pool, arena: Arena::default(), tiles: Vec::new(), queries: Vec::new(), threads })
     }
 
     /// The instruction set in use.
@@ -135,7 +155,7 @@ impl Backend for CpuBackend {
     type Step = CpuStep;
 
     fn linear(&self, parts: &[LinearPart<'_>], precision: Precision) -> Result<CpuLinear, KernelError> {
-        CpuLinear::pack(parts, precision)
+        CpuLinear::pack(&self.arena, parts, precision)
     }
 
     fn norm(&self, weight: &[f32], epsilon: f32) -> Result<CpuNorm, KernelError> {
@@ -146,7 +166,9 @@ impl Backend for CpuBackend {
         let values = weight.to_f32()?;
         let data = match precision {
             Precision::F32 => TableData::F32(values),
-            Precision::Bf16 | Precision::Q8 => TableData::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+            Precision::Bf16 | Precision::Q8 | Precision::Q4 => {
+                TableData::Bf16(values.into_iter().map(bf16::from_f32).collect())
+            }
         };
         Ok(CpuTable { vocab: weight.rows, width: weight.cols, data })
     }
@@ -202,55 +224,64 @@ impl Backend for CpuBackend {
         ensure(x.rows == step.rows(), || format!("product: {} rows of a step of {}", x.rows, step.rows()))?;
         check_product(&linear.outputs, norm.map(|norm| norm.weight.len()), inputs, epilogue, out.width)?;
         linear.parts.iter().try_for_each(|part| check_factors(&step.facts, part.rank, part.site))?;
-        let (chosen, count, slots) = match rows {
-            Rows::All => (None, step.rows(), &step.slots),
-            Rows::Logits => (Some(&step.logits_rows[..]), step.logits_rows.len(), &step.logits_slots),
+        let (chosen, count, active) = match rows {
+            Rows::All => (None, step.rows(), &step.active),
+            Rows::Logits => (Some(&step.logits_rows[..]), step.logits_rows.len(), &step.logits_active),
         };
         ensure(epilogue != Epilogue::Add || out.rows == count, || {
             format!("product: adding {count} rows to {}", out.rows)
         })?;
         out.resize(count);
+        if count == 0 {
+            return Ok(());
+        }
+        cut(count, self.kernels.heights, &mut self.tiles);
         let adapted = step.facts.adapted && !linear.parts.is_empty();
-        let copies = norm.is_some() || chosen.is_some();
-        grow(&mut self.prepared, if copies { count * inputs } else { 0 });
-        grow(&mut self.mixed, if adapted { count * linear.down_rows } else { 0 });
-        if copies || adapted {
-            let job = PrepareJob {
-                kernels: self.kernels,
-                linear,
-                x: x.used(),
-                chosen,
-                norm: norm.map(|norm| (&norm.weight[..], norm.epsilon)),
-                prepared: Shared(self.prepared.as_mut_ptr()),
-                cores: if adapted { &step.cores } else { &[] },
-                slots: &step.slots,
-                mixed: Shared(self.mixed.as_mut_ptr()),
-            };
-            let (job, tile) = (&job, self.kernels.rows);
-            self.pool.split(count.div_ceil(tile), &|tiles| {
-                // SAFETY: `kernels` are of an instruction set that this processor has; `prepared` and `mixed` hold `count` rows, which the pool
-                // hands out in disjoint ranges.
-                unsafe { (job.kernels.prepare)(job, tiles.start * tile..count.min(tiles.end * tile)) };
-            });
-        }
-        let job = ProductJob {
-            kernels: self.kernels,
-            linear,
-            x: if copies { &self.prepared } else { x.used() },
-            rows: count,
-            mixed: &self.mixed,
-            slots: if adapted { slots } else { &[] },
-            epilogue,
-            out: Shared(out.data.as_mut_ptr()),
-            width: out.width,
+        let few = count <= FEW_ROWS;
+        let rooms = |thread: &mut Thread| {
+            grow(&mut thread.mixed, if adapted { count * linear.down_rows } else { 0 });
+            let room = thread.packed.room(linear.layout, inputs, places(&self.tiles));
+            (room, Shared(thread.mixed.as_mut_ptr()))
         };
-        if count > 0 {
-            let job = &job;
-            self.pool.split(job.units(), &|units| {
-                // SAFETY: as above; `out` holds `count` rows, and the columns of a unit are written by the thread that has the unit.
-                unsafe { (job.kernels.product)(job, units) };
-            });
+        let out = Shared(out.data.as_mut_ptr());
+        let (x, kernels, tiles, width) = (x.used(), self.kernels, &self.tiles[..], linear.width(epilogue));
+        let jobs = |(room, mixed)| {
+            let norm = norm.map(|norm| (&norm.weight[..], norm.epsilon));
+            let (cores, slots) = (if adapted { &step.cores[..] } else { &[] }, &step.slots[..]);
+            let prepare = PrepareJob { kernels, linear, x, chosen, norm, tiles, room, cores, slots, mixed };
+            let active = if adapted { &active[..] } else { &[] };
+            (prepare, ProductJob { kernels, linear, tiles, room, mixed, active, epilogue, out, width })
+        };
+        let (prepare, product) = jobs(rooms(&mut self.threads[0]));
+        let (units, at_once) = (product.units(), product.units_at_once());
+        let threads = self.pool.threads();
+        if few {
+            let states = Shared(self.threads.as_mut_ptr());
+            let pieces = units.div_ceil(at_once);
+            let region = |thread: usize| {
+                // SAFETY: one state a thread, and each thread has its own number.
+                let state = unsafe { &mut *states.get(thread) };
+                let (prepare, product) = jobs(rooms(state));
+                let piece = |thread: usize| units.min(pieces * thread / threads * at_once);
+                // SAFETY: `kernels` are of an instruction set that this processor has; the rooms are this thread's, and the columns of a unit
+                // are written by the thread that has the unit.
+                unsafe {
+                    (kernels.prepare)(&prepare, 0..tiles.len(), &mut state.rows);
+                    (kernels.product)(&product, piece(thread)..piece(thread + 1));
+                }
+            };
+            self.pool.run(&region);
+            return Ok(());
         }
+        let states = Shared(self.threads.as_mut_ptr());
+        self.pool.deal(tiles.len(), 1, &|thread, tiles| {
+            // SAFETY: as above; only the scratch of the thread's state is used, and tiles are handed out once each.
+            unsafe { (kernels.prepare)(&prepare, tiles, &mut (*states.get(thread)).rows) };
+        });
+        self.pool.deal(units, units.div_ceil(threads * PIECES).next_multiple_of(at_once), &|_, units| {
+            // SAFETY: as above; units are handed out once each.
+            unsafe { (kernels.product)(&product, units) };
+        });
         Ok(())
     }
 
@@ -270,24 +301,24 @@ impl Backend for CpuBackend {
         let kernels = self.kernels;
         let (keys, values) = (Shared(kv.keys.as_mut_ptr()), Shared(kv.values.as_mut_ptr()));
         let queries = Shared(self.queries.as_mut_ptr());
-        let job = AppendJob { spec: attention, step, layer, qkv: qkv.used(), queries, kv, keys, values };
-        let rows_at_once = if step.rows() <= 4 { step.rows().max(1) } else { 1 };
-        self.pool.split(step.rows().div_ceil(rows_at_once), &|rows| {
-            let rows = rows.start * rows_at_once..step.rows().min(rows.end * rows_at_once);
-            // SAFETY: `kernels` are of an instruction set that this processor has; begin() and check_attend() checked the step against the cache
-            // and the table; rows are handed out in disjoint ranges, and begin() made sure that no two rows share a slot of the cache.
-            unsafe { (kernels.append)(&job, rows) };
-        });
+        let append = AppendJob { spec: attention, step, layer, qkv: qkv.used(), queries, kv, keys, values };
+        let states = Shared(self.threads.as_mut_ptr());
+        let apart = !step.chunks_are_sequences;
+        if apart {
+            self.pool.deal(step.rows(), APPENDED_ROWS, &|thread, rows| {
+                // SAFETY: `kernels` are of an instruction set that this processor has; begin() and check_attend() checked the step against the cache
+                // and the table; rows are handed out once each, and begin() made sure that no two rows share a slot of the cache.
+                unsafe { (kernels.append)(&append, rows, 0..attention.kv_heads, &mut (*states.get(thread)).attention) };
+            });
+        }
         let out = Shared(out.data.as_mut_ptr());
-        let job = AttendJob { kernels, spec: attention, step, layer, queries: &self.queries, kv, out };
-        let scratch = Shared(self.scratch.as_mut_ptr());
-        let (job, scratch) = (&job, &scratch);
+        let append = (!apart).then_some(&append);
+        let job = AttendJob { kernels, spec: attention, step, layer, queries, kv, append, out };
         self.pool.deal(job.items(), 1, &|thread, items| {
-            // SAFETY: one scratch a thread, and each thread has its own number.
-            let scratch = unsafe { &mut *scratch.0.add(thread) };
             for item in items {
-                // SAFETY: as above; items are handed out once each, and no two share an element of the result.
-                unsafe { (job.kernels.attend)(job, item, scratch) };
+                // SAFETY: as above; one state a thread, and each thread has its own number; items are handed out once each, and no two share
+                // an element of the result or, where they append, a head of a slot.
+                unsafe { (kernels.attend)(&job, item, &mut (*states.get(thread)).attention) };
             }
         });
         Ok(())

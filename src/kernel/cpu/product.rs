@@ -1,10 +1,11 @@
-//! A product in two regions: `prepare` gathers and normalises the rows and mixes what their adapters see of them, `product` multiplies
+//! A product: `prepare` gathers, normalises and packs the rows and mixes what their adapters see of them, `product` multiplies
 //! and ends each tile while it is in the cache.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
 use super::{
+    activations::{MAX_HEIGHT, Room, Tile},
     isa::{Kernels, Tiling},
     lanes::{LANES, Lanes, load_partial, silu, store_partial, sum},
     linear::CpuLinear,
@@ -13,9 +14,7 @@ use super::{
 };
 use crate::kernel::{BASE_SLOT, Cores, Epilogue};
 
-/// Rows of the largest tile of any instruction set.
-pub(super) const MAX_ROWS: usize = 12;
-/// Panels that are ever handled together: both halves of SwiGLU, with few rows.
+/// Panels that are ever handled together: with few rows it takes several to keep the multipliers and the memory busy.
 const MAX_PANELS: usize = 4;
 /// Activations that are walked over again and again for panel after panel: they should stay in the second-level cache.
 const BLOCK_BYTES: usize = 384 << 10;
@@ -44,6 +43,20 @@ pub(super) unsafe fn rms_norm<L: Lanes>(x: *const f32, weight: &[f32], epsilon: 
     }
 }
 
+/// What a thread needs to prepare rows, kept from step to step.
+#[derive(Default)]
+pub(super) struct RowScratch {
+    /// One row, normalised, with zeros behind it.
+    row: Vec<f32>,
+    /// `V^T x` of a tile, `[panel][height][16]`.
+    products: Vec<f32>,
+    /// Panels of V^T.
+    panels: Vec<*const u8>,
+}
+
+// SAFETY: the pointers in `panels` are only read inside the call that wrote them.
+unsafe impl Send for RowScratch {}
+
 /// The rows of a product, ready to be multiplied: see [`prepare`].
 pub(super) struct PrepareJob<'a> {
     pub(super) kernels: &'a Kernels,
@@ -54,8 +67,10 @@ pub(super) struct PrepareJob<'a> {
     pub(super) chosen: Option<&'a [u32]>,
     /// Weight and epsilon.
     pub(super) norm: Option<(&'a [f32], f32)>,
-    /// `[rows, inputs]`, written only if there is something to gather or to normalise. Each row belongs to one thread.
-    pub(super) prepared: Shared<f32>,
+    /// The rows, cut.
+    pub(super) tiles: &'a [Tile],
+    /// Where they are packed. Each tile belongs to one thread.
+    pub(super) room: Room,
     /// The core of a row's adapter by its slot; empty when no row has an adapter, or the linear none.
     pub(super) cores: &'a [std::sync::Arc<Cores>],
     /// Slot of every row of the step.
@@ -68,63 +83,78 @@ impl PrepareJob<'_> {
     fn row_of_step(&self, row: usize) -> usize {
         self.chosen.map_or(row, |chosen| chosen[row] as usize)
     }
+
+    fn slot(&self, row: usize) -> u32 {
+        self.slots[self.row_of_step(row)]
+    }
 }
 
-/// Gathers, normalises, and mixes rows of a product.
+/// Gathers, normalises, packs and mixes the rows of some tiles.
 ///
 /// # Safety
-/// The processor has the instructions of `T`; the job's pointers are valid for all rows in range, which no other thread touches.
+/// The processor has the instructions of `T`; the job's pointers are valid for all tiles in range, which no other thread touches.
 #[inline(always)]
-pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, rows: Range<usize>) {
+pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize>, scratch: &mut RowScratch) {
     let width = job.linear.inputs;
-    let copies = job.norm.is_some() || job.chosen.is_some();
-    if copies {
-        for row in rows.clone() {
-            let from = job.row_of_step(row) * width;
-            let from = job.x[from..from + width].as_ptr();
-            // SAFETY: `from` was sliced to `width`; row `row` of `prepared` is this thread's.
+    let padded = job.linear.layout.padded(width);
+    scratch.row.clear();
+    scratch.row.resize(padded, 0.0);
+    for &tile in &job.tiles[tiles] {
+        for row in 0..tile.rows {
+            let from = &job.x[job.row_of_step(tile.first + row) * width..][..width];
+            // SAFETY: `from` was sliced to `width` and the scratch has `padded` numbers; the tile of the room is this thread's.
             unsafe {
-                let to = job.prepared.0.add(row * width);
-                match job.norm {
-                    Some((weight, epsilon)) => rms_norm::<T::Lanes>(from, &weight[..width], epsilon, to),
-                    None => std::ptr::copy_nonoverlapping(from, to, width),
-                }
+                let x = match job.norm {
+                    Some((weight, epsilon)) => {
+                        let to = scratch.row.as_mut_ptr();
+                        rms_norm::<T::Lanes>(from.as_ptr(), &weight[..width], epsilon, to);
+                        to.cast_const()
+                    }
+                    None if padded == width => from.as_ptr(),
+                    None => {
+                        scratch.row[..width].copy_from_slice(from);
+                        scratch.row.as_ptr()
+                    }
+                };
+                job.room.pack::<T::Lanes>(tile, row, x);
             }
         }
-    }
-    if job.cores.is_empty() {
-        return;
-    }
-    let input = if copies { job.prepared.0.cast_const() } else { job.x.as_ptr() };
-    let panels: Vec<*const u8> = (0..job.linear.down.len()).map(|panel| job.linear.down.panel(panel)).collect();
-    let mut products = vec![0f32; panels.len() * T::ROWS * LANES];
-    for first in rows.clone().step_by(T::ROWS) {
-        let count = T::ROWS.min(rows.end - first);
-        // SAFETY: rows first.. of the input are valid (all of x, or just prepared by this thread); `products` holds ROWS x 16 a panel.
-        unsafe {
-            let left = Left { data: input.add(first * width), stride: width, rows: count, inputs: width };
-            let out = Tiles { data: products.as_mut_ptr(), panel_stride: T::ROWS * LANES, add: false };
-            (job.kernels.multiply(job.linear.precision))(left, &panels, out);
-        }
-        for row in 0..count {
-            mix(job, first + row, |j| products[(j / LANES * T::ROWS + row) * LANES + j % LANES]);
+        let adapted = |row| job.slot(tile.first + row) != BASE_SLOT;
+        if !job.cores.is_empty() && (0..tile.rows).any(adapted) {
+            // SAFETY: the tile was packed just now; its rows of `mixed` are this thread's.
+            unsafe { look_down(job, tile, scratch) };
         }
     }
 }
 
-/// `mixed = C (V^T x)` of one row for every part; `down(j)` is the j-th of V^T x.
-#[inline(always)]
-fn mix(job: &PrepareJob<'_>, row: usize, down: impl Fn(usize) -> f32) {
-    let slot = job.slots[job.row_of_step(row)];
-    if slot == BASE_SLOT {
-        return;
+/// `C (V^T x)` of a tile's adapted rows.
+unsafe fn look_down(job: &PrepareJob<'_>, tile: Tile, scratch: &mut RowScratch) {
+    let down = &job.linear.down;
+    scratch.panels.clear();
+    scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
+    let stride = tile.height * LANES;
+    if scratch.products.len() < down.len() * stride {
+        scratch.products.resize(down.len() * stride, 0.0);
     }
-    let cores = &job.cores[slot as usize];
+    let out = Tiles { data: scratch.products.as_mut_ptr(), panel_stride: stride, add: false };
+    // SAFETY: `products` has room for every panel; the caller vouches for the rest.
+    unsafe { (job.kernels.multiply(down.layout))(job.room.left(tile), &scratch.panels, out) };
+    for row in 0..tile.rows {
+        let slot = job.slot(tile.first + row);
+        if slot != BASE_SLOT {
+            let product = |j: usize| scratch.products[j / LANES * stride + row * LANES + j % LANES];
+            mix(job, tile.first + row, &job.cores[slot as usize], product);
+        }
+    }
+}
+
+/// `mixed = C (V^T x)` of one row for every part, as far as C is not zero; `down(j)` is the j-th of V^T x.
+fn mix(job: &PrepareJob<'_>, row: usize, cores: &Cores, down: impl Fn(usize) -> f32) {
     for part in &job.linear.parts {
         let core = cores.site(part.site);
-        for i in 0..part.rank {
+        for i in 0..cores.active {
             let mut mixed = 0.0;
-            for j in 0..part.rank {
+            for j in 0..cores.active {
                 mixed += core[i * part.rank + j] * down(part.mixed + j);
             }
             // SAFETY: part.mixed + i is below down_rows; this row of `mixed` is this thread's.
@@ -137,13 +167,14 @@ fn mix(job: &PrepareJob<'_>, row: usize, down: impl Fn(usize) -> f32) {
 pub(super) struct ProductJob<'a> {
     pub(super) kernels: &'a Kernels,
     pub(super) linear: &'a CpuLinear,
-    /// `[rows, inputs]`
-    pub(super) x: &'a [f32],
-    pub(super) rows: usize,
+    /// The rows, cut.
+    pub(super) tiles: &'a [Tile],
+    /// Where they have been packed.
+    pub(super) room: Room,
     /// `[rows, down_rows]`; read for adapted rows only.
-    pub(super) mixed: &'a [f32],
-    /// Slot of every row of the product; empty when no row has an adapter, or the linear none.
-    pub(super) slots: &'a [u32],
+    pub(super) mixed: Shared<f32>,
+    /// How many numbers of each part of `mixed` a row has (see [`Cores::active`]), 0 on the base; empty when no row has any.
+    pub(super) active: &'a [u32],
     pub(super) epilogue: Epilogue,
     /// `[rows, width]`. Each unit's columns belong to one thread.
     pub(super) out: Shared<f32>,
@@ -153,13 +184,10 @@ pub(super) struct ProductJob<'a> {
 impl ProductJob<'_> {
     /// Independent pieces of the result: a panel, or a panel of gate with its panel of up.
     pub(super) fn units(&self) -> usize {
-        match self.epilogue {
-            Epilogue::Store | Epilogue::Add => self.linear.weights.len(),
-            Epilogue::SwiGlu => self.linear.weights.len() / 2,
-        }
+        self.linear.weights.len() / self.panels_per_unit()
     }
 
-    /// How many panels a unit has, and the panel of number `i` among those of units `first..`.
+    /// The panel of number `i` among those of units `first..`.
     fn panel(&self, first: usize, i: usize) -> usize {
         match self.epilogue {
             Epilogue::Store | Epilogue::Add => first + i,
@@ -170,98 +198,158 @@ impl ProductJob<'_> {
     fn panels_per_unit(&self) -> usize {
         if self.epilogue == Epilogue::SwiGlu { 2 } else { 1 }
     }
+
+    /// Units that are multiplied together: with few rows, several panels.
+    pub(super) fn units_at_once(&self) -> usize {
+        let panels = match self.tiles.first().map_or(0, |tile| tile.height) {
+            0..=2 => MAX_PANELS,
+            3..=6 => 2,
+            _ => 1,
+        };
+        (panels / self.panels_per_unit()).max(1)
+    }
 }
 
 /// Multiplies all rows with the panels of some units and ends them.
 ///
 /// # Safety
-/// The processor has the instructions of `T`; `x` and `mixed` hold all rows; the columns of these units in `out` are this thread's.
+/// The processor has the instructions of `T`; the rooms hold all tiles; the columns of these units in `out` are this thread's.
 #[inline(always)]
 pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize>) {
-    let width = job.linear.inputs;
-    let multiply = job.kernels.multiply(job.linear.precision);
-    let wanted = if job.rows <= 2 { T::FEW_PANELS } else { T::PANELS };
-    let units_at_once = (wanted / job.panels_per_unit()).max(1);
-    let block = (BLOCK_BYTES / (4 * width * T::ROWS)).max(1) * T::ROWS;
-    let mut tile = [0f32; MAX_PANELS * MAX_ROWS * LANES];
+    let weights = &job.linear.weights;
+    let multiply = job.kernels.multiply(weights.layout);
+    let at_once = job.units_at_once();
+    let row_bytes = weights.layout.padded(job.linear.inputs) / weights.layout.inputs_a_word() * 4;
+    let block = (BLOCK_BYTES / (row_bytes * MAX_HEIGHT)).max(1);
+    let mut tile_out = [0f32; MAX_PANELS * MAX_HEIGHT * LANES];
     let mut pointers = [std::ptr::null(); MAX_PANELS];
-    for block_start in (0..job.rows).step_by(block) {
-        let block_end = job.rows.min(block_start + block);
-        for first_unit in units.clone().step_by(units_at_once) {
-            let count = job.panels_per_unit() * units_at_once.min(units.end - first_unit);
+    for tiles in job.tiles.chunks(block) {
+        for first in units.clone().step_by(at_once) {
+            let count = job.panels_per_unit() * at_once.min(units.end - first);
             for (i, pointer) in pointers[..count].iter_mut().enumerate() {
-                *pointer = job.linear.weights.panel(job.panel(first_unit, i));
+                *pointer = weights.panel(job.panel(first, i));
             }
-            for first in (block_start..block_end).step_by(T::ROWS) {
-                let rows = T::ROWS.min(block_end - first);
-                let x = job.x[first * width..(first + rows) * width].as_ptr();
-                let left = Left { data: x, stride: width, rows, inputs: width };
-                let out = Tiles { data: tile.as_mut_ptr(), panel_stride: MAX_ROWS * LANES, add: false };
-                // SAFETY: x was sliced to these rows; count <= 4 panels and rows <= 12 fit the tile; the epilogue stays in these units' columns.
+            // The panels of the next units follow at once: the first tile asks for them while it reads these.
+            let ahead = if first + at_once < units.end { at_once * weights.panel_bytes() } else { 0 };
+            for (number, &tile) in tiles.iter().enumerate() {
+                let out = Tiles { data: tile_out.as_mut_ptr(), panel_stride: MAX_HEIGHT * LANES, add: false };
+                // SAFETY: at most four panels by twelve rows fit `tile_out`; the epilogue stays in these units' columns.
                 unsafe {
+                    let left = Left { ahead: if number == 0 { ahead } else { 0 }, ..job.room.left(tile) };
                     multiply(left, &pointers[..count], out);
-                    end_tile::<T::Lanes>(job, first_unit, count, first, rows, &tile);
+                    end_tile::<T::Lanes>(job, first, count, tile, &tile_out);
                 }
             }
         }
     }
 }
 
-/// Bias, adapter and epilogue of a tile of `count` panels by `rows` rows.
+/// Bias, adapter and epilogue of a tile of `count` panels.
 #[inline(always)]
 unsafe fn end_tile<L: Lanes>(
     job: &ProductJob<'_>,
     first_unit: usize,
     count: usize,
-    first_row: usize,
-    rows: usize,
-    tile: &[f32; MAX_PANELS * MAX_ROWS * LANES],
+    tile: Tile,
+    products: &[f32; MAX_PANELS * MAX_HEIGHT * LANES],
 ) {
-    for row in 0..rows {
-        let mut i = 0;
-        while i < count {
-            // SAFETY: the contract of `product`: row and columns of `out` exist and are this thread's.
-            unsafe {
-                let panel = job.panel(first_unit, i);
-                let info = &job.linear.info[panel];
-                let value = corrected::<L>(job, panel, first_row + row, &tile[(i * MAX_ROWS + row) * LANES..]);
-                let out = job.out.0.add((first_row + row) * job.width + info.column);
-                match job.epilogue {
-                    Epilogue::Store => store_partial(value, out, info.columns),
-                    Epilogue::Add => {
-                        store_partial(load_partial::<L>(out, info.columns).add(value), out, info.columns);
+    for i in (0..count).step_by(job.panels_per_unit()) {
+        // SAFETY: the contract of `product`: rows and columns of `out` exist and are this thread's; the tile has rows below MAX_HEIGHT.
+        unsafe {
+            let panel = job.panel(first_unit, i);
+            let info = &job.linear.info[panel];
+            let ending = Ending::<L>::of(job, panel);
+            let products = products.as_ptr().add(i * MAX_HEIGHT * LANES);
+            let out = |row: usize| job.out.get((tile.first + row) * job.width + info.column);
+            let value = |row: usize| ending.corrected(tile.first + row, L::load(products.add(row * LANES)));
+            match job.epilogue {
+                Epilogue::Store => {
+                    for row in 0..tile.rows {
+                        store_partial(value(row), out(row), info.columns);
                     }
-                    Epilogue::SwiGlu => {
-                        let panel = job.panel(first_unit, i + 1);
-                        let up =
-                            corrected::<L>(job, panel, first_row + row, &tile[((i + 1) * MAX_ROWS + row) * LANES..]);
-                        store_partial(silu(value).mul(up), out, info.columns);
+                }
+                Epilogue::Add => {
+                    for row in 0..tile.rows {
+                        let sum = load_partial::<L>(out(row), info.columns).add(value(row));
+                        store_partial(sum, out(row), info.columns);
+                    }
+                }
+                Epilogue::SwiGlu => {
+                    let up = Ending::<L>::of(job, job.panel(first_unit, i + 1));
+                    let others = products.add(MAX_HEIGHT * LANES);
+                    for row in 0..tile.rows {
+                        let up = up.corrected(tile.first + row, L::load(others.add(row * LANES)));
+                        store_partial(silu(value(row)).mul(up), out(row), info.columns);
                     }
                 }
             }
-            i += job.panels_per_unit();
         }
     }
 }
 
-/// `W x + b + U h` of one row and panel, from `W x`.
-#[inline(always)]
-unsafe fn corrected<L: Lanes>(job: &ProductJob<'_>, panel: usize, row: usize, product: &[f32]) -> L {
-    let linear = job.linear;
-    let info = &linear.info[panel];
-    // SAFETY: all loads are of sixteen numbers from slices that were cut to sixteen at least.
-    unsafe {
-        let mut value = L::load(product[..LANES].as_ptr());
-        if !linear.bias.is_empty() {
-            value = value.add(L::load(linear.bias[panel * LANES..(panel + 1) * LANES].as_ptr()));
-        }
-        if info.rank > 0 && job.slots.get(row).is_some_and(|&slot| slot != BASE_SLOT) {
-            let at = row * linear.down_rows + info.mixed;
+/// Rows of U that are kept in registers: more than this an adapter seldom has.
+const KEPT: usize = 2;
+
+/// What ends a panel: its bias and its U.
+struct Ending<'a, L> {
+    bias: Option<L>,
+    /// [`Cores::active`] of every row; empty when no row has an adapter.
+    active: &'a [u32],
+    kept: [L; KEPT],
+    /// `[rank][16]`
+    up: &'a [f32],
+    /// The part's numbers of row 0 in the mixed V x.
+    mixed: *const f32,
+    stride: usize,
+}
+
+impl<'a, L: Lanes> Ending<'a, L> {
+    /// # Safety
+    /// The processor has the instructions of `L`.
+    #[inline(always)]
+    unsafe fn of(job: &ProductJob<'a>, panel: usize) -> Self {
+        let (linear, info) = (job.linear, &job.linear.info[panel]);
+        // SAFETY: all loads are of sixteen numbers from slices that were cut to sixteen.
+        unsafe {
             let up = &linear.up[info.up..info.up + info.rank * LANES];
-            for (mixed, up) in job.mixed[at..at + info.rank].iter().zip(up.chunks_exact(LANES)) {
-                value = L::splat(*mixed).fma(L::load(up.as_ptr()), value);
+            let row_of_up =
+                |i: usize| up.get(i * LANES..(i + 1) * LANES).map_or(L::splat(0.0), |u| L::load(u.as_ptr()));
+            let bias = linear.bias.get(panel * LANES..(panel + 1) * LANES).map(|bias| L::load(bias.as_ptr()));
+            Self {
+                bias,
+                active: if info.rank > 0 { job.active } else { &[] },
+                kept: [row_of_up(0), row_of_up(1)],
+                up,
+                mixed: job.mixed.get(info.mixed).cast_const(),
+                stride: linear.down_rows,
             }
         }
-        value
+    }
+
+    /// `W x + b + U h` of one row, from `W x`.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; if the row is adapted, its mixed numbers have been written.
+    #[inline(always)]
+    unsafe fn corrected(&self, row: usize, product: L) -> L {
+        // SAFETY: `mixed` has `active` numbers of this part in an adapted row, and `up` as many rows.
+        unsafe {
+            let mut value = product;
+            if let Some(bias) = self.bias {
+                value = value.add(bias);
+            }
+            let active = self.active.get(row).map_or(0, |&active| active as usize);
+            if active > 0 {
+                let mixed = self.mixed.add(row * self.stride);
+                value = L::splat(*mixed).fma(self.kept[0], value);
+                if active > 1 {
+                    value = L::splat(*mixed.add(1)).fma(self.kept[1], value);
+                }
+                for i in KEPT..active {
+                    value = L::splat(*mixed.add(i)).fma(L::load(self.up[i * LANES..(i + 1) * LANES].as_ptr()), value);
+                }
+            }
+            value
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::attention::CHUNK_ROWS;
 use crate::kernel::{
-    BLOCK_TOKENS, Cores, KernelError, StepBatch,
+    BASE_SLOT, BLOCK_TOKENS, Cores, KernelError, StepBatch,
     check::{BatchFacts, check_batch},
 };
 use crate::types::TokenId;
@@ -25,19 +25,27 @@ pub struct CpuStep {
     pub(super) slots: Vec<u32>,
     pub(super) cores: Vec<Arc<Cores>>,
     pub(super) logits_rows: Vec<u32>,
-    /// Slots of `logits_rows`.
-    pub(super) logits_slots: Vec<u32>,
+    /// For every row [`Cores::active`] of its adapter, 0 on the base.
+    pub(super) active: Vec<u32>,
+    /// The same of `logits_rows`.
+    pub(super) logits_active: Vec<u32>,
     /// Blocks of all sequences, one after another.
     pub(super) blocks: Vec<u32>,
     pub(super) chunks: Vec<Chunk>,
     /// The block that takes each row's key and value.
     pub(super) row_blocks: Vec<u32>,
+    /// Whether a row is the last that its sequence has in the step.
+    pub(super) last: Vec<bool>,
+    /// No sequence has more rows than a chunk: then no chunk needs the keys of another.
+    pub(super) chunks_are_sequences: bool,
 }
 
 impl CpuStep {
     /// Checks a batch and copies what a step needs of it.
     pub(super) fn new(batch: &StepBatch) -> Result<Self, KernelError> {
         let facts = check_batch(batch)?;
+        let active = |&slot: &u32| if slot == BASE_SLOT { 0 } else { batch.cores[slot as usize].active as u32 };
+        let active: Vec<u32> = batch.slots.iter().map(active).collect();
         let mut step = Self {
             facts,
             tokens: batch.tokens.clone(),
@@ -45,10 +53,13 @@ impl CpuStep {
             slots: batch.slots.clone(),
             cores: batch.cores.clone(),
             logits_rows: batch.logits_rows.clone(),
-            logits_slots: batch.logits_rows.iter().map(|&row| batch.slots[row as usize]).collect(),
+            logits_active: batch.logits_rows.iter().map(|&row| active[row as usize]).collect(),
+            active,
             blocks: Vec::new(),
             chunks: Vec::new(),
             row_blocks: Vec::with_capacity(batch.rows()),
+            last: vec![false; batch.rows()],
+            chunks_are_sequences: batch.sequences.iter().all(|sequence| sequence.rows <= CHUNK_ROWS),
         };
         for sequence in &batch.sequences {
             let blocks = step.blocks.len()..step.blocks.len() + sequence.blocks.len();
@@ -58,6 +69,7 @@ impl CpuStep {
                 step.chunks.push(Chunk { first_row: sequence.first_row + first, rows, blocks: blocks.clone() });
             }
             let positions = sequence.start..sequence.start + sequence.rows;
+            step.last[sequence.first_row + sequence.rows - 1] = true;
             step.row_blocks.extend(positions.map(|position| sequence.blocks[position / BLOCK_TOKENS]));
         }
         Ok(step)

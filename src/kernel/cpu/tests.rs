@@ -13,16 +13,21 @@ fn backend(isa: Isa, threads: usize) -> CpuBackend {
 #[test]
 fn products_equal_the_reference() {
     for isa in Isa::available() {
-        // Sums of up to 257 terms in f32: the weights are rounded alike, so the error is that of the sums at every precision.
-        suite::products_equal_reference(backend(isa, 2), |_| 4e-6);
+        // Sums of up to 257 terms in f32: weights and activations are rounded alike, so the error is that of the sums. Behind a norm an
+        // activation may differ in its last f32 bit, and then fall on the other side of a rounding: one step of one term.
+        suite::products_equal_reference(backend(isa, 2), |group| match (group.precision, group.norm) {
+            (Precision::F32, _) | (_, false) => 4e-6,
+            (Precision::Bf16, true) => 1e-3,
+            (Precision::Q8 | Precision::Q4, true) => 2e-3,
+        });
     }
 }
 
 #[test]
 fn attention_equals_the_reference() {
     for isa in Isa::available() {
-        // A key that differs in its last f32 bit may round to the other bfloat16 neighbour: one part in 256 of one term.
-        let tolerance = |precision| if precision == Precision::F32 { 4e-6 } else { 1e-3 };
+        // Keys, values, queries and weights are bfloat16 beside weights that are not f32: eight bits.
+        let tolerance = |precision| if precision == Precision::F32 { 4e-6 } else { 4e-3 };
         suite::attention_equals_reference(backend(isa, 2), tolerance);
     }
 }
@@ -168,18 +173,21 @@ fn stale_slots_of_a_block_are_never_read() {
     }
 }
 
+/// Sums of integers are exact, and what follows is one chain of multiply-adds.
 #[test]
-fn avx512_and_avx2_give_the_same_bits() {
+fn all_sets_with_fused_arithmetic_give_the_same_bits() {
     let fused: Vec<Isa> = Isa::available().into_iter().filter(|isa| *isa != Isa::Portable).collect();
-    let group = Group { precision: Precision::Q8, ..groups().remove(0) };
-    let results = fused.iter().map(|&isa| {
-        let mut backend = backend(isa, 1);
-        let linear = group.pack(&backend, 1);
-        let batch = rows_batch(&mixed_rows(9), vec![cores(7, 2, 3), cores(8, 2, 3)]);
-        bits(&run_product(&mut backend, &group, &linear, &batch, Rows::All, 3, 9).unwrap())
-    });
-    let results: Vec<_> = results.collect();
-    assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+    for precision in [Precision::F32, Precision::Q8, Precision::Q4] {
+        let group = Group { precision, ..groups().remove(0) };
+        let results = fused.iter().map(|&isa| {
+            let mut backend = backend(isa, 1);
+            let linear = group.pack(&backend, 1);
+            let batch = rows_batch(&mixed_rows(9), vec![cores(7, 2, 3), cores(8, 2, 3)]);
+            bits(&run_product(&mut backend, &group, &linear, &batch, Rows::All, 3, 9).unwrap())
+        });
+        let results: Vec<_> = results.collect();
+        assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{precision:?}");
+    }
 }
 
 #[test]

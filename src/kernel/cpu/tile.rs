@@ -1,26 +1,33 @@
 //! The register tile: rows of activations times panels of weights.
 //!
-//! **Invariant.** Each output is one chain of multiply-adds in the order of the inputs, from zero (or from what the tile held), whatever tile it
+//! **Invariant.** Each output is one chain of additions in the order of the inputs, from zero (or from what the tile held), whatever tile it
 //! is computed in. That is all it takes for a row's bits not to depend on the batch, on chunks or on threads.
 #![allow(unsafe_code)]
 
 use super::{
-    format::{Format, Sink},
+    attention::SPAN_TOKENS,
+    format::{GROUP_WORDS, Groups, WORD_LINE, Words},
     isa::Tiling,
     lanes::{LANES, Lanes},
 };
 
-/// Activations, f32, row after row.
+/// Activations as [`super::activations`] packs them: a tile of rows, word after word, the rows of a word side by side.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
-    /// First number of the first row.
-    pub(super) data: *const f32,
-    /// Numbers from a row to the next.
-    pub(super) stride: usize,
-    /// Rows.
-    pub(super) rows: usize,
+    /// `[words][height]`
+    pub(super) words: *const u32,
+    /// Rows of the tile: one of [`Tiling::HEIGHTS`].
+    pub(super) height: usize,
     /// Inputs: numbers of a row that take part.
     pub(super) inputs: usize,
+    /// Ask for what lies so many bytes ahead of a panel while it is read; 0: nothing.
+    pub(super) ahead: usize,
+    /// `[groups][height]`, for integers: what an integer is worth.
+    pub(super) scales: *const f32,
+    /// `[groups][height]`, for integers: -128 times their sum.
+    pub(super) offsets: *const i32,
+    /// `[groups][height]`, for integers: what their sum is worth.
+    pub(super) sums: *const f32,
 }
 
 /// Where results go: `[panel][row][16]`.
@@ -30,7 +37,7 @@ pub(super) struct Tiles {
     pub(super) data: *mut f32,
     /// Numbers from a panel to the next.
     pub(super) panel_stride: usize,
-    /// Add to what is there; else replace it.
+    /// Add to what is there; else replace it. Never with integers.
     pub(super) add: bool,
 }
 
@@ -50,82 +57,214 @@ macro_rules! each {
     };
 }
 
-struct Accumulators<L, const R: usize, const P: usize> {
-    sums: [[L; P]; R],
-    data: *const f32,
-    stride: usize,
-}
-
-impl<L: Lanes, const R: usize, const P: usize> Sink<L, P> for Accumulators<L, R, P> {
-    #[inline(always)]
-    unsafe fn step(&mut self, k: usize, weights: [L; P]) {
-        // SAFETY: the tile has R rows with input k, by the contract of `multiply`.
-        unsafe {
-            each!(row < R: {
-                let x = L::splat(self.data.add(row * self.stride + k).read());
-                each!(panel < P: { self.sums[row][panel] = x.fma(weights[panel], self.sums[row][panel]) });
-            });
-        }
-    }
-}
-
-/// One tile of exactly R rows by P panels.
+/// A tile of exactly R rows by P panels: `sums[row][panel] += x[row] w[panel]`, word after word.
 #[inline(always)]
-unsafe fn tile<L: Lanes, F: Format, const R: usize, const P: usize>(left: Left, panels: &[*const u8], out: Tiles) {
+unsafe fn words<L: Lanes, W: Words, const R: usize, const P: usize>(
+    left: Left,
+    count: usize,
+    panels: [*const u8; P],
+    mut sums: [[L; P]; R],
+) -> [[L; P]; R] {
     // SAFETY: the contract of `multiply`, of which this is a part.
     unsafe {
-        let place = |row: usize, panel: usize| out.data.add(panel * out.panel_stride + row * LANES);
-        let mut sums = [[L::splat(0.0); P]; R];
-        if out.add {
-            each!(row < R: { each!(panel < P: { sums[row][panel] = L::load(place(row, panel)) }) });
+        for k in 0..count {
+            let x = left.words.add(k * R);
+            let mut weights = [W::load::<L>(panels[0], k); P];
+            each!(panel < P: { if panel > 0 { weights[panel] = W::load::<L>(panels[panel], k) } });
+            if left.ahead > 0 {
+                each!(panel < P: { L::prefetch(panels[panel].wrapping_add(k * WORD_LINE + left.ahead)) });
+            }
+            each!(row < R: { each!(panel < P: {
+                sums[row][panel] = W::dot(sums[row][panel], weights[panel], *x.add(row));
+            }) });
         }
-        let mut accumulators = Accumulators { sums, data: left.data, stride: left.stride };
-        let mut pointers = [std::ptr::null(); P];
-        pointers.copy_from_slice(&panels[..P]);
-        F::walk(pointers, left.inputs, &mut accumulators);
-        each!(row < R: { each!(panel < P: { accumulators.sums[row][panel].store(place(row, panel)) }) });
+        sums
     }
 }
 
-/// All rows by exactly P panels, in the largest tiles that fit.
+/// The same in groups: integer sums inside a group, exact, then one multiply-add with both scales.
 #[inline(always)]
-unsafe fn rows<T: Tiling, F: Format, const P: usize>(left: Left, panels: &[*const u8], out: Tiles) {
-    let mut row = 0;
-    while row < left.rows {
-        // SAFETY: the contract of `multiply`; each arm is taken only when so many rows are left.
-        unsafe {
-            let left = Left { data: left.data.add(row * left.stride), rows: left.rows - row, ..left };
-            let out = Tiles { data: out.data.add(row * LANES), ..out };
-            row += match left.rows {
-                12.. if T::ROWS >= 12 => {
-                    tile::<T::Lanes, F, 12, P>(left, panels, out);
-                    12
+unsafe fn groups<L: Lanes, G: Groups, const R: usize, const P: usize>(
+    left: Left,
+    count: usize,
+    panels: [*const u8; P],
+    mut sums: [[L; P]; R],
+) -> [[L; P]; R] {
+    // SAFETY: the contract of `multiply`, of which this is a part.
+    unsafe {
+        for group in 0..count {
+            let at = group * R;
+            if left.ahead > 0 {
+                each!(panel < P: { G::prefetch::<L>(panels[panel].wrapping_add(left.ahead), left.inputs, group) });
+            }
+            let mut ints = [[L::zero(); P]; R];
+            each!(row < R: { each!(panel < P: { ints[row][panel] = G::start::<L>(left.offsets.add(at + row)) }) });
+            for pair in 0..GROUP_WORDS / 2 {
+                let x = left.words.add((group * GROUP_WORDS + 2 * pair) * R);
+                let mut weights = [G::load::<L>(panels[0], left.inputs, group, pair); P];
+                each!(panel < P: { if panel > 0 {
+                    weights[panel] = G::load::<L>(panels[panel], left.inputs, group, pair)
+                } });
+                each!(row < R: { each!(panel < P: {
+                    ints[row][panel] = G::dot::<L>(ints[row][panel], weights[panel].0, *x.add(row));
+                }) });
+                each!(row < R: { each!(panel < P: {
+                    ints[row][panel] = G::dot::<L>(ints[row][panel], weights[panel].1, *x.add(R + row));
+                }) });
+            }
+            each!(panel < P: {
+                let (scale, min) = G::scales::<L>(panels[panel], group);
+                each!(row < R: {
+                    let both = scale.mul(L::splat(*left.scales.add(at + row)));
+                    sums[row][panel] = L::from_ints(ints[row][panel]).fma(both, sums[row][panel]);
+                    if G::MINIMA {
+                        sums[row][panel] = min.fma(L::splat(*left.sums.add(at + row)), sums[row][panel]);
+                    }
+                });
+            });
+        }
+        sums
+    }
+}
+
+/// One tile of R rows by up to P panels: missing ones are the last once more, whose results nobody stores.
+#[inline(always)]
+unsafe fn tile<L: Lanes, K: Kernel, const R: usize, const P: usize>(left: Left, panels: &[*const u8], out: Tiles) {
+    // SAFETY: the contract of `multiply`, of which this is a part; only panels that exist are read and stored.
+    unsafe {
+        let place = |row: usize, panel: usize| out.data.add(panel * out.panel_stride + row * LANES);
+        let present = panels.len().min(P);
+        let mut pointers = [panels[present - 1]; P];
+        each!(panel < P: { if panel < present { pointers[panel] = panels[panel] } });
+        let mut sums = [[L::splat(0.0); P]; R];
+        if out.add {
+            each!(panel < P: { if panel < present {
+                each!(row < R: { sums[row][panel] = L::load(place(row, panel)) })
+            } });
+        }
+        let sums = K::run::<L, R, P>(left, pointers, sums);
+        each!(panel < P: { if panel < present {
+            each!(row < R: { sums[row][panel].store(place(row, panel)) })
+        } });
+    }
+}
+
+/// The inner loop of a layout.
+pub(super) trait Kernel {
+    /// # Safety
+    /// As for [`multiply`].
+    unsafe fn run<L: Lanes, const R: usize, const P: usize>(
+        left: Left,
+        panels: [*const u8; P],
+        sums: [[L; P]; R],
+    ) -> [[L; P]; R];
+}
+
+/// Kernels of panels that go word by word, with so many inputs in a word.
+pub(super) struct ByWords<W, const INPUTS: usize>(std::marker::PhantomData<W>);
+/// Kernels of panels that go group by group.
+pub(super) struct ByGroups<G>(std::marker::PhantomData<G>);
+
+impl<W: Words, const INPUTS: usize> Kernel for ByWords<W, INPUTS> {
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const R: usize, const P: usize>(
+        left: Left,
+        panels: [*const u8; P],
+        sums: [[L; P]; R],
+    ) -> [[L; P]; R] {
+        // SAFETY: the caller's contract.
+        unsafe { words::<L, W, R, P>(left, left.inputs.div_ceil(INPUTS), panels, sums) }
+    }
+}
+
+impl<G: Groups> Kernel for ByGroups<G> {
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const R: usize, const P: usize>(
+        left: Left,
+        panels: [*const u8; P],
+        sums: [[L; P]; R],
+    ) -> [[L; P]; R] {
+        // SAFETY: the caller's contract.
+        unsafe { groups::<L, G, R, P>(left, left.inputs.div_ceil(GROUP_WORDS * 4), panels, sums) }
+    }
+}
+
+/// All panels by exactly R rows.
+#[inline(always)]
+unsafe fn panels<L: Lanes, K: Kernel, const R: usize, const P: usize>(left: Left, panels: &[*const u8], out: Tiles) {
+    for (i, panels) in panels.chunks(P).enumerate() {
+        // SAFETY: the contract of `multiply`; `out` has room for every panel.
+        unsafe { tile::<L, K, R, P>(left, panels, Tiles { data: out.data.add(i * P * out.panel_stride), ..out }) };
+    }
+}
+
+/// Weights of tokens, and the panels of their values: what the second product of attention takes.
+#[derive(Clone, Copy)]
+pub(super) struct Values<'a> {
+    /// `[height][SPAN_TOKENS]`
+    pub(super) weights: *const u32,
+    /// Rows of the tile: one of [`Tiling::HEIGHTS`].
+    pub(super) height: usize,
+    /// Tokens in all.
+    pub(super) tokens: usize,
+    /// The first panel of each block of sixteen tokens.
+    pub(super) blocks: &'a [*const u8],
+    /// Panels of a block.
+    pub(super) panels: usize,
+    /// Bytes of each.
+    pub(super) panel_bytes: usize,
+}
+
+/// Adds to all panels of R rows the weighted values of all tokens, in their order.
+#[inline(always)]
+unsafe fn accumulate_rows<L: Lanes, W: Words, const INPUTS: usize, const R: usize, const P: usize>(
+    values: Values<'_>,
+    out: Tiles,
+) {
+    // SAFETY: the contract of `accumulate`, of which this is a part.
+    unsafe {
+        for first in (0..values.panels).step_by(P) {
+            let place = |row: usize, panel: usize| out.data.add((first + panel) * out.panel_stride + row * LANES);
+            let present = P.min(values.panels - first);
+            let mut sums = [[L::splat(0.0); P]; R];
+            each!(panel < P: { if panel < present { each!(row < R: { sums[row][panel] = L::load(place(row, panel)) }) } });
+            for (block, &start) in values.blocks.iter().enumerate() {
+                let tokens = LANES.min(values.tokens - block * LANES);
+                let x = values.weights.add(block * LANES / INPUTS);
+                for k in 0..tokens.div_ceil(INPUTS) {
+                    each!(panel < P: {
+                        // A panel that is not there is the first once more, and its sums are nobody's.
+                        let panel_of = first + if panel < present { panel } else { 0 };
+                        let weights = W::load::<L>(start.add(panel_of * values.panel_bytes), k);
+                        each!(row < R: { sums[row][panel] = W::dot(sums[row][panel], weights, *x.add(row * SPAN_TOKENS + k)) });
+                    });
                 }
-                8.. if T::ROWS >= 8 => {
-                    tile::<T::Lanes, F, 8, P>(left, panels, out);
-                    8
-                }
-                6.. if T::ROWS >= 6 => {
-                    tile::<T::Lanes, F, 6, P>(left, panels, out);
-                    6
-                }
-                4.. if T::ROWS >= 4 => {
-                    tile::<T::Lanes, F, 4, P>(left, panels, out);
-                    4
-                }
-                3.. if T::ROWS >= 3 => {
-                    tile::<T::Lanes, F, 3, P>(left, panels, out);
-                    3
-                }
-                2.. => {
-                    tile::<T::Lanes, F, 2, P>(left, panels, out);
-                    2
-                }
-                _ => {
-                    tile::<T::Lanes, F, 1, P>(left, panels, out);
-                    1
-                }
-            };
+            }
+            each!(panel < P: { if panel < present { each!(row < R: { sums[row][panel].store(place(row, panel)) }) } });
+        }
+    }
+}
+
+/// `out[p][i][j] += sum_t weights[i][t] values[t][16 p + j]`.
+///
+/// # Safety
+/// The processor has the instructions of `T`, inside a function compiled for them. Every block has its panels, with as many tokens as are
+/// left for it, and `out` has room for all panels and rows, touched by nobody else.
+#[inline(always)]
+pub(super) unsafe fn accumulate<T: Tiling, W: Words, const INPUTS: usize>(values: Values<'_>, out: Tiles) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match values.height {
+            1 => accumulate_rows::<T::Lanes, W, INPUTS, 1, 4>(values, out),
+            2 => accumulate_rows::<T::Lanes, W, INPUTS, 2, 4>(values, out),
+            3 if T::WIDE => accumulate_rows::<T::Lanes, W, INPUTS, 3, 4>(values, out),
+            3 => accumulate_rows::<T::Lanes, W, INPUTS, 3, 2>(values, out),
+            4 => accumulate_rows::<T::Lanes, W, INPUTS, 4, 2>(values, out),
+            6 if T::WIDE => accumulate_rows::<T::Lanes, W, INPUTS, 6, 2>(values, out),
+            6 => accumulate_rows::<T::Lanes, W, INPUTS, 6, 1>(values, out),
+            8 if T::WIDE => accumulate_rows::<T::Lanes, W, INPUTS, 8, 2>(values, out),
+            12 if T::WIDE => accumulate_rows::<T::Lanes, W, INPUTS, 12, 2>(values, out),
+            height => unreachable!("no tile of {height} rows"),
         }
     }
 }
@@ -133,33 +272,22 @@ unsafe fn rows<T: Tiling, F: Format, const P: usize>(left: Left, panels: &[*cons
 /// `out[p][i][j] = sum_k left[i][k] panels[p][k][j]`; see [`Tiles::add`].
 ///
 /// # Safety
-/// The processor has the instructions of `T`, inside a function compiled for them. `left` is valid for its rows and inputs, every panel for so
-/// many inputs in the format `F`, and `out` for as many panels and rows, touched by nobody else.
+/// The processor has the instructions of `T`, inside a function compiled for them. `left` holds its rows and inputs, every panel so
+/// many inputs in the layout of `K`, and `out` as many panels and rows, touched by nobody else.
 #[inline(always)]
-pub(super) unsafe fn multiply<T: Tiling, F: Format>(left: Left, panels: &[*const u8], out: Tiles) {
-    let few = left.rows <= 2;
-    let mut rest = panels;
-    let mut done = 0;
-    while !rest.is_empty() {
-        // SAFETY: the caller's contract; each arm is taken only when so many panels are left.
-        unsafe {
-            let out = Tiles { data: out.data.add(done * out.panel_stride), ..out };
-            let taken = match rest.len() {
-                4.. if few && T::FEW_PANELS >= 4 => {
-                    rows::<T, F, 4>(left, rest, out);
-                    4
-                }
-                2.. if T::PANELS >= 2 || (few && T::FEW_PANELS >= 2) => {
-                    rows::<T, F, 2>(left, rest, out);
-                    2
-                }
-                _ => {
-                    rows::<T, F, 1>(left, rest, out);
-                    1
-                }
-            };
-            rest = &rest[taken..];
-            done += taken;
+pub(super) unsafe fn multiply<T: Tiling, K: Kernel>(left: Left, list: &[*const u8], out: Tiles) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match left.height {
+            1 => panels::<T::Lanes, K, 1, 4>(left, list, out),
+            2 => panels::<T::Lanes, K, 2, 4>(left, list, out),
+            3 => panels::<T::Lanes, K, 3, 2>(left, list, out),
+            4 => panels::<T::Lanes, K, 4, 2>(left, list, out),
+            6 if T::WIDE => panels::<T::Lanes, K, 6, 2>(left, list, out),
+            6 => panels::<T::Lanes, K, 6, 1>(left, list, out),
+            8 if T::WIDE => panels::<T::Lanes, K, 8, 1>(left, list, out),
+            12 if T::WIDE => panels::<T::Lanes, K, 12, 1>(left, list, out),
+            height => unreachable!("no tile of {height} rows"),
         }
     }
 }

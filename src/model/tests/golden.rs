@@ -52,7 +52,7 @@ impl Checkpoint {
             let core = &mut data[site * rank * rank..(site + 1) * rank * rank];
             factors[site] = take_apart(&a, &b, &p, &v, rank, core);
         }
-        Self { rank, factors, cores: Arc::new(Cores { rank, data: data.into() }) }
+        Self { rank, factors, cores: Arc::new(Cores::new(rank, data)) }
     }
 
     pub(super) fn factors(&self) -> Vec<SiteFactors<'_>> {

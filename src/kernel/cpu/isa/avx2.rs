@@ -1,16 +1,38 @@
-//! x86-64 with AVX2 and FMA: sixteen lanes are two registers.
+//! x86-64 with AVX2, FMA and F16C, and AVX-VNNI if there is: sixteen lanes are two registers.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
 
-use crate::kernel::cpu::lanes::Lanes;
+use half::bf16;
 
-/// Sixteen f32 in two 256-bit registers.
+use crate::kernel::cpu::lanes::{LANES, Lanes};
+
+/// Sixteen f32 in two 256-bit registers; with or without dot products of bytes.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(__m256, __m256);
+pub(crate) struct Avx2<const VNNI: bool>(__m256, __m256);
+
+/// Two 256-bit registers of integers.
+type Halves = (__m256i, __m256i);
+
+/// Adds sums of four products of bytes, the weights below 128 in magnitude: pairs of products then fit 16 bits.
+///
+/// # Safety
+/// AVX2.
+#[inline(always)]
+unsafe fn add_products(sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+    // SAFETY: AVX2 by contract.
+    unsafe {
+        let pairs = _mm256_maddubs_epi16(unsigned, signed);
+        _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
 
 // SAFETY of every block below: the trait's contract gives the instruction set and the pointers.
-impl Lanes for Avx2 {
+impl<const VNNI: bool> Lanes for Avx2<VNNI> {
+    type Pairs = Halves;
+    type Bytes = Halves;
+    type Ints = Halves;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         // SAFETY: AVX by contract.
@@ -67,6 +89,19 @@ impl Lanes for Avx2 {
         unsafe { Self(_mm256_min_ps(ceiling.0, self.0), _mm256_min_ps(ceiling.1, self.1)) }
     }
     #[inline(always)]
+    unsafe fn first(self, count: usize, rest: Self) -> Self {
+        // SAFETY: AVX2 by contract.
+        unsafe {
+            let count = _mm256_set1_epi32(count as i32);
+            let half = |x: __m256, rest: __m256, lanes: __m256i| {
+                _mm256_blendv_ps(rest, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, lanes)))
+            };
+            let low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
+            Self(half(self.0, rest.0, low), half(self.1, rest.1, high))
+        }
+    }
+    #[inline(always)]
     unsafe fn largest(self) -> f32 {
         // SAFETY: AVX by contract.
         unsafe {
@@ -88,24 +123,141 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn widen_bf16(from: *const u16) -> (Self, Self) {
-        // SAFETY: AVX2 and thirty-two numbers by contract.
+    unsafe fn largest_magnitude(self, other: Self) -> f32 {
+        // SAFETY: AVX2 by contract.
         unsafe {
-            let (low, high) = (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(16).cast()));
-            let upper = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let first = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
-            let second = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
-            (Self(first(low), first(high)), Self(second(low), second(high)))
+            let magnitude = |x: __m256| _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(i32::MAX));
+            // As integers, magnitudes order like the numbers, and NaN comes last.
+            let both = |x: Self| _mm256_max_epi32(magnitude(x.0), magnitude(x.1));
+            let eight = _mm256_max_epi32(both(self), both(other));
+            let four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+            let two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+            let one = _mm_max_epi32(two, _mm_shuffle_epi32::<1>(two));
+            f32::from_bits(_mm_cvtsi128_si32(one).cast_unsigned())
         }
     }
     #[inline(always)]
-    unsafe fn widen_i8(from: *const i8) -> Self {
+    unsafe fn store_low_bytes(self, to: *mut u8) {
+        // SAFETY: AVX2 and sixteen bytes by contract.
+        unsafe {
+            let low = |x: __m256| _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(255));
+            let words = _mm256_packus_epi32(low(self.0), low(self.1));
+            let bytes = _mm256_packus_epi16(words, words);
+            let (low, high) = (_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes));
+            _mm_storeu_si128(to.cast(), _mm_unpacklo_epi32(low, high));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        let mut lanes = [0f32; LANES];
         // SAFETY: AVX2 and sixteen numbers by contract.
         unsafe {
-            let half = |from: *const i8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())));
+            self.store(lanes.as_mut_ptr());
+            to.cast::<[u16; LANES]>().write_unaligned(lanes.map(|x| bf16::from_f32(x).to_bits()));
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_f16(from: *const u16) -> Self {
+        // SAFETY: F16C and sixteen numbers by contract.
+        unsafe {
+            let half = |from: *const u16| _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
             Self(half(from), half(from.add(8)))
         }
     }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u16) -> Halves {
+        // SAFETY: AVX2 and thirty-two numbers by contract.
+        unsafe { Self::load_bytes(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(self, weights: Halves, x: u32) -> Self {
+        // SAFETY: AVX2 and FMA by contract.
+        unsafe {
+            let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+            let (x, y) = (_mm256_set1_ps(f32::from_bits(x << 16)), _mm256_set1_ps(f32::from_bits(x & 0xffff_0000)));
+            let half = |sums: __m256, pairs: __m256i| {
+                let first = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+                let second = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+                _mm256_fmadd_ps(second, y, _mm256_fmadd_ps(first, x, sums))
+            };
+            Self(half(self.0, weights.0), half(self.1, weights.1))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> Halves {
+        // SAFETY: AVX2 and sixty-four bytes by contract.
+        unsafe { (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(from: *const u8) -> (Halves, Halves) {
+        // SAFETY: AVX2 and sixty-four bytes by contract.
+        unsafe {
+            let (both, mask) = (Self::load_bytes(from), _mm256_set1_epi8(15));
+            let low = |x| _mm256_and_si256(x, mask);
+            let high = |x| _mm256_and_si256(_mm256_srli_epi16::<4>(x), mask);
+            ((low(both.0), low(both.1)), (high(both.0), high(both.1)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero() -> Halves {
+        // SAFETY: AVX2 by contract.
+        unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
+    }
+    #[inline(always)]
+    unsafe fn start(offset: i32) -> Halves {
+        // SAFETY: AVX2 by contract. Without VNNI dot_bytes takes the 128 from the weights itself.
+        unsafe {
+            let sums = _mm256_set1_epi32(if VNNI { offset } else { 0 });
+            (sums, sums)
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(sums: Halves, weights: Halves, x: u32) -> Halves {
+        // SAFETY: AVX2, and AVX-VNNI if we say so, by contract.
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast_signed());
+            if VNNI {
+                return (_mm256_dpbusd_avx_epi32(sums.0, weights.0, x), _mm256_dpbusd_avx_epi32(sums.1, weights.1, x));
+            }
+            // The unsigned factor is the weight's magnitude, its sign goes to x.
+            let half = |sums, weights| {
+                let weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+                add_products(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))
+            };
+            (half(sums.0, weights.0), half(sums.1, weights.1))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_nibbles(sums: Halves, weights: Halves, x: u32) -> Halves {
+        // SAFETY: AVX2, and AVX-VNNI if we say so, by contract.
+        unsafe {
+            if VNNI {
+                return Self::dot_bytes(sums, weights, x);
+            }
+            let x = _mm256_set1_epi32(x.cast_signed());
+            (add_products(sums.0, weights.0, x), add_products(sums.1, weights.1, x))
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_ints(sums: Halves) -> Self {
+        // SAFETY: AVX2 by contract.
+        unsafe { Self(_mm256_cvtepi32_ps(sums.0), _mm256_cvtepi32_ps(sums.1)) }
+    }
+    #[inline(always)]
+    fn prefetch(at: *const u8) {
+        // SAFETY: SSE is part of every x86-64; a prefetch reads nothing that the program sees, and faults never.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
 }
 
-super::kernels!(Avx2, rows: 6, panels: 1, few_panels: 2, "avx,avx2,fma");
+pub(super) mod plain {
+    use super::Avx2;
+
+    super::super::kernels!(Avx2<false>, wide: false, "avx,avx2,fma,f16c");
+}
+
+pub(super) mod vnni {
+    use super::Avx2;
+
+    super::super::kernels!(Avx2<true>, wide: false, "avx,avx2,fma,f16c,avxvnni");
+}

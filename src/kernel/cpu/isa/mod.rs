@@ -12,131 +12,190 @@ use std::{fmt, ops::Range};
 use super::{
     attention::{AppendJob, AttendJob, Scratch},
     lanes::Lanes,
-    product::{PrepareJob, ProductJob},
-    tile::{Left, Tiles},
+    product::{PrepareJob, ProductJob, RowScratch},
+    tile::{Left, Tiles, Values},
 };
-use crate::kernel::Precision;
+use crate::kernel::rounding::Layout;
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
-    /// x86-64 with AVX-512 F.
+    /// x86-64 with AVX-512 F, BW, VL, VNNI and BF16: dot products of bytes and of bfloat16.
+    Avx512Bf16,
+    /// x86-64 with AVX-512 F, BW, VL and VNNI: dot products of bytes.
     Avx512,
-    /// x86-64 with AVX2 and FMA.
+    /// x86-64 with AVX2, FMA, F16C and AVX-VNNI: dot products of bytes.
+    AvxVnni,
+    /// x86-64 with AVX2, FMA and F16C.
     Avx2,
     /// Whatever the target guarantees.
     Portable,
 }
 
 impl Isa {
+    /// All there are, best first.
+    pub const ALL: [Self; 5] = [Self::Avx512Bf16, Self::Avx512, Self::AvxVnni, Self::Avx2, Self::Portable];
+
     /// The instruction sets that this processor has, best first.
     pub fn available() -> Vec<Self> {
-        [Self::Avx512, Self::Avx2, Self::Portable].into_iter().filter(|isa| isa.is_available()).collect()
+        Self::ALL.into_iter().filter(|isa| isa.is_available()).collect()
     }
 
+    #[cfg(target_arch = "x86_64")]
     fn is_available(self) -> bool {
+        let avx2 =
+            || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx512 = || {
+            is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vnni")
+        };
         match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => is_x86_feature_detected!("avx512f"),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx512Bf16 => avx512() && is_x86_feature_detected!("avx512bf16"),
+            Self::Avx512 => avx512(),
+            Self::AvxVnni => avx2() && is_x86_feature_detected!("avxvnni"),
+            Self::Avx2 => avx2(),
             Self::Portable => true,
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => false,
         }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn is_available(self) -> bool {
+        self == Self::Portable
     }
 
     /// Its kernels; None when this processor does not have it.
     pub(super) fn kernels(self) -> Option<&'static Kernels> {
         self.is_available().then_some(match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => &avx512::KERNELS,
+            Self::Avx512Bf16 => &avx512::with_bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => &avx2::KERNELS,
+            Self::Avx512 => &avx512::vnni::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => &avx2::vnni::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => &avx2::plain::KERNELS,
             _ => &portable::KERNELS,
         })
+    }
+
+    /// Its name, as a flag takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Avx512 => "avx512",
+            Self::AvxVnni => "avx-vnni",
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
     }
 }
 
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Avx512 => "avx512",
-            Self::Avx2 => "avx2",
-            Self::Portable => "portable",
-        })
+        f.write_str(self.name())
     }
 }
 
 /// How an instruction set cuts a product into register tiles.
 pub(super) trait Tiling {
     type Lanes: Lanes;
-    /// Rows of the largest tile.
-    const ROWS: usize;
-    /// Panels of sixteen outputs beside one another in a tile.
-    const PANELS: usize;
-    /// The same with one or two rows, where more panels are needed to keep the multipliers busy.
-    const FEW_PANELS: usize;
+    /// It has thirty-two registers of sixteen lanes; else sixteen of eight or fewer.
+    const WIDE: bool;
 }
+
+/// Heights of tiles where registers abound.
+const WIDE: [usize; 7] = [1, 2, 3, 4, 6, 8, 12];
+/// Heights of tiles elsewhere.
+const NARROW: [usize; 5] = [1, 2, 3, 4, 6];
 
 /// See [`super::tile::multiply`].
 pub(super) type Multiply = unsafe fn(Left, &[*const u8], Tiles);
 
-/// What a thread runs inside a region of a step. The products of all others go through `multiply`, compiled once a format.
+/// See [`super::tile::accumulate`].
+pub(super) type Accumulate = unsafe fn(Values<'_>, Tiles);
+
+/// What a thread runs inside a region of a step. The products of all others go through `multiply`, compiled once a layout.
 ///
 /// # Safety
 /// The processor has the instruction set (which [`Isa::kernels`] made sure of), and the job's pointers are as the job says.
 pub(super) struct Kernels {
-    /// Rows of the largest tile: work is cut into multiples of it.
-    pub(super) rows: usize,
-    /// One a precision.
-    pub(super) formats: [Multiply; 3],
-    pub(super) prepare: unsafe fn(&PrepareJob<'_>, Range<usize>),
+    /// Heights of register tiles, ascending.
+    pub(super) heights: &'static [usize],
+    /// One a layout.
+    pub(super) layouts: [Multiply; 4],
+    /// Of f32 and of bfloat16.
+    pub(super) values: [Accumulate; 2],
+    pub(super) prepare: unsafe fn(&PrepareJob<'_>, Range<usize>, &mut RowScratch),
     pub(super) product: unsafe fn(&ProductJob<'_>, Range<usize>),
-    pub(super) append: unsafe fn(&AppendJob<'_>, Range<usize>),
+    pub(super) append: unsafe fn(&AppendJob<'_>, Range<usize>, Range<usize>, &mut Scratch),
     pub(super) attend: unsafe fn(&AttendJob<'_>, usize, &mut Scratch),
 }
 
 impl Kernels {
-    /// The matrix product over panels of this precision.
-    pub(super) fn multiply(&self, precision: Precision) -> Multiply {
-        self.formats[match precision {
-            Precision::F32 => 0,
-            Precision::Bf16 => 1,
-            Precision::Q8 => 2,
+    /// The matrix product over panels of this layout.
+    pub(super) fn multiply(&self, layout: Layout) -> Multiply {
+        self.layouts[match layout {
+            Layout::F32 => 0,
+            Layout::Bf16 => 1,
+            Layout::Q8 => 2,
+            Layout::Q4 => 3,
         }]
+    }
+
+    /// The product of weights and values of this layout: f32, else bfloat16.
+    pub(super) fn accumulate(&self, layout: Layout) -> Accumulate {
+        self.values[usize::from(layout != Layout::F32)]
+    }
+
+    /// Heights of register tiles by their number.
+    pub(super) const fn heights(wide: bool) -> &'static [usize] {
+        if wide { &WIDE } else { &NARROW }
     }
 }
 
 /// Compiles every kernel for one instruction set and makes its table.
 macro_rules! kernels {
-    ($lanes:ident, rows: $rows:literal, panels: $panels:literal, few_panels: $few:literal $(, $features:literal)?) => {
+    ($lanes:ty, wide: $wide:literal $(, $features:literal)?) => {
         impl $crate::kernel::cpu::isa::Tiling for $lanes {
             type Lanes = Self;
-            const ROWS: usize = $rows;
-            const PANELS: usize = $panels;
-            const FEW_PANELS: usize = $few;
+            const WIDE: bool = $wide;
         }
 
         mod compiled {
-            use super::$lanes as Lanes;
             use std::ops::Range;
             use $crate::kernel::cpu::{attention, format, product, tile};
 
+            #[allow(unused_imports)]
+            use super::*;
+            type Lanes = $lanes;
+            type Panels<'a> = &'a [*const u8];
+
             $crate::kernel::cpu::isa::compile!(($($features)?)
-                multiply_f32(left: tile::Left, panels: &[*const u8], out: tile::Tiles) = tile::multiply::<Lanes, format::F32>;
-                multiply_bf16(left: tile::Left, panels: &[*const u8], out: tile::Tiles) = tile::multiply::<Lanes, format::Bf16>;
-                multiply_q8(left: tile::Left, panels: &[*const u8], out: tile::Tiles) = tile::multiply::<Lanes, format::Q8>;
-                prepare(job: &product::PrepareJob<'_>, rows: Range<usize>) = product::prepare::<Lanes>;
+                multiply_f32(left: tile::Left, panels: Panels<'_>, out: tile::Tiles)
+                    = tile::multiply::<Lanes, tile::ByWords<format::F32, 1>>;
+                multiply_bf16(left: tile::Left, panels: Panels<'_>, out: tile::Tiles)
+                    = tile::multiply::<Lanes, tile::ByWords<format::Bf16, 2>>;
+                multiply_q8(left: tile::Left, panels: Panels<'_>, out: tile::Tiles)
+                    = tile::multiply::<Lanes, tile::ByGroups<format::Q8>>;
+                multiply_q4(left: tile::Left, panels: Panels<'_>, out: tile::Tiles)
+                    = tile::multiply::<Lanes, tile::ByGroups<format::Q4>>;
+                accumulate_f32(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::F32, 1>;
+                accumulate_bf16(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::Bf16, 2>;
+                prepare(job: &product::PrepareJob<'_>, tiles: Range<usize>, scratch: &mut product::RowScratch)
+                    = product::prepare::<Lanes>;
                 product(job: &product::ProductJob<'_>, units: Range<usize>) = product::product::<Lanes>;
-                append(job: &attention::AppendJob<'_>, rows: Range<usize>) = attention::append::<Lanes>;
+                append(job: &attention::AppendJob<'_>, rows: Range<usize>, heads: Range<usize>, scratch: &mut attention::Scratch)
+                    = attention::append::<Lanes>;
                 attend(job: &attention::AttendJob<'_>, item: usize, scratch: &mut attention::Scratch) = attention::attend::<Lanes>;
             );
         }
 
-        pub(super) static KERNELS: $crate::kernel::cpu::isa::Kernels = $crate::kernel::cpu::isa::Kernels {
-            rows: $rows,
-            formats: [compiled::multiply_f32, compiled::multiply_bf16, compiled::multiply_q8],
+        pub(in $crate::kernel::cpu::isa) static KERNELS: $crate::kernel::cpu::isa::Kernels = $crate::kernel::cpu::isa::Kernels {
+            heights: $crate::kernel::cpu::isa::Kernels::heights($wide),
+            layouts: [compiled::multiply_f32, compiled::multiply_bf16, compiled::multiply_q8, compiled::multiply_q4],
+            values: [compiled::accumulate_f32, compiled::accumulate_bf16],
             prepare: compiled::prepare,
             product: compiled::product,
             append: compiled::append,
@@ -184,9 +243,9 @@ pub(super) mod lanes_for_tests {
     pub(in crate::kernel::cpu) fn each_exp() -> Vec<(Isa, Exp)> {
         let of = |isa| match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => exp::<avx512::Avx512> as Exp,
+            Isa::Avx512Bf16 | Isa::Avx512 => exp::<avx512::Avx512<true>> as Exp,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => exp::<avx2::Avx2> as Exp,
+            Isa::AvxVnni | Isa::Avx2 => exp::<avx2::Avx2<true>> as Exp,
             _ => exp::<portable::Portable> as Exp,
         };
         Isa::available().into_iter().map(|isa| (isa, of(isa))).collect()

@@ -1,6 +1,8 @@
 //! Any processor: arrays of sixteen, which the compiler turns into whatever vectors the target has.
 #![allow(unsafe_code)]
 
+use half::{bf16, f16};
+
 use crate::kernel::cpu::lanes::{LANES, Lanes};
 
 /// Sixteen f32 as an array.
@@ -26,6 +28,10 @@ fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
 
 // SAFETY of the pointer reads and writes below: the trait's contract.
 impl Lanes for Portable {
+    type Pairs = [u32; LANES];
+    type Bytes = [u8; 4 * LANES];
+    type Ints = [i32; LANES];
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         Self([value; LANES])
@@ -73,6 +79,10 @@ impl Lanes for Portable {
         self.zip(ceiling, |x, ceiling| if ceiling < x { ceiling } else { x })
     }
     #[inline(always)]
+    unsafe fn first(self, count: usize, rest: Self) -> Self {
+        Self(std::array::from_fn(|i| if i < count { self.0[i] } else { rest.0[i] }))
+    }
+    #[inline(always)]
     unsafe fn largest(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, |largest, x| if x > largest { x } else { largest })
     }
@@ -85,22 +95,81 @@ impl Lanes for Portable {
         out
     }
     #[inline(always)]
-    unsafe fn widen_bf16(from: *const u16) -> (Self, Self) {
-        // SAFETY: valid for thirty-two numbers by contract.
-        let pairs = unsafe { from.cast::<[[u16; 2]; LANES]>().read_unaligned() };
-        let (mut first, mut second) = ([0f32; LANES], [0f32; LANES]);
-        for i in 0..LANES {
-            first[i] = f32::from_bits(u32::from(pairs[i][0]) << 16);
-            second[i] = f32::from_bits(u32::from(pairs[i][1]) << 16);
-        }
-        (Self(first), Self(second))
+    unsafe fn largest_magnitude(self, other: Self) -> f32 {
+        // As integers, magnitudes order like the numbers, and NaN comes last.
+        let lanes = self.0.into_iter().chain(other.0);
+        f32::from_bits(lanes.fold(0, |largest, x| largest.max(x.abs().to_bits())))
     }
     #[inline(always)]
-    unsafe fn widen_i8(from: *const i8) -> Self {
+    unsafe fn store_low_bytes(self, to: *mut u8) {
+        // SAFETY: valid for sixteen bytes by contract.
+        unsafe { to.cast::<[u8; LANES]>().write_unaligned(self.0.map(|x| x.to_bits() as u8)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
         // SAFETY: valid for sixteen numbers by contract.
-        let ints = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
-        Self(ints.map(f32::from))
+        unsafe { to.cast::<[u16; LANES]>().write_unaligned(self.0.map(|x| bf16::from_f32(x).to_bits())) }
+    }
+    #[inline(always)]
+    unsafe fn widen_f16(from: *const u16) -> Self {
+        // SAFETY: valid for sixteen numbers by contract.
+        Self(unsafe { from.cast::<[u16; LANES]>().read_unaligned() }.map(|bits| f16::from_bits(bits).to_f32()))
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u16) -> [u32; LANES] {
+        // SAFETY: valid for thirty-two numbers by contract. The first of a pair lies in the low half, as in activations.
+        let pairs = unsafe { from.cast::<[[u16; 2]; LANES]>().read_unaligned() };
+        pairs.map(|[first, second]| u32::from(first) | u32::from(second) << 16)
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(self, weights: [u32; LANES], x: u32) -> Self {
+        let (first, second) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
+        let mut out = self;
+        for i in 0..LANES {
+            let sum = multiply_add(f32::from_bits(weights[i] << 16), first, out.0[i]);
+            out.0[i] = multiply_add(f32::from_bits(weights[i] & 0xffff_0000), second, sum);
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> [u8; 4 * LANES] {
+        // SAFETY: valid for sixty-four bytes by contract.
+        unsafe { from.cast::<[u8; 4 * LANES]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(from: *const u8) -> ([u8; 4 * LANES], [u8; 4 * LANES]) {
+        // SAFETY: valid for sixty-four bytes by contract.
+        let both = unsafe { Self::load_bytes(from) };
+        (both.map(|byte| byte & 15), both.map(|byte| byte >> 4))
+    }
+    #[inline(always)]
+    unsafe fn zero() -> [i32; LANES] {
+        [0; LANES]
+    }
+    #[inline(always)]
+    unsafe fn start(offset: i32) -> [i32; LANES] {
+        [offset; LANES]
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(sums: [i32; LANES], weights: [u8; 4 * LANES], x: u32) -> [i32; LANES] {
+        let x = x.to_ne_bytes().map(u8::cast_signed);
+        let mut out = sums;
+        for i in 0..LANES {
+            for k in 0..4 {
+                out[i] += i32::from(weights[4 * i + k]) * i32::from(x[k]);
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn dot_nibbles(sums: [i32; LANES], weights: [u8; 4 * LANES], x: u32) -> [i32; LANES] {
+        // SAFETY: no instructions beyond the target's.
+        unsafe { Self::dot_bytes(sums, weights, x) }
+    }
+    #[inline(always)]
+    unsafe fn from_ints(sums: [i32; LANES]) -> Self {
+        Self(sums.map(|sum| sum as f32))
     }
 }
 
-super::kernels!(Portable, rows: 2, panels: 1, few_panels: 1);
+super::kernels!(Portable, wide: false);

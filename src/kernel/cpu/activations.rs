@@ -1,0 +1,192 @@
+//! Rows of activations as the register tiles read them: cut into tiles, rounded as the weights' layout wants it, word after word.
+#![allow(unsafe_code)]
+
+use half::bf16;
+
+use super::{
+    format::GROUP_WORDS,
+    lanes::{LANES, Lanes, quantize},
+    memory::Shared,
+    tile::Left,
+};
+use crate::kernel::rounding::{GROUP, Layout};
+
+/// Rows of the largest tile of any instruction set.
+pub(super) const MAX_HEIGHT: usize = 12;
+
+/// Consecutive rows that are multiplied together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tile {
+    /// First row.
+    pub(super) first: usize,
+    /// Rows.
+    pub(super) rows: usize,
+    /// Rows of the register tile, a few of which may be nobody's.
+    pub(super) height: usize,
+    /// Heights of the tiles before.
+    pub(super) place: usize,
+}
+
+/// The smallest height that takes so many rows (at most the largest height).
+fn height_for(heights: &[usize], rows: usize) -> usize {
+    heights.iter().copied().find(|&height| height >= rows).unwrap_or(rows)
+}
+
+/// Cuts rows into as few tiles as possible, of about equal heights. `heights` ascend.
+pub(super) fn cut(rows: usize, heights: &[usize], tiles: &mut Vec<Tile>) {
+    tiles.clear();
+    let most = heights.last().copied().unwrap_or(1);
+    let count = rows.div_ceil(most).max(1);
+    let each = height_for(heights, rows.div_ceil(count));
+    let (mut first, mut place) = (0, 0);
+    while first < rows {
+        let rows = each.min(rows - first);
+        let height = height_for(heights, rows);
+        tiles.push(Tile { first, rows, height, place });
+        (first, place) = (first + rows, place + height);
+    }
+}
+
+/// Rows of tiles, heights counted.
+pub(super) fn places(tiles: &[Tile]) -> usize {
+    tiles.last().map_or(0, |tile| tile.place + tile.height)
+}
+
+/// Room for packed rows; grows to the largest product.
+#[derive(Default)]
+pub(super) struct Packed {
+    words: Vec<u32>,
+    scales: Vec<f32>,
+    offsets: Vec<i32>,
+    sums: Vec<f32>,
+}
+
+/// Pointers into a [`Packed`], through which threads write their own tiles.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    layout: Layout,
+    inputs: usize,
+    words: Shared<u32>,
+    scales: Shared<f32>,
+    offsets: Shared<i32>,
+    sums: Shared<f32>,
+}
+
+impl Packed {
+    /// Room for so many rows (heights counted) of `inputs` numbers.
+    pub(super) fn room(&mut self, layout: Layout, inputs: usize, places: usize) -> Room {
+        let (words, groups) = (layout.padded(inputs) / layout.inputs_a_word() * places, layout.groups(inputs) * places);
+        if self.words.len() < words {
+            self.words.resize(words, 0);
+        }
+        if self.scales.len() < groups {
+            self.scales.resize(groups, 0.0);
+            self.offsets.resize(groups, 0);
+            self.sums.resize(groups, 0.0);
+        }
+        Room {
+            layout,
+            inputs,
+            words: Shared(self.words.as_mut_ptr()),
+            scales: Shared(self.scales.as_mut_ptr()),
+            offsets: Shared(self.offsets.as_mut_ptr()),
+            sums: Shared(self.sums.as_mut_ptr()),
+        }
+    }
+}
+
+impl Room {
+    /// A tile that has been packed.
+    pub(super) fn left(&self, tile: Tile) -> Left {
+        let words = self.layout.padded(self.inputs) / self.layout.inputs_a_word();
+        let groups = self.layout.groups(self.inputs);
+        Left {
+            words: self.words.0.wrapping_add(tile.place * words),
+            height: tile.height,
+            inputs: self.inputs,
+            ahead: 0,
+            scales: self.scales.0.wrapping_add(tile.place * groups),
+            offsets: self.offsets.0.wrapping_add(tile.place * groups),
+            sums: self.sums.0.wrapping_add(tile.place * groups),
+        }
+    }
+
+    /// Packs row `row` of a tile. The numbers behind `inputs`, up to [`Layout::padded`], are zeros.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; `x` is valid for the padded inputs; the tile lies in the room and is this thread's.
+    #[inline(always)]
+    pub(super) unsafe fn pack<L: Lanes>(&self, tile: Tile, row: usize, x: *const f32) {
+        let padded = self.layout.padded(self.inputs);
+        let height = tile.height;
+        // SAFETY: word k of row `row` lies at k height + row of the tile; the tile has padded / inputs_a_word words a row.
+        unsafe {
+            let words = self.words.0.add(tile.place * (padded / self.layout.inputs_a_word()) + row);
+            match self.layout {
+                Layout::F32 => (0..padded).for_each(|k| *words.add(k * height) = (*x.add(k)).to_bits()),
+                Layout::Bf16 => pack_bf16::<L>(x, padded, words, height),
+                Layout::Q8 | Layout::Q4 => {
+                    let place = tile.place * (padded / GROUP) + row;
+                    for group in 0..padded / GROUP {
+                        let mut bytes = [0u32; GROUP_WORDS];
+                        let (scale, sum) = quantize::<L>(x.add(group * GROUP), bytes.as_mut_ptr().cast());
+                        let words = words.add(group * GROUP_WORDS * height);
+                        for (k, word) in bytes.into_iter().enumerate() {
+                            *words.add(k * height) = word;
+                        }
+                        let at = place + group * height;
+                        *self.scales.0.add(at) = scale;
+                        *self.offsets.0.add(at) = -128 * sum as i32;
+                        *self.sums.0.add(at) = scale * sum;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// An even count of numbers as pairs of bfloat16, `stride` words apart.
+///
+/// # Safety
+/// The processor has the instructions of `L`; `x` is valid for `count` numbers, `words` for half as many.
+#[inline(always)]
+pub(super) unsafe fn pack_bf16<L: Lanes>(x: *const f32, count: usize, words: *mut u32, stride: usize) {
+    // SAFETY: the caller's contract; whole lanes first, then pair by pair.
+    unsafe {
+        let whole = count / LANES * LANES;
+        for k in (0..whole).step_by(LANES) {
+            let mut pairs = [0u32; LANES / 2];
+            L::load(x.add(k)).store_bf16(pairs.as_mut_ptr().cast());
+            for (i, pair) in pairs.into_iter().enumerate() {
+                *words.add((k / 2 + i) * stride) = pair;
+            }
+        }
+        for pair in whole / 2..count / 2 {
+            let bits = |k: usize| u32::from(bf16::from_f32(*x.add(k)).to_bits());
+            *words.add(pair * stride) = bits(2 * pair) | bits(2 * pair + 1) << 16;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_cover_all_rows_in_order() {
+        for heights in [&[1, 2, 3, 4, 6, 8, 12][..], &[1, 2, 3, 4, 6]] {
+            for rows in 0..200 {
+                let mut tiles = Vec::new();
+                cut(rows, heights, &mut tiles);
+                let (mut next, mut place) = (0, 0);
+                for tile in &tiles {
+                    assert!(tile.first == next && tile.place == place && tile.rows > 0);
+                    assert!(tile.rows <= tile.height && heights.contains(&tile.height));
+                    (next, place) = (next + tile.rows, place + tile.height);
+                }
+                assert_eq!(next, rows);
+                assert!(places(&tiles) <= rows + rows / 4 + 2, "{rows} rows in {} places", places(&tiles));
+            }
+        }
+    }
+}
