@@ -33,6 +33,7 @@ class Worker:
         log = self.log.open("w")
         self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         self._answer()
+        self.memory_at_start = memory_mb(self.process.pid)
         self.process.send_signal(signal.SIGSTOP)
 
     def stop(self) -> dict | None:
@@ -47,7 +48,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        return {"at_start_mb": 0.0, "peak_mb": memory["peak_mb"]}
+        return {"at_start_mb": self.memory_at_start["resident_mb"], "peak_mb": memory["peak_mb"]}
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
