@@ -25,6 +25,8 @@ pub(super) struct Tile {
     pub(super) height: usize,
     /// Heights of the tiles before.
     pub(super) place: usize,
+    /// What [`crate::kernel::Cores::active`] is of each of its rows, if it is the same of all.
+    pub(super) active: Option<u32>,
 }
 
 /// The smallest height that takes so many rows (at most the largest height).
@@ -42,8 +44,16 @@ pub(super) fn cut(rows: usize, heights: &[usize], tiles: &mut Vec<Tile>) {
     while first < rows {
         let rows = each.min(rows - first);
         let height = height_for(heights, rows);
-        tiles.push(Tile { first, rows, height, place });
+        tiles.push(Tile { first, rows, height, place, active: Some(0) });
         (first, place) = (first + rows, place + height);
+    }
+}
+
+/// Notes in the tiles which rows have adapters.
+pub(super) fn mark(tiles: &mut [Tile], active: &[u32]) {
+    for tile in tiles {
+        let active = &active[tile.first..][..tile.rows];
+        tile.active = active.iter().all(|other| *other == active[0]).then_some(active[0]);
     }
 }
 

@@ -33,7 +33,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use self::{
-    activations::{Packed, Tile, cut, places},
+    activations::{Packed, Tile, cut, mark, places},
     attention::{AppendJob, AttendJob, Scratch},
     isa::Kernels,
     memory::{Arena, Shared},
@@ -256,6 +256,9 @@ impl Backend for CpuBackend {
         }
         cut(count, self.kernels.heights, &mut self.tiles);
         let adapted = step.facts.adapted && !linear.parts.is_empty();
+        if adapted {
+            mark(&mut self.tiles, active);
+        }
         let few = count <= FEW_ROWS;
         let rooms = |thread: &mut Thread| {
             grow(&mut thread.mixed, if adapted { count * linear.down_rows } else { 0 });

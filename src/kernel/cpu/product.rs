@@ -225,6 +225,12 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
     let block = (BLOCK_BYTES / (row_bytes * MAX_HEIGHT)).max(1);
     let mut tile_out = [0f32; MAX_PANELS * MAX_HEIGHT * LANES];
     let mut pointers = [std::ptr::null(); MAX_PANELS];
+    // Half of what the adapters see was written by other threads: it comes while the first tile is multiplied.
+    if !job.active.is_empty() {
+        let mixed = job.mixed.get(0).cast_const();
+        let numbers = job.tiles.last().map_or(0, |tile| tile.first + tile.rows) * job.linear.down_rows;
+        (0..numbers.min(MIXED_AHEAD)).step_by(LANES).for_each(|at| T::Lanes::prefetch(mixed.wrapping_add(at).cast()));
+    }
     for tiles in job.tiles.chunks(block) {
         for first in units.clone().step_by(at_once) {
             let count = job.panels_per_unit() * at_once.min(units.end - first);
@@ -266,38 +272,75 @@ unsafe fn end_tile<L: Lanes>(
         // SAFETY: the contract of `product`: rows and columns of `out` exist and are this thread's; the tile has rows below MAX_HEIGHT.
         unsafe {
             let panel = job.panel(first_unit, i);
-            let info = &job.linear.info[panel];
             let ending = Ending::<L>::of(job, panel);
             let products = products.as_ptr().add(i * MAX_HEIGHT * LANES);
-            // No closures here or below: the compiler does not compile them for the instruction set, and then calls every instruction.
-            let out = job.out.get(tile.first * job.width + info.column);
-            match job.epilogue {
-                Epilogue::Store => {
-                    for row in 0..tile.rows {
-                        let value = ending.corrected(tile.first + row, L::load(products.add(row * LANES)));
-                        store_partial(value, out.add(row * job.width), info.columns);
-                    }
+            // What a row does not have to ask is written out: beside the products the question would be seen.
+            match tile.active {
+                _ if !ending.adapted => end_panel::<L, NONE>(job, panel, &ending, tile, products),
+                Some(0) => end_panel::<L, NONE>(job, panel, &ending, tile, products),
+                Some(2) => end_panel::<L, TWO>(job, panel, &ending, tile, products),
+                _ => end_panel::<L, ANY>(job, panel, &ending, tile, products),
+            }
+        }
+    }
+}
+
+/// [`Ending::corrected`] of rows without adapters.
+const NONE: usize = 0;
+/// Of rows that all have two active numbers a site.
+const TWO: usize = 2;
+/// Of rows that each have to be asked.
+const ANY: usize = usize::MAX;
+
+/// The end of one panel, or of a panel of gate with its panel of up.
+#[inline(always)]
+unsafe fn end_panel<L: Lanes, const ACTIVE: usize>(
+    job: &ProductJob<'_>,
+    panel: usize,
+    ending: &Ending<'_, L>,
+    tile: Tile,
+    products: *const f32,
+) {
+    // SAFETY: the contract of `end_tile`.
+    unsafe {
+        let info = &job.linear.info[panel];
+        // No closures here or below: the compiler does not compile them for the instruction set, and then calls every instruction.
+        let out = job.out.get(tile.first * job.width + info.column);
+        match job.epilogue {
+            Epilogue::Store => {
+                for row in 0..tile.rows {
+                    let value = ending.corrected::<ACTIVE>(tile.first + row, L::load(products.add(row * LANES)));
+                    store_partial(value, out.add(row * job.width), info.columns);
                 }
-                Epilogue::Add => {
-                    for row in 0..tile.rows {
-                        let value = ending.corrected(tile.first + row, L::load(products.add(row * LANES)));
-                        let out = out.add(row * job.width);
-                        store_partial(load_partial::<L>(out, info.columns).add(value), out, info.columns);
-                    }
+            }
+            Epilogue::Add => {
+                for row in 0..tile.rows {
+                    let value = ending.corrected::<ACTIVE>(tile.first + row, L::load(products.add(row * LANES)));
+                    let out = out.add(row * job.width);
+                    store_partial(load_partial::<L>(out, info.columns).add(value), out, info.columns);
                 }
-                Epilogue::SwiGlu => {
-                    let other = Ending::<L>::of(job, job.panel(first_unit, i + 1));
-                    for row in 0..tile.rows {
-                        let product = products.add(row * LANES);
-                        let gate = ending.corrected(tile.first + row, L::load(product));
-                        let up = other.corrected(tile.first + row, L::load(product.add(MAX_HEIGHT * LANES)));
-                        store_partial(silu(gate).mul(up), out.add(row * job.width), info.columns);
-                    }
+            }
+            Epilogue::SwiGlu => {
+                let other = Ending::<L>::of(job, panel + job.units());
+                let alike = other.adapted == ending.adapted;
+                for row in 0..tile.rows {
+                    let product = products.add(row * LANES);
+                    let gate = ending.corrected::<ACTIVE>(tile.first + row, L::load(product));
+                    let up = L::load(product.add(MAX_HEIGHT * LANES));
+                    let up = if alike {
+                        other.corrected::<ACTIVE>(tile.first + row, up)
+                    } else {
+                        other.corrected::<ANY>(tile.first + row, up)
+                    };
+                    store_partial(silu(gate).mul(up), out.add(row * job.width), info.columns);
                 }
             }
         }
     }
 }
+
+/// Numbers of the mixed V x that are asked for at once: those of 170 rows of q|k|v at rank 2.
+const MIXED_AHEAD: usize = 1024;
 
 /// Rows of U that are kept in registers: more than this an adapter seldom has.
 const KEPT: usize = 2;
@@ -306,7 +349,9 @@ const KEPT: usize = 2;
 struct Ending<'a, L> {
     biased: bool,
     bias: L,
-    /// [`crate::kernel::Cores::active`] of every row; empty when no row has an adapter.
+    /// The part has factors, and some row an adapter.
+    adapted: bool,
+    /// [`crate::kernel::Cores::active`] of every row, if `adapted`.
     active: &'a [u32],
     kept: [L; KEPT],
     /// `[rank][16]`
@@ -339,7 +384,8 @@ impl<'a, L: Lanes> Ending<'a, L> {
             Self {
                 biased,
                 bias: L::load(bias.as_ptr()),
-                active: if info.rank > 0 { job.active } else { &[] },
+                adapted: info.rank > 0 && !job.active.is_empty(),
+                active: job.active,
                 kept,
                 up,
                 mixed: job.mixed.get(info.mixed).cast_const(),
@@ -348,28 +394,34 @@ impl<'a, L: Lanes> Ending<'a, L> {
         }
     }
 
-    /// `W x + b + U h` of one row, from `W x`.
+    /// `W x + b + U h` of one row, from `W x`. ACTIVE is [`NONE`], [`TWO`] or [`ANY`].
     ///
     /// # Safety
     /// The processor has the instructions of `L`; if the row is adapted, its mixed numbers have been written.
     #[inline(always)]
-    unsafe fn corrected(&self, row: usize, product: L) -> L {
+    unsafe fn corrected<const ACTIVE: usize>(&self, row: usize, product: L) -> L {
         // SAFETY: `mixed` has `active` numbers of this part in an adapted row, and `up` as many rows.
         unsafe {
             let mut value = product;
             if self.biased {
                 value = value.add(self.bias);
             }
-            let active = if self.active.is_empty() { 0 } else { self.active[row] as usize };
+            if ACTIVE == NONE {
+                return value;
+            }
+            let mixed = self.mixed.add(row * self.stride);
+            if ACTIVE == TWO {
+                return L::splat(*mixed.add(1)).fma(self.kept[1], L::splat(*mixed).fma(self.kept[0], value));
+            }
+            let active = if self.adapted { self.active[row] as usize } else { 0 };
             if active > 0 {
-                let mixed = self.mixed.add(row * self.stride);
                 value = L::splat(*mixed).fma(self.kept[0], value);
-                if active > 1 {
-                    value = L::splat(*mixed.add(1)).fma(self.kept[1], value);
-                }
-                for i in KEPT..active {
-                    value = L::splat(*mixed.add(i)).fma(L::load(self.up[i * LANES..(i + 1) * LANES].as_ptr()), value);
-                }
+            }
+            if active > 1 {
+                value = L::splat(*mixed.add(1)).fma(self.kept[1], value);
+            }
+            for i in KEPT..active {
+                value = L::splat(*mixed.add(i)).fma(L::load(self.up[i * LANES..(i + 1) * LANES].as_ptr()), value);
             }
             value
         }

@@ -25,19 +25,31 @@ pub(super) struct Mixing {
     slots: usize,
     /// `[sites, slots, rank, rank]`
     data: Vec<f32>,
+    /// Whose cores these are, slot by slot: most steps have those of the step before.
+    gathered: Vec<Arc<Cores>>,
 }
 
 impl Mixing {
     /// Gathers the cores, as far as they are not zero.
     fn gather(&mut self, cores: &[Arc<Cores>], sites: usize) {
-        self.rank = cores.iter().map(|cores| cores.active).max().unwrap_or(0);
-        self.slots = cores.len();
-        let (size, rank) = (self.rank * self.rank, self.rank);
-        self.data.resize(if size > 0 { sites * self.slots * size } else { 0 }, 0.0);
+        let rank = cores.iter().map(|cores| cores.active).max().unwrap_or(0);
+        let size = rank * rank;
+        let length = if size > 0 { sites * cores.len() * size } else { 0 };
+        if (self.rank, self.slots, self.data.len()) != (rank, cores.len(), length) {
+            (self.rank, self.slots) = (rank, cores.len());
+            self.data.resize(length, 0.0);
+            self.gathered.clear();
+        }
         if size == 0 {
             return;
         }
         for (slot, cores) in cores.iter().enumerate() {
+            match self.gathered.get_mut(slot) {
+                // It is kept alive here, so that nothing else has its address.
+                Some(gathered) if Arc::ptr_eq(gathered, cores) => continue,
+                Some(gathered) => *gathered = cores.clone(),
+                None => self.gathered.push(cores.clone()),
+            }
             for (site, core) in cores.data.chunks_exact(cores.rank * cores.rank).enumerate() {
                 let to = &mut self.data[(site * self.slots + slot) * size..][..size];
                 for (to, from) in to.chunks_exact_mut(rank).zip(core.chunks_exact(cores.rank)) {

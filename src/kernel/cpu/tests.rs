@@ -75,6 +75,22 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch_on_any_threads() {
 }
 
 #[test]
+fn a_step_sees_its_own_cores_whatever_the_step_before_had_in_their_slots() {
+    let group = groups().into_iter().find(|group| group.rank >= 2).unwrap();
+    let mut reused = backend(Isa::Portable, 1);
+    let linear = group.pack(&reused, 3);
+    let [a, b, c] = [7, 8, 9].map(|seed| cores(seed, group.rank, 3));
+    let rows = mixed_rows(9);
+    for cores in [vec![a.clone(), b.clone()], vec![a.clone(), c.clone()], vec![c.clone(), a.clone()], vec![b, c, a]] {
+        let mut run = |backend: &mut CpuBackend| {
+            let batch = rows_batch(&rows, cores.clone());
+            bits(&run_product(backend, &group, &linear, &batch, Rows::All, 3, 9).unwrap())
+        };
+        assert_eq!(run(&mut reused), run(&mut backend(Isa::Portable, 1)));
+    }
+}
+
+#[test]
 fn rows_on_the_base_have_the_bits_of_a_linear_without_adapters() {
     for isa in Isa::available() {
         for (number, group) in groups().into_iter().enumerate().filter(|(_, group)| group.rank > 0) {
