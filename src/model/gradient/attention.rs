@@ -1,0 +1,117 @@
+//! Attention of one piece over the pieces it sees, and its way back.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+
+use super::ops::Heads;
+
+/// Queries, keys and values of a piece's rows.
+#[derive(Clone)]
+pub(super) struct Rows {
+    /// Divided by the root of `head_dim`: `[kv_heads, rows * group, head_dim]`, where `group` query heads share a key head.
+    q: Tensor,
+    /// `[kv_heads, rows, head_dim]`.
+    k: Tensor,
+    v: Tensor,
+}
+
+/// What the way back needs of the way there.
+pub(super) struct Attended {
+    /// `[rows, heads * head_dim]`.
+    pub(super) mixed: Tensor,
+    /// Of all keys that are seen, `[kv_heads, keys, head_dim]`.
+    keys: Tensor,
+    values: Tensor,
+    /// `[kv_heads, rows * group, keys]`.
+    weights: Tensor,
+}
+
+/// Derivatives by what [`attend`] took.
+pub(super) struct Back {
+    /// `[rows, heads * head_dim]`.
+    pub(super) q: Tensor,
+    /// Of all keys that were seen, `[kv_heads, keys, head_dim]`.
+    pub(super) keys: Tensor,
+    pub(super) values: Tensor,
+}
+
+fn scale(heads: &Heads) -> f64 {
+    1.0 / (heads.head_dim as f64).sqrt()
+}
+
+/// `[rows, count * head_dim]` to `[kv_heads, rows * count / kv_heads, head_dim]`.
+fn by_key_head(heads: &Heads, x: &Tensor) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    let group = width / heads.head_dim / heads.kv_heads;
+    let x = x.contiguous()?.reshape((rows, heads.kv_heads, group, heads.head_dim))?;
+    x.transpose(0, 1)?.contiguous()?.reshape((heads.kv_heads, rows * group, heads.head_dim))
+}
+
+/// The way back of [`by_key_head`].
+pub(super) fn by_row(heads: &Heads, x: &Tensor, rows: usize) -> Result<Tensor> {
+    let group = x.dims()[1] / rows;
+    let x = x.reshape((heads.kv_heads, rows, group, heads.head_dim))?.transpose(0, 1)?;
+    x.contiguous()?.reshape((rows, heads.kv_heads * group * heads.head_dim))
+}
+
+impl Rows {
+    /// From rows of what [`Heads::forward`] made.
+    pub(super) fn new(heads: &Heads, qkv: &Tensor) -> Result<Self> {
+        let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+        let part = |first, width| by_key_head(heads, &qkv.narrow(1, first, width)?);
+        Ok(Self { q: (part(0, q)? * scale(heads))?, k: part(q, kv)?, v: part(q + kv, kv)? })
+    }
+
+    fn rows(&self) -> usize {
+        self.k.dims()[1]
+    }
+
+    /// Nothing, in the shape of keys and values.
+    pub(super) fn zeros(&self) -> Result<(Tensor, Tensor)> {
+        Ok((self.k.zeros_like()?, self.v.zeros_like()?))
+    }
+}
+
+/// `[rows, rows]`: 0, or minus infinity where a row must not look.
+fn causal(rows: usize, device: &Device) -> Result<Tensor> {
+    let sees = |i: usize| if i % rows <= i / rows { 0.0 } else { f32::NEG_INFINITY };
+    Tensor::from_vec((0..rows * rows).map(sees).collect::<Vec<f32>>(), (rows, rows), device)
+}
+
+/// The rows of the last piece attend to all of the others and, causally, to themselves.
+pub(super) fn attend(heads: &Heads, seen: &[&Rows]) -> Result<Attended> {
+    let own = seen[seen.len() - 1];
+    let join = |of: fn(&Rows) -> &Tensor| match seen {
+        [alone] => Ok(of(alone).clone()),
+        _ => Tensor::cat(&seen.iter().map(|rows| of(rows)).collect::<Vec<_>>(), 1),
+    };
+    let (keys, values) = (join(|rows| &rows.k)?, join(|rows| &rows.v)?);
+    let (rows, count) = (own.rows(), keys.dims()[1]);
+    let mut scores = own.q.matmul(&keys.t()?)?;
+    if rows > 1 {
+        let mask = causal(rows, scores.device())?;
+        let mask = match count - rows {
+            0 => mask,
+            before => Tensor::cat(&[Tensor::zeros((rows, before), DType::F32, scores.device())?, mask], 1)?,
+        };
+        let group = heads.heads / heads.kv_heads;
+        let masked = scores.reshape((heads.kv_heads, rows, group, count))?;
+        let masked = masked.broadcast_add(&mask.reshape((1, rows, 1, count))?)?;
+        scores = masked.reshape((heads.kv_heads, rows * group, count))?;
+    }
+    let weights = candle_nn::ops::softmax_last_dim(&scores)?;
+    let mixed = by_row(heads, &weights.matmul(&values)?, rows)?;
+    Ok(Attended { mixed, keys, values, weights })
+}
+
+/// `d` is the derivative by `mixed`.
+pub(super) fn back(heads: &Heads, own: &Rows, attended: &Attended, d: &Tensor) -> Result<Back> {
+    let Attended { keys, values, weights, .. } = attended;
+    let d = by_key_head(heads, d)?;
+    let d_values = weights.t()?.contiguous()?.matmul(&d)?;
+    let d_weights = d.matmul(&values.t()?)?;
+    let along = (&d_weights * weights)?.sum_keepdim(D::Minus1)?;
+    let d_scores = (d_weights.broadcast_sub(&along)? * weights)?;
+    let q = (by_row(heads, &d_scores.matmul(keys)?, own.rows())? * scale(heads))?;
+    let d_keys = d_scores.t()?.contiguous()?.matmul(&own.q)?;
+    Ok(Back { q, keys: d_keys, values: d_values })
+}
