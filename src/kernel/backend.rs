@@ -199,12 +199,8 @@ pub trait Backend: Send {
     ///
     /// # Errors
     /// Rows that the group does not have, cores of another rank or of too few sites.
-    fn dense(
-        &self,
-        linear: &Self::Linear,
-        outputs: Range<usize>,
-        cores: Option<&Cores>,
-    ) -> Result<Tensor, KernelError>;
+    fn dense(&self, linear: &Self::Linear, outputs: Range<usize>, cores: Option<&Cores>)
+    -> Result<Tensor, KernelError>;
     /// The linears of a group, in order.
     fn parts(&self, linear: &Self::Linear) -> Result<Vec<DensePart>, KernelError>;
     /// What [`Backend::embed`] gives these tokens: f32 `[tokens, width]`.

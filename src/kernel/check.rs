@@ -209,7 +209,9 @@ pub(super) fn check_dense(
     ensure(wanted.start <= wanted.end && wanted.end <= outputs, || format!("dense: rows {wanted:?} of {outputs}"))?;
     let Some(cores) = cores else { return Ok(()) };
     sites.try_for_each(|(site, rank)| {
-        ensure(cores.rank == rank, || format!("cores: rank {}, the linear of site {site} has rank {rank}", cores.rank))?;
+        ensure(cores.rank == rank, || {
+            format!("cores: rank {}, the linear of site {site} has rank {rank}", cores.rank)
+        })?;
         let size = rank * rank;
         ensure((site + 1) * size <= cores.data.len(), || {
             format!("cores: {} sites, the linear is site {site}", cores.data.len() / size.max(1))

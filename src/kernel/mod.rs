@@ -26,7 +26,10 @@ mod suite;
 mod timed;
 mod weight;
 
-pub use backend::{AttentionSpec, Backend, DenseFactors, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors};
+pub use backend::{
+    AttentionSpec, Backend, DenseFactors, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows,
+    SiteFactors,
+};
 pub use timed::{Clock, Part, Timed};
 pub use weight::Weight;
 

@@ -8,8 +8,8 @@ use std::ops::Range;
 use candle_core::{Device, Tensor};
 
 use super::{
-    AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Backend, Cores, DenseFactors, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows,
-    StepBatch,
+    AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Backend, Cores, DenseFactors, DensePart, Epilogue, KernelError, KvShape,
+    LinearPart, Precision, Rows, StepBatch,
     check::{
         add_update, check_attend, check_batch, check_dense, check_factors, check_product, check_tokens, ensure, shape,
     },

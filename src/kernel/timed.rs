@@ -12,7 +12,8 @@ use std::{
 use candle_core::{Device, Tensor};
 
 use super::{
-    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch, weight::Weight,
+    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
+    weight::Weight,
 };
 use crate::types::TokenId;
 
@@ -209,12 +210,7 @@ impl<B: Backend> Backend for Timed<B> {
         self.inner.device()
     }
 
-    fn dense(
-        &self,
-        linear: &B::Linear,
-        outputs: Range<usize>,
-        cores: Option<&Cores>,
-    ) -> Result<Tensor, KernelError> {
+    fn dense(&self, linear: &B::Linear, outputs: Range<usize>, cores: Option<&Cores>) -> Result<Tensor, KernelError> {
         self.inner.dense(linear, outputs, cores)
     }
 

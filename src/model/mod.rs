@@ -10,9 +10,7 @@ mod spec;
 mod transformer;
 mod weights;
 
-pub use gradient::{
-    CoreGradient, GradientError, GradientGroup, GradientJob, GradientTask, Progress, Stage, TILE_ROWS,
-};
+pub use gradient::{CoreGradient, GradientError, GradientGroup, GradientJob, GradientTask, Progress, Stage, TILE_ROWS};
 pub use loader::{LoadedModel, SpecialTokens, load};
 pub use pull::{DEFAULT_MODEL, pull};
 pub use source::{ResolvedModel, Sources};

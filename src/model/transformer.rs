@@ -5,7 +5,8 @@ use std::{ops::Range, sync::Arc};
 use candle_core::{Device, Tensor};
 
 use super::{
-    GradientJob, GradientTask, LayerWeights, Model, ModelError, ModelSpec, ModelWeights, Progress, gradient::Group, rope,
+    GradientJob, GradientTask, LayerWeights, Model, ModelError, ModelSpec, ModelWeights, Progress, gradient::Group,
+    rope,
 };
 use crate::{
     adapter::Basis,

@@ -20,7 +20,8 @@ pub use self::{
     step::CandleStep,
 };
 use super::{
-    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch, Weight,
+    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
+    Weight,
     check::{check_product, check_tokens, ensure},
 };
 use crate::types::TokenId;

@@ -46,7 +46,8 @@ use self::{
 };
 pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use super::{
-    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch, Weight,
+    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
+    Weight,
     check::{check_attend, check_factors, check_product, check_tokens, ensure, shape},
 };
 use crate::types::TokenId;
@@ -349,12 +350,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn dense(
-        &self,
-        linear: &CpuLinear,
-        outputs: Range<usize>,
-        cores: Option<&Cores>,
-    ) -> Result<Tensor, KernelError> {
+    fn dense(&self, linear: &CpuLinear, outputs: Range<usize>, cores: Option<&Cores>) -> Result<Tensor, KernelError> {
         linear.dense(outputs, cores)
     }
 

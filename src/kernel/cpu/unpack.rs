@@ -151,3 +151,60 @@ fn unpack_q4(bytes: &[u8], output: usize, row: &mut [f32]) {
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_ne_bytes([bytes[at], bytes[at + 1]])
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::kernel::{
+        Backend, DensePart,
+        cpu::{CpuBackend, Isa},
+        reference::ReferenceBackend,
+        suite::{Group, PRECISIONS, cores, groups},
+    };
+
+    fn rows(tensor: &candle_core::Tensor) -> Vec<u32> {
+        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        values.into_iter().map(f32::to_bits).collect()
+    }
+
+    fn describe(part: &DensePart) -> (usize, Option<Vec<u32>>, Option<(usize, Vec<u32>, Vec<u32>)>) {
+        let factors = part.factors.as_ref().map(|factors| (factors.site, rows(&factors.u), rows(&factors.v)));
+        (part.outputs, part.bias.as_ref().map(rows), factors)
+    }
+
+    /// The reference holds what its product multiplies with as plain rows, and products of both are held to each other.
+    #[test]
+    fn panels_come_back_as_the_numbers_of_the_reference() {
+        let backend = CpuBackend::new(1, Some(Isa::Portable)).unwrap();
+        for (number, group) in groups().into_iter().enumerate() {
+            for precision in PRECISIONS {
+                let group = Group { precision, ..group.clone() };
+                let (linear, slow) =
+                    (group.pack(&backend, number as u64), group.pack(&ReferenceBackend, number as u64));
+                let all: usize = group.outputs.iter().sum();
+                let cores = (group.rank > 0).then(|| cores(5, group.rank, 3));
+                for outputs in [0..all, 0..0, all / 3..all, all / 2..all / 2 + 1, 0..all.min(17)] {
+                    for cores in [None, cores.as_deref()] {
+                        let ours = backend.dense(&linear, outputs.clone(), cores).unwrap();
+                        let theirs = ReferenceBackend.dense(&slow, outputs.clone(), cores).unwrap();
+                        assert_eq!(ours.dims(), [outputs.len(), group.inputs]);
+                        assert_eq!(rows(&ours), rows(&theirs), "{group:?} {outputs:?}");
+                    }
+                }
+                let (ours, theirs) = (backend.parts(&linear).unwrap(), ReferenceBackend.parts(&slow).unwrap());
+                let ours: Vec<_> = ours.iter().map(describe).collect();
+                assert_eq!(ours, theirs.iter().map(describe).collect::<Vec<_>>(), "{group:?}");
+                assert!(backend.dense(&linear, 0..all + 1, None).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn cores_that_do_not_fit_are_refused() {
+        let backend = CpuBackend::new(1, Some(Isa::Portable)).unwrap();
+        let linear = groups()[0].pack(&backend, 1);
+        let dense = |rank, sites| backend.dense(&linear, 0..1, Some(&cores(1, rank, sites))).map(|_| ());
+        assert!(dense(2, 3).is_ok());
+        assert!(dense(3, 3).unwrap_err().to_string().contains("rank 3"));
+        assert!(dense(2, 2).unwrap_err().to_string().contains("2 sites"));
+    }
+}

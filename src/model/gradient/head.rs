@@ -5,7 +5,10 @@
 
 use candle_core::{D, DType, Tensor};
 
-use super::{ops::Norm, plan::{Plan, Tile}};
+use super::{
+    ops::Norm,
+    plan::{Plan, Tile},
+};
 use crate::kernel::KernelError;
 
 /// A tile's rows on their way through the chunks.

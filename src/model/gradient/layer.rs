@@ -73,7 +73,7 @@ impl Exchange {
 fn each<T: Send>(
     device: &Device,
     pieces: std::ops::Range<usize>,
-    work: impl Fn(usize) -> candle_core::Result<T> + Sync,
+    work: impl Fn(usize) -> candle_core::Result<T> + Send + Sync,
 ) -> candle_core::Result<Vec<T>> {
     if device.is_cpu() { pieces.into_par_iter().map(work).collect() } else { pieces.map(work).collect() }
 }
@@ -159,12 +159,7 @@ impl Layer {
     }
 
     /// The residual stream behind the layer.
-    pub(super) fn forward(
-        &self,
-        at: &Place<'_>,
-        x: &Tensor,
-        exchange: &mut Exchange,
-    ) -> Result<Tensor, KernelError> {
+    pub(super) fn forward(&self, at: &Place<'_>, x: &Tensor, exchange: &mut Exchange) -> Result<Tensor, KernelError> {
         self.project(at, x, exchange)?;
         let mixed = join(self.attend(at, exchange, x.device())?.into_iter().map(|attended| attended.mixed))?;
         let x = (x + self.product(Group::O).forward(&mixed)?)?;

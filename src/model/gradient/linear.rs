@@ -57,12 +57,7 @@ impl Dense {
     }
 
     /// Adds the derivative by the cores: `(U^T dy) (V^T x)^T` a site, summed over rows.
-    pub(super) fn add_core_gradient(
-        &self,
-        x: &Tensor,
-        dy: &Tensor,
-        sum: &mut CoreGradient,
-    ) -> Result<(), KernelError> {
+    pub(super) fn add_core_gradient(&self, x: &Tensor, dy: &Tensor, sum: &mut CoreGradient) -> Result<(), KernelError> {
         let Some(Adapted { sites, rank, u, v }) = &self.adapted else { return Ok(()) };
         let (up, down) = (dy.matmul(u)?, x.matmul(v)?);
         let all = up.t()?.contiguous()?.matmul(&down)?.to_vec2::<f32>()?;

@@ -173,7 +173,9 @@ fn check(job: &GradientJob, spec: &ModelSpec, positions: usize) -> Result<(), Gr
         let longest = group.completions.iter().map(|tokens| tokens.len() - 1).max().unwrap_or(0);
         if group.prompt.len() + longest > positions {
             let rows = group.prompt.len() + longest;
-            return bad(format!("prompt {number}: {rows} positions with its longest completion; the context has {positions}"));
+            return bad(format!(
+                "prompt {number}: {rows} positions with its longest completion; the context has {positions}"
+            ));
         }
         let tokens = group.completions.iter().flatten().chain(&group.prompt);
         if let Some(token) = tokens.copied().find(|&token| token as usize >= spec.vocab) {

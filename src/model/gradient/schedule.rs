@@ -38,23 +38,43 @@ pub(super) enum Unit {
     /// All rows: tokens to the residual stream.
     Embed,
     /// Unpacks a product of a layer.
-    Load { layer: usize, group: usize, backward: bool },
+    Load {
+        layer: usize,
+        group: usize,
+        backward: bool,
+    },
     /// A layer for a tile.
-    Forward { layer: usize, tile: usize },
+    Forward {
+        layer: usize,
+        tile: usize,
+    },
     /// The norm before the head, and rows of the head.
-    LoadHead { chunk: usize },
+    LoadHead {
+        chunk: usize,
+    },
     /// A chunk of the head for a tile.
-    Head { chunk: usize, tile: usize },
+    Head {
+        chunk: usize,
+        tile: usize,
+    },
     /// Log-probs from what the chunks left.
     Logprobs,
     /// The caller must say what each log-prob weighs.
     Weights,
     /// Back through the head and its norm.
-    HeadBack { tile: usize },
+    HeadBack {
+        tile: usize,
+    },
     /// Queries, keys and values of a layer once more, for a tile.
-    Again { layer: usize, tile: usize },
+    Again {
+        layer: usize,
+        tile: usize,
+    },
     /// Back through a layer for a tile. Last tile first: a key is complete when every row that sees it has been here.
-    Backward { layer: usize, tile: usize },
+    Backward {
+        layer: usize,
+        tile: usize,
+    },
     Done,
 }
 

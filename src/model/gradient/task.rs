@@ -95,6 +95,12 @@ impl GradientTask {
         self.left
     }
 
+    /// The kind of the next unit of work, for profiles.
+    pub fn unit(&self) -> String {
+        let unit = format!("{:?}", self.next);
+        unit.split(' ').next().unwrap_or_default().to_owned()
+    }
+
     /// Rows that go through the model: every prompt once, every completion but its last token.
     pub fn rows(&self) -> usize {
         self.plan.rows()

@@ -112,10 +112,12 @@ mod tests {
 
     fn heads(norms: bool) -> (Heads, Tensor) {
         let (heads, kv_heads, head_dim) = (4, 2, 6);
-        let norm = |seed| norms.then(|| {
-            let weight = noise(seed, (1, head_dim)).flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            Norm::new(&weight, 1e-5, &Device::Cpu).unwrap()
-        });
+        let norm = |seed| {
+            norms.then(|| {
+                let weight = noise(seed, (1, head_dim)).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                Norm::new(&weight, 1e-5, &Device::Cpu).unwrap()
+            })
+        };
         let angles: Vec<f32> = (0..5 * 3).map(|i| i as f32 * 0.3).collect();
         let angles: Vec<f32> = angles
             .chunks(3)
@@ -141,8 +143,7 @@ mod tests {
             let (qkv, d) = (noise(7, (5, heads.width())), noise(8, (5, heads.width())));
             let (a, b) = (host::heads(&heads, &qkv, &angles), composed::heads(&heads, &qkv, &angles));
             close("heads", &a.unwrap(), &b.unwrap(), 1e-5);
-            let (a, b) =
-                (host::heads_back(&heads, &qkv, &angles, &d), composed::heads_back(&heads, &qkv, &angles, &d));
+            let (a, b) = (host::heads_back(&heads, &qkv, &angles, &d), composed::heads_back(&heads, &qkv, &angles, &d));
             close("heads back", &a.unwrap(), &b.unwrap(), 1e-5);
         }
     }
