@@ -8,8 +8,8 @@ fn fixture(case: &str) -> Fixture<CpuBackend> {
 
 /// Six completions of two prompts, one of them longer than a tile.
 fn texts() -> Vec<(Vec<u32>, Vec<u32>)> {
-    let prompts = [text(1, 37, 290), text(2, 6, 290)];
-    (0..6).map(|i| (prompts[i / 3].clone(), text(10 + i as u64, [1, 9, 30, 4, 17, 2][i], 290))).collect()
+    let prompts = [text(1, 37, 250), text(2, 6, 250)];
+    (0..6).map(|i| (prompts[i / 3].clone(), text(10 + i as u64, [1, 9, 30, 4, 17, 2][i], 250))).collect()
 }
 
 fn sequences(texts: &[(Vec<u32>, Vec<u32>)]) -> Sequences<'_> {

@@ -28,7 +28,7 @@ fn agree<B: Backend>(backend: impl Fn() -> B, case: &str) {
     let mut fixture = Fixture::new(backend(), model_of(case), 2, Precision::F32);
     let facts = fixture.facts(Scheme::u13_tied());
     let (zero, some) = (fixture.cores(&facts, &[0.0; 13]), fixture.cores(&facts, &noise(1, 13)));
-    let texts: Vec<Vec<u32>> = [3, 20, 1, 31].iter().enumerate().map(|(i, n)| text(i as u64, *n, 290)).collect();
+    let texts: Vec<Vec<u32>> = [3, 20, 1, 31].iter().enumerate().map(|(i, n)| text(i as u64, *n, 250)).collect();
     let sequences: Sequences<'_> =
         vec![(&texts[0], &texts[1]), (&texts[0], &texts[2]), (&texts[3], &texts[1]), (&texts[2], &texts[3])];
     for (what, cores) in [("base", None), ("zero", Some(zero.clone())), ("adapter", Some(some))] {
