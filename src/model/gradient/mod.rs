@@ -81,6 +81,14 @@ impl GradientJob {
         Self { groups, cores, temperature, differentiate: true, tile_rows: TILE_ROWS }
     }
 
+    /// Rows that go through the model: every prompt once, every completion but its last token. A task keeps `4 * hidden * layers` bytes a row on the way there;
+    /// gradients add up, so a batch too large for the memory can be several jobs.
+    pub fn rows(&self) -> usize {
+        let completions =
+            |group: &GradientGroup| group.completions.iter().map(|c| c.len().saturating_sub(1)).sum::<usize>();
+        self.groups.iter().map(|group| group.prompt.len() + completions(group)).sum()
+    }
+
     /// Without the derivative.
     pub fn only_logprobs(mut self) -> Self {
         self.differentiate = false;

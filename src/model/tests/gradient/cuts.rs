@@ -73,7 +73,11 @@ fn a_shared_prompt_is_a_repeated_one_and_tiles_change_last_bits_only() {
             completions: vec![completion.clone()],
         });
         let apart = GradientJob { groups: groups.collect(), ..shared.clone() };
-        let rows = |job: &GradientJob| fixture.model.begin_gradient(job.clone()).unwrap().rows();
+        let rows = |job: &GradientJob| {
+            let rows = fixture.model.begin_gradient(job.clone()).unwrap().rows();
+            assert_eq!(job.rows(), rows);
+            rows
+        };
         let tokens: usize = texts.iter().map(|(_, completion)| completion.len() - 1).sum();
         assert_eq!((rows(&shared), rows(&apart)), (37 + 6 + tokens, 3 * 43 + tokens));
         close(&whole, &run(&mut fixture.model, apart, u64::MAX, weights), case);
@@ -105,6 +109,9 @@ fn completions_do_not_see_one_another() {
 
 #[test]
 fn costs_are_bounded_and_add_up() {
+    fn crosses_threads<T: Send>() {}
+    crosses_threads::<GradientTask>(); // to the one that serves
+
     let mut fixture = fixture("golden/qwen2");
     let facts = fixture.facts(Scheme::tiny13());
     let (texts, cores) = (texts(), fixture.cores(&facts, &[0.1; 13]));
