@@ -3,6 +3,10 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::ops::Heads;
+use crate::kernel::{Threads, matmul};
+
+/// Pieces run side by side.
+const ALONE: Threads = Threads::One;
 
 /// Queries, keys and values of a piece's rows.
 #[derive(Clone)]
@@ -86,7 +90,7 @@ pub(super) fn attend(heads: &Heads, seen: &[&Rows]) -> Result<Attended> {
     };
     let (keys, values) = (join(|rows| &rows.k)?, join(|rows| &rows.v)?);
     let (rows, count) = (own.rows(), keys.dims()[1]);
-    let mut scores = own.q.matmul(&keys.t()?)?;
+    let mut scores = matmul(&own.q, &keys.t()?, ALONE)?;
     if rows > 1 {
         let mask = causal(rows, scores.device())?;
         let mask = match count - rows {
@@ -99,7 +103,7 @@ pub(super) fn attend(heads: &Heads, seen: &[&Rows]) -> Result<Attended> {
         scores = masked.reshape((heads.kv_heads, rows * group, count))?;
     }
     let weights = candle_nn::ops::softmax_last_dim(&scores)?;
-    let mixed = by_row(heads, &weights.matmul(&values)?, rows)?;
+    let mixed = by_row(heads, &matmul(&weights, &values, ALONE)?, rows)?;
     Ok(Attended { mixed, keys, values, weights })
 }
 
@@ -107,11 +111,11 @@ pub(super) fn attend(heads: &Heads, seen: &[&Rows]) -> Result<Attended> {
 pub(super) fn back(heads: &Heads, own: &Rows, attended: &Attended, d: &Tensor) -> Result<Back> {
     let Attended { keys, values, weights, .. } = attended;
     let d = by_key_head(heads, d)?;
-    let d_values = weights.t()?.contiguous()?.matmul(&d)?;
-    let d_weights = d.matmul(&values.t()?)?;
+    let d_values = matmul(&weights.t()?.contiguous()?, &d, ALONE)?;
+    let d_weights = matmul(&d, &values.t()?, ALONE)?;
     let along = (&d_weights * weights)?.sum_keepdim(D::Minus1)?;
     let d_scores = (d_weights.broadcast_sub(&along)? * weights)?;
-    let q = (by_row(heads, &d_scores.matmul(keys)?, own.rows())? * scale(heads))?;
-    let d_keys = d_scores.t()?.contiguous()?.matmul(&own.q)?;
+    let q = (by_row(heads, &matmul(&d_scores, keys, ALONE)?, own.rows())? * scale(heads))?;
+    let d_keys = matmul(&d_scores.t()?.contiguous()?, &own.q, ALONE)?;
     Ok(Back { q, keys: d_keys, values: d_values })
 }

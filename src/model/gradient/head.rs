@@ -9,7 +9,7 @@ use super::{
     ops::Norm,
     plan::{Plan, Tile},
 };
-use crate::kernel::KernelError;
+use crate::kernel::{KernelError, Threads, matmul};
 
 /// A tile's rows on their way through the chunks.
 struct Walk {
@@ -71,7 +71,7 @@ impl Head {
             self.walks[tile] = Some(Walk { h: self.norm.forward(&x)?, x, sums: None, mean: None });
         }
         let walk = self.walks[tile].as_mut().expect("set just now");
-        let logits = (walk.h.matmul(&head.t()?)? / self.temperature)?;
+        let logits = (matmul(&walk.h, &head.t()?, Threads::All)? / self.temperature)?;
         let here: Vec<usize> =
             targets.clone().filter(|&target| chunk.contains(&(plan.targets[target].token as usize))).collect();
         if !here.is_empty() {
@@ -135,7 +135,7 @@ impl Walk {
         };
         let exponentials = logits.broadcast_sub(&largest)?.exp()?;
         let sum = exponentials.sum_keepdim(D::Minus1)?;
-        let mean = if differentiate { Some(exponentials.matmul(head)?) } else { None };
+        let mean = if differentiate { Some(matmul(&exponentials, head, Threads::All)?) } else { None };
         let Some((before, sum_before)) = self.sums.take() else {
             (self.sums, self.mean) = (Some((largest, sum)), mean);
             return Ok(());

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::CoreGradient;
-use crate::kernel::{DensePart, KernelError};
+use crate::kernel::{DensePart, KernelError, Threads, matmul};
 
 /// A group of linears that share their input, unpacked for a while.
 pub(super) struct Dense {
@@ -44,7 +44,7 @@ impl Dense {
 
     /// `(W + U C V^T) x + b` of rows.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, KernelError> {
-        let y = x.matmul(&self.weight.t()?)?;
+        let y = matmul(x, &self.weight.t()?, Threads::All)?;
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
@@ -53,14 +53,14 @@ impl Dense {
 
     /// The derivative by the input, from the one by the result.
     pub(super) fn back(&self, dy: &Tensor) -> Result<Tensor, KernelError> {
-        Ok(dy.matmul(&self.weight)?)
+        Ok(matmul(dy, &self.weight, Threads::All)?)
     }
 
     /// Adds the derivative by the cores: `(U^T dy) (V^T x)^T` a site, summed over rows.
     pub(super) fn add_core_gradient(&self, x: &Tensor, dy: &Tensor, sum: &mut CoreGradient) -> Result<(), KernelError> {
         let Some(Adapted { sites, rank, u, v }) = &self.adapted else { return Ok(()) };
-        let (up, down) = (dy.matmul(u)?, x.matmul(v)?);
-        let all = up.t()?.contiguous()?.matmul(&down)?.to_vec2::<f32>()?;
+        let (up, down) = (matmul(dy, u, Threads::All)?, matmul(x, v, Threads::All)?);
+        let all = matmul(&up.t()?.contiguous()?, &down, Threads::One)?.to_vec2::<f32>()?;
         for (number, &site) in sites.iter().enumerate() {
             let own = number * rank..(number + 1) * rank;
             for (i, row) in all[own.clone()].iter().enumerate() {
