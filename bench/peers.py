@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from peers import formats, install, loads, machine, quality, report, tools, workers
+from peers import client, formats, install, loads, machine, quality, report, tools, workers
 from peers.rounds import Results, interleave
 from peers.servers import LlamaServer, MoteServer, Server
 
@@ -106,18 +106,19 @@ class Runner:
         """A failure inside is a peer left out, with its reason in the report."""
         try:
             yield
-        except (install.Missing, RuntimeError, OSError) as error:
+        except (install.Missing, client.LoadError, RuntimeError, OSError) as error:
             self.results.failures[peer] = str(error)
             print(f"!! {peer} is left out: {error}", flush=True)
 
     # Servers
 
     def llama_servers(self, clients: int, context: int = 256) -> list[LlamaServer]:
-        """A llama-server for each format, with as many slots as clients and a LoRA for each."""
+        """Two llama-servers for each format, with as many slots as clients: one for the base alone, one with a LoRA for each client."""
         made = []
         for fmt in self.args.formats if self.llama else []:
-            log = self.logs / f"llama-server-{fmt}-{clients}.log"
-            made.append(LlamaServer(self.llama, fmt, self.formats[fmt], self.loras[:clients], clients, context, self.args.threads, log))
+            for loras in ([], self.loras[:clients]):
+                log = self.logs / f"llama-server-{fmt}-{clients}-{len(loras)}.log"
+                made.append(LlamaServer(self.llama, fmt, self.formats[fmt], loras, clients, context, self.args.threads, log))
         return made
 
     def mote_server(self, name: str = "mote", flags: tuple[str, ...] = (), adapters: int = 0) -> MoteServer:
@@ -134,10 +135,10 @@ class Runner:
             for server in servers:
                 with self.leaving_out(server.name):
                     server.start()
-                    alive.append(server)
                     if isinstance(server, MoteServer) and server.adapters:
                         with server:
                             server.upload_batch(0, server.adapters, self.args.scale)
+                    alive.append(server)
             yield alive
             for server in alive:
                 memory = machine.memory_mb(server.pid)
@@ -165,10 +166,11 @@ class Runner:
             with self.running([*servers, *self.llama_servers(clients)]) as alive:
                 for server in alive:
                     loads.warm_up(server, clients)
-                cases = [loads.served(s, clients, kind, self.args.per_client) for s in alive for kind in loads.kinds(s)]
-                if clients == min(self.args.clients):
-                    cases += [worker.served(clients, kind) for worker in self.workers if worker.batched for kind in loads.kinds(worker)]
-                self.measure(f"served, {clients} clients", cases)
+                if "served" in self.args.parts:
+                    cases = [loads.served(s, clients, kind, self.args.per_client) for s in alive for kind in loads.kinds(s)]
+                    if clients == min(self.args.clients):
+                        cases += [worker.served(clients, kind) for worker in self.workers if worker.batched for kind in loads.kinds(worker)]
+                    self.measure(f"served, {clients} clients", cases)
                 if "streamed" in self.args.parts:
                     cases = [loads.latency(s, clients, kind) for s in alive for kind in loads.kinds(s) if kind != "one"]
                     self.measure(f"streamed, {clients} clients", cases, max(1, self.args.rounds // 2))
@@ -176,11 +178,11 @@ class Runner:
     def forward(self) -> None:
         """Loads (b): batch-1 decode and prefill, with the tools and over HTTP; batch 32 at context 512."""
         args = self.args
-        servers: list[Server] = self.llama_servers(1, 1024)
+        servers: list[Server] = [server for server in self.llama_servers(1, 1024) if not server.adapters]
         variants = [("mote", [])] + ([("mote fast", args.mote_decode_flags)] if args.mote_decode_flags else [])
         if "mote" in args.only:
             servers += [self.mote_server(name, tuple(flags)) for name, flags in variants]
-        cases, long = [], "context" in args.parts
+        cases = []
         if "mote" in args.only and tools.has_mote_bench(args.mote):
             for name, flags in variants:
                 cases += tools.mote_bench(args.mote, args.model, name, [*args.mote_flags, *flags], args.threads, args.work)
@@ -193,7 +195,7 @@ class Runner:
             for server in alive:
                 cases += [loads.single_stream(server), loads.prefill(server)]
                 cases += [loads.at_context(server)] if isinstance(server, MoteServer) else []
-            cases = [case for case in cases if long or not case.key.startswith("context")]
+            cases = [case for case in cases if ("context" if case.key.startswith("context") else "forward") in args.parts]
             self.measure("forward pass", cases)
 
     def resident(self) -> None:
@@ -232,9 +234,9 @@ class Runner:
             if "quality" in parts and self.llama:
                 with self.leaving_out("quality"):
                     self.results.facts["quality"] = quality.llama(self.llama, self.formats, args.formats, args.text, args.text_from_gsm8k, args.ids, args.work)
-            if "served" in parts:
+            if parts & {"served", "streamed"}:
                 self.served()
-            if "forward" in parts:
+            if parts & {"forward", "context"}:
                 self.forward()
             if "mote" in args.only and "resident" in parts:
                 self.resident()

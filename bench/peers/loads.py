@@ -3,6 +3,7 @@
 Keys are `group/server/kind`; the report looks them up by these names.
 """
 
+import itertools
 import statistics
 
 from . import client, prompts
@@ -18,8 +19,14 @@ def _adapter(kind: str, number: int) -> int | None:
 
 
 def kinds(server) -> tuple[str, ...]:
-    """The kinds of load that a server or worker can take: without adapters only the base."""
-    return KINDS if server.adapters else ("base",)
+    """The kinds of load that a server or worker takes: without adapters only the base.
+
+    llama-server's base is measured on a server without adapters: loaded ones, even at scale 0, are part of every graph it runs, which made
+    its base 7 times slower.
+    """
+    if not server.adapters:
+        return ("base",)
+    return tuple(kind for kind in KINDS if kind != "base") if server.base_apart else KINDS
 
 
 def _quantile(values: list[float], share: float) -> float:
@@ -136,39 +143,41 @@ def at_context(server: Server, clients: int = 32, context: int = 512, tokens: in
 
 
 def first_token(server: MoteServer, count: int, scale: float) -> list[Case]:
-    """Milliseconds to the first token for the base, and for an adapter uploaded just before; medians of `count` each."""
+    """Milliseconds that the first token comes later under an adapter uploaded just before than for the base; medians of `count`."""
+    fresh_names = itertools.count(9_000_000_000)  # a measurement may be taken again: never the same name
 
-    def once(number: int, i: int, fresh: bool) -> float:
-        (text,) = prompts.short(seed("first", number * (count + 1) + i), 1)
-        adapter = None
+    def once(fresh: bool) -> float:
+        adapter = next(fresh_names)
+        (text,) = prompts.short(seed("first", adapter), 1)
         if fresh:
-            adapter = 5_000_000 + number * (count + 1) + i
             server.upload_singly(adapter, 1, scale)
-        load = client.load(server.port, [[server.completion(text, 2, adapter, stream=True)]], stream=True, expect=2)
-        return (load.answers[0].events[0] - load.answers[0].sent) * 1e3
+        work = [[server.completion(text, 2, adapter if fresh else None, stream=True)]]
+        (answer,) = client.load(server.port, work, stream=True, expect=2).answers
+        return (answer.events[0] - answer.sent) * 1e3
 
-    def run(number: int) -> tuple[float, dict]:
-        times = {False: [], True: []}
+    def run(_: int) -> tuple[float, dict]:
+        times: dict[bool, list[float]] = {False: [], True: []}
         with server:
-            once(number, count, True)  # not counted
+            once(True)  # not counted
             for i in range(count):
                 for fresh in (bool(i % 2), not i % 2):
-                    times[fresh].append(once(number, i, fresh))
-        base, fresh = statistics.median(times[False]), statistics.median(times[True])
-        return fresh - base, {"base_ms": base, "fresh_ms": fresh, "fresh_ms_p90": _quantile(times[True], 0.9), "base_ms_p90": _quantile(times[False], 0.9)}
+                    times[fresh].append(once(fresh))
+        figures = {f"{name}_ms_p{int(q * 100)}": _quantile(times[fresh], q) for name, fresh in (("base", False), ("fresh", True)) for q in (0.5, 0.9)}
+        return statistics.median(times[True]) - statistics.median(times[False]), figures
 
     return [Case(f"first/{server.name}/extra_ms", run, [server.pid])]
 
 
 def uploads(server: MoteServer, singles: int, batch: int, scale: float) -> list[Case]:
     """Uploads a second: one connection, a request each; and the batch route. Durable when acknowledged."""
+    names = itertools.count(1_000_000, max(singles, batch))
 
-    def one(number: int) -> tuple[float, dict]:
+    def one(_: int) -> tuple[float, dict]:
         with server:
-            return singles / server.upload_singly(1_000_000 + number * singles, singles, scale), {}
+            return singles / server.upload_singly(next(names), singles, scale), {}
 
-    def many(number: int) -> tuple[float, dict]:
+    def many(_: int) -> tuple[float, dict]:
         with server:
-            return batch / server.upload_batch(2_000_000 + number * batch, batch, scale), {}
+            return batch / server.upload_batch(next(names), batch, scale), {}
 
     return [Case(f"upload/{server.name}/single", one, [server.pid]), Case(f"upload/{server.name}/batch", many, [server.pid])]

@@ -137,6 +137,12 @@ def _memory_table(results: Results) -> str:
     return _table(["server", "resident after start, MiB", "peak, MiB"], rows) if rows else ""
 
 
+def _quality_table(results: Results) -> str:
+    formats = results.facts.get("quality", {}).get("formats", {})
+    rows = [[name, f"{q['kl_mean']:.6f} +- {q['kl_error']:.6f}", f"{q['top1_agreement']:.4f}", f"{q['perplexity']:.4f}"] for name, q in formats.items()]
+    return _table(["llama.cpp", "KL to F32, nats", "top-1 agreement", "perplexity"], rows) if rows else ""
+
+
 def markdown(results: Results, warnings: list[str]) -> str:
     """Everything for a person, as Markdown."""
     parts = []
@@ -147,11 +153,11 @@ def markdown(results: Results, warnings: list[str]) -> str:
             "llama.cpp's threads spin on barriers, so that a busy neighbour costs it far more than its share. "
             f"First: {warnings[0]}."
         )
-    else:
+    elif measured:
         parts.append(f"The machine was idle during each of {measured} measurements.")
     parts.append(_targets_table(target_rows(results)))
     parts.append("The peer of a row is the fastest of all peers and formats measured, whatever its precision.")
-    parts += [part for part in (_latency_table(results), _memory_table(results)) if part]
+    parts += [part for part in (_quality_table(results), _latency_table(results), _memory_table(results)) if part]
     parts.append(_figures_table(results))
     if results.failures:
         parts.append("Left out:\n" + "\n".join(f"- {key}: {reason.splitlines()[0]}" for key, reason in results.failures.items()))

@@ -16,6 +16,8 @@ from .rounds import Case
 class Worker:
     """One such process. It is stopped (SIGSTOP) between measurements. `batched`: whether it takes more than one row."""
 
+    base_apart = False
+
     def __init__(self, name: str, python: Path, arguments: list, adapters: int, batched: bool, logs: Path):
         self.name, self.adapters, self.batched = name, adapters, batched
         script = Path(__file__).with_name(f"worker_{arguments[0]}.py")
@@ -33,6 +35,7 @@ class Worker:
         log = self.log.open("w")
         self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         self._answer()
+        self.memory_at_start = memory_mb(self.process.pid)
         self.process.send_signal(signal.SIGSTOP)
 
     def stop(self) -> dict | None:
@@ -47,7 +50,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        return {"at_start_mb": 0.0, "peak_mb": memory["peak_mb"]}
+        return {"at_start_mb": self.memory_at_start["resident_mb"], "peak_mb": memory["peak_mb"]}
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()

@@ -165,6 +165,7 @@ fn flags(setup: &Setup<'_>) -> Vec<OsString> {
     flag("--model-id", "base".into());
     flag("--dtype", spelled(&model.dtype));
     flag("--device", device(model.device).into());
+    flag("--isa", spelled(&model.isa));
     flag("--rank", rank.to_string().into());
     flag("--sync", spelled(sync));
     if let Some(threads) = model.threads {
