@@ -1,8 +1,8 @@
 //! Attention of one piece over the pieces it sees, and its way back.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::ops::Heads;
+use super::ops::{Heads, causal_softmax, softmax_back};
 use crate::kernel::{Threads, matmul};
 
 /// Pieces run side by side.
@@ -75,12 +75,6 @@ impl Rows {
     }
 }
 
-/// `[rows, rows]`: 0, or minus infinity where a row must not look.
-fn causal(rows: usize, device: &Device) -> Result<Tensor> {
-    let sees = |i: usize| if i % rows <= i / rows { 0.0 } else { f32::NEG_INFINITY };
-    Tensor::from_vec((0..rows * rows).map(sees).collect::<Vec<f32>>(), (rows, rows), device)
-}
-
 /// The rows of the last piece attend to all of the others and, causally, to themselves.
 pub(super) fn attend(heads: &Heads, seen: &[&Rows]) -> Result<Attended> {
     let own = seen[seen.len() - 1];
@@ -89,20 +83,9 @@ pub(super) fn attend(heads: &Heads, seen: &[&Rows]) -> Result<Attended> {
         _ => Tensor::cat(&seen.iter().map(|rows| of(rows)).collect::<Vec<_>>(), 1),
     };
     let (keys, values) = (join(|rows| &rows.k)?, join(|rows| &rows.v)?);
-    let (rows, count) = (own.rows(), keys.dims()[1]);
-    let mut scores = matmul(&own.q, &keys.t()?, ALONE)?;
-    if rows > 1 {
-        let mask = causal(rows, scores.device())?;
-        let mask = match count - rows {
-            0 => mask,
-            before => Tensor::cat(&[Tensor::zeros((rows, before), DType::F32, scores.device())?, mask], 1)?,
-        };
-        let group = heads.heads / heads.kv_heads;
-        let masked = scores.reshape((heads.kv_heads, rows, group, count))?;
-        let masked = masked.broadcast_add(&mask.reshape((1, rows, 1, count))?)?;
-        scores = masked.reshape((heads.kv_heads, rows * group, count))?;
-    }
-    let weights = candle_nn::ops::softmax_last_dim(&scores)?;
+    let rows = own.rows();
+    let scores = matmul(&own.q, &keys.t()?, ALONE)?;
+    let weights = causal_softmax(&scores, rows)?;
     let mixed = by_row(heads, &matmul(&weights, &values, ALONE)?, rows)?;
     Ok(Attended { mixed, keys, values, weights })
 }
@@ -111,11 +94,10 @@ pub(super) fn attend(heads: &Heads, seen: &[&Rows]) -> Result<Attended> {
 pub(super) fn back(heads: &Heads, own: &Rows, attended: &Attended, d: &Tensor) -> Result<Back> {
     let Attended { keys, values, weights, .. } = attended;
     let d = by_key_head(heads, d)?;
-    let d_values = matmul(&weights.t()?.contiguous()?, &d, ALONE)?;
+    let d_values = matmul(&weights.t()?, &d, ALONE)?;
     let d_weights = matmul(&d, &values.t()?, ALONE)?;
-    let along = (&d_weights * weights)?.sum_keepdim(D::Minus1)?;
-    let d_scores = (d_weights.broadcast_sub(&along)? * weights)?;
+    let d_scores = softmax_back(weights, &d_weights)?;
     let q = (by_row(heads, &matmul(&d_scores, keys, ALONE)?, own.rows())? * scale(heads))?;
-    let d_keys = matmul(&d_scores.t()?.contiguous()?, &own.q, ALONE)?;
+    let d_keys = matmul(&d_scores.t()?, &own.q, ALONE)?;
     Ok(Back { q, keys: d_keys, values: d_values })
 }

@@ -3,17 +3,17 @@
 //! The vocabulary is walked in chunks. Each row keeps the largest logit m so far, `sum exp(l - m)` and, for the derivative, `sum exp(l - m) W_l`, all of which are
 //! rescaled when m grows. So d log p / d h = (W_token - mean of W under p) / T is known before anybody says what a token weighs, and the head is unpacked once.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::{
-    ops::Norm,
+    ops::{Exponentials, Norm, add_scaled, exponentials, scale},
     plan::{Plan, Tile},
 };
 use crate::kernel::{KernelError, Threads, matmul};
 
 /// A tile's rows on their way through the chunks.
 struct Walk {
-    /// The stream, and it normalised, `[asked, hidden]`.
+    /// The stream, `[asked, hidden]`, and it normalised and divided by the temperature.
     x: Tensor,
     h: Tensor,
     /// `[asked, 1]` each: the largest logit, and the sum of exponentials beside it. None before the first chunk.
@@ -33,7 +33,8 @@ struct Found {
 /// See the module.
 pub(super) struct Head {
     norm: Norm,
-    temperature: f64,
+    /// 1 / temperature, `[1, 1]`.
+    sharpness: Tensor,
     differentiate: bool,
     chunk: Option<(std::ops::Range<usize>, Tensor)>,
     walks: Vec<Option<Walk>>,
@@ -44,17 +45,17 @@ pub(super) struct Head {
 }
 
 impl Head {
-    pub(super) fn new(norm: Norm, temperature: f32, differentiate: bool, plan: &Plan) -> Self {
+    pub(super) fn new(norm: Norm, temperature: f32, differentiate: bool, plan: &Plan) -> Result<Self, KernelError> {
         let tiles = plan.tiles.len();
-        Self {
+        Ok(Self {
+            sharpness: Tensor::from_vec(vec![1.0 / temperature], (1, 1), norm.weight.device())?,
             norm,
-            temperature: f64::from(temperature),
             differentiate,
             chunk: None,
             walks: (0..tiles).map(|_| None).collect(),
             logits: vec![f32::NAN; plan.targets.len()],
             found: (0..tiles).map(|_| Vec::new()).collect(),
-        }
+        })
     }
 
     /// Takes rows of the head, `[chunk, hidden]`.
@@ -68,10 +69,11 @@ impl Head {
         let Some((chunk, head)) = self.chunk.as_ref().filter(|_| !asked.is_empty()) else { return Ok(()) };
         if self.walks[tile].is_none() {
             let x = x.index_select(&Tensor::new(&asked[..], x.device())?, 0)?;
-            self.walks[tile] = Some(Walk { h: self.norm.forward(&x)?, x, sums: None, mean: None });
+            self.walks[tile] =
+                Some(Walk { h: scale(&self.norm.forward(&x)?, &self.sharpness)?, x, sums: None, mean: None });
         }
         let walk = self.walks[tile].as_mut().expect("set just now");
-        let logits = (matmul(&walk.h, &head.t()?, Threads::All)? / self.temperature)?;
+        let logits = matmul(&walk.h, &head.t()?, Threads::All)?;
         let here: Vec<usize> =
             targets.clone().filter(|&target| chunk.contains(&(plan.targets[target].token as usize))).collect();
         if !here.is_empty() {
@@ -112,14 +114,14 @@ impl Head {
         let mut of_row = vec![0f32; asked.len()];
         targets.clone().for_each(|target| of_row[plan.targets[target].asked] += weights[target]);
         let of_row = Tensor::from_vec(of_row, (asked.len(), 1), device)?;
-        let mut d = mean.broadcast_mul(&(of_row / sum)?.neg()?)?;
+        let mut d = scale(&mean, &(of_row / sum)?.neg()?)?;
         for Found { targets, rows } in std::mem::take(&mut self.found[tile]) {
             let to: Vec<u32> = targets.iter().map(|&target| plan.targets[target].asked as u32).collect();
             let weights: Vec<f32> = targets.iter().map(|&target| weights[target]).collect();
-            let weighted = rows.broadcast_mul(&Tensor::from_vec(weights, (targets.len(), 1), device)?)?;
+            let weighted = scale(&rows, &Tensor::from_vec(weights, (targets.len(), 1), device)?)?;
             d = d.index_add(&Tensor::new(to, device)?, &weighted, 0)?;
         }
-        let d = self.norm.back(&x, &(d / self.temperature)?, &h.zeros_like()?)?;
+        let d = self.norm.back(&x, &scale(&d, &self.sharpness)?, &h.zeros_like()?)?;
         let all = Tensor::zeros((rows.len(), h.dims()[1]), DType::F32, device)?;
         Ok(Some(all.index_add(&Tensor::new(&asked[..], device)?, &d, 0)?))
     }
@@ -128,14 +130,13 @@ impl Head {
 impl Walk {
     /// Takes the logits of one more chunk.
     fn add(&mut self, logits: &Tensor, head: &Tensor, differentiate: bool) -> Result<(), KernelError> {
-        let here = logits.max_keepdim(D::Minus1)?;
-        let largest = match &self.sums {
-            Some((before, _)) => before.maximum(&here)?,
-            None => here,
+        let device = logits.device();
+        let before = match &self.sums {
+            Some((largest, _)) => largest.clone(),
+            None => Tensor::full(f32::NEG_INFINITY, (1, 1), device)?,
         };
-        let exponentials = logits.broadcast_sub(&largest)?.exp()?;
-        let sum = exponentials.sum_keepdim(D::Minus1)?;
-        let mean = if differentiate { Some(matmul(&exponentials, head, Threads::All)?) } else { None };
+        let Exponentials { values, largest, sum } = exponentials(logits, &before)?;
+        let mean = if differentiate { Some(matmul(&values, head, Threads::All)?) } else { None };
         let Some((before, sum_before)) = self.sums.take() else {
             (self.sums, self.mean) = (Some((largest, sum)), mean);
             return Ok(());
@@ -143,7 +144,7 @@ impl Walk {
         let shrink = (before - &largest)?.exp()?;
         self.sums = Some((largest, (sum + (sum_before * &shrink)?)?));
         self.mean = match (mean, self.mean.take()) {
-            (Some(mean), Some(before)) => Some((mean + before.broadcast_mul(&shrink)?)?),
+            (Some(mean), Some(before)) => Some(add_scaled(&mean, &before, &shrink)?),
             _ => None,
         };
         Ok(())

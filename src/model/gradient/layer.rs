@@ -7,7 +7,7 @@ use super::{
     CoreGradient,
     attention::{self, Attended, Rows},
     linear::Dense,
-    ops::{Heads, Norm, swiglu, swiglu_back},
+    ops::{Heads, Norm, add, swiglu, swiglu_back},
     plan::{Plan, Tile},
     schedule::Group,
 };
@@ -60,13 +60,18 @@ impl Exchange {
             let (keys, values) = (part(&back.keys)?, part(&back.values)?);
             first += rows;
             let sum = match self.d_rows[seen].take() {
-                Some((k, v)) => ((k + keys)?, (v + values)?),
+                Some((k, v)) => (add_all(&k, &keys)?, add_all(&v, &values)?),
                 None => (keys.contiguous()?, values.contiguous()?),
             };
             self.d_rows[seen] = Some(sum);
         }
         Ok(())
     }
+}
+
+/// `a + b`, of three dimensions.
+fn add_all(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
+    add(&a.flatten_to(1)?, &b.contiguous()?.flatten_to(1)?)?.reshape(a.shape())
 }
 
 /// Does something for every piece: side by side on a processor, in turn on a device that has a queue of its own.
@@ -162,9 +167,9 @@ impl Layer {
     pub(super) fn forward(&self, at: &Place<'_>, x: &Tensor, exchange: &mut Exchange) -> Result<Tensor, KernelError> {
         self.project(at, x, exchange)?;
         let mixed = join(self.attend(at, exchange, x.device())?.into_iter().map(|attended| attended.mixed))?;
-        let x = (x + self.product(Group::O).forward(&mixed)?)?;
+        let x = add(x, &self.product(Group::O).forward(&mixed)?)?;
         let gate_up = self.product(Group::GateUp).forward(&self.facts().post_norm.forward(&x)?)?;
-        Ok((x + self.product(Group::Down).forward(&swiglu(&gate_up)?)?)?)
+        Ok(add(&x, &self.product(Group::Down).forward(&swiglu(&gate_up)?)?)?)
     }
 
     /// Fills the exchange for the way back.
@@ -192,7 +197,7 @@ impl Layer {
         let attended = self.attend(at, exchange, x.device())?;
         let mixed = join(attended.iter().map(|attended| attended.mixed.clone()))?;
         let o = self.product(Group::O);
-        let middle = (x + o.forward(&mixed)?)?;
+        let middle = add(x, &o.forward(&mixed)?)?;
         let d_middle = {
             let (gate_up, down) = (self.product(Group::GateUp), self.product(Group::Down));
             let normed = post_norm.forward(&middle)?;

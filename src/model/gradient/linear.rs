@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::CoreGradient;
+use super::{CoreGradient, ops::add};
 use crate::kernel::{DensePart, KernelError, Threads, matmul};
 
 /// A group of linears that share their input, unpacked for a while.
@@ -46,7 +46,7 @@ impl Dense {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, KernelError> {
         let y = matmul(x, &self.weight.t()?, Threads::All)?;
         Ok(match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
+            Some(bias) => add(&y, bias)?,
             None => y,
         })
     }

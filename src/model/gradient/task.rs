@@ -59,7 +59,7 @@ impl GradientTask {
         let norm = Norm::new(model.final_norm(), spec.rms_eps, &device).map_err(KernelError::from)?;
         let schedule = Schedule::new(&plan, spec, differentiate);
         Ok(Self {
-            head: Head::new(norm, temperature, differentiate, &plan),
+            head: Head::new(norm, temperature, differentiate, &plan)?,
             left: schedule.cost_from(Unit::Embed, &plan, spec),
             gradient: CoreGradient { rank: cores.rank, data: vec![0.0; cores.data.len()] },
             logprobs: plan.lengths.iter().map(|&tokens| vec![f32::NAN; tokens]).collect(),
@@ -165,18 +165,31 @@ impl GradientTask {
     }
 
     fn run(&mut self, model: &dyn Frozen) -> Result<(), ModelError> {
-        let spec = model.spec();
-        let unit = self.next;
-        let Self { plan, streams, inputs, layer: weights, exchange, angles, head, .. } = self;
-        let place = |tile: usize| Place { plan, tile, angles: &angles[tile] };
-        match unit {
-            Unit::Embed => self.embed(model)?,
+        match self.next {
+            Unit::Embed => self.embed(model),
             Unit::Load { layer, group, .. } => {
                 if group == 0 {
-                    *exchange = Exchange::new(plan);
+                    self.exchange = Exchange::new(&self.plan);
                 }
-                weights.load(model, layer, group, &self.cores)?;
+                Ok(self.layer.load(model, layer, group, &self.cores)?)
             }
+            Unit::LoadHead { chunk } => {
+                self.layer = Layer::default();
+                let rows = self.schedule.chunk(chunk, model.spec());
+                self.head.load(rows.clone(), model.head(rows)?);
+                Ok(())
+            }
+            // On one of rayon's threads: from elsewhere every product would wake them anew.
+            _ if model.device().is_cpu() => rayon::scope(|_| self.compute()),
+            _ => self.compute(),
+        }
+    }
+
+    /// A unit that needs what has been loaded only.
+    fn compute(&mut self) -> Result<(), ModelError> {
+        let Self { plan, streams, inputs, layer: weights, exchange, angles, head, .. } = self;
+        let place = |tile: usize| Place { plan, tile, angles: &angles[tile] };
+        match self.next {
             Unit::Forward { tile, .. } => {
                 let x = weights.forward(&place(tile), &streams[tile], exchange)?;
                 let before = std::mem::replace(&mut streams[tile], x);
@@ -186,11 +199,6 @@ impl GradientTask {
                     }
                     inputs.last_mut().into_iter().for_each(|layer| layer.push(before.clone()));
                 }
-            }
-            Unit::LoadHead { chunk } => {
-                *weights = Layer::default();
-                let rows = self.schedule.chunk(chunk, spec);
-                head.load(rows.clone(), model.head(rows)?);
             }
             Unit::Head { tile, .. } => head.walk(plan, tile, &streams[tile])?,
             Unit::Logprobs => {
@@ -220,7 +228,7 @@ impl GradientTask {
                     self.finish()?;
                 }
             }
-            Unit::Weights | Unit::Done => {}
+            Unit::Embed | Unit::Load { .. } | Unit::LoadHead { .. } | Unit::Weights | Unit::Done => {}
         }
         Ok(())
     }

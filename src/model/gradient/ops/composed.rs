@@ -1,8 +1,8 @@
 //! In candle's operations, for any device.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::{Heads, Norm};
+use super::{Exponentials, Heads, Norm};
 
 /// `1 / sqrt(mean(x^2) + epsilon)` over the last dimension, which stays with size 1.
 fn inverse(x: &Tensor, epsilon: f32) -> Result<Tensor> {
@@ -88,4 +88,33 @@ pub(super) fn swiglu_back(gate_up: &Tensor, d: &Tensor) -> Result<Tensor> {
     let silu = (&gate * &sigmoid)?;
     let slope = ((&sigmoid + &silu)? - (&silu * &sigmoid)?)?;
     Tensor::cat(&[((d * up)? * slope)?, (d * silu)?], 1)
+}
+
+pub(super) fn add_scaled(a: &Tensor, b: &Tensor, factors: &Tensor) -> Result<Tensor> {
+    a.broadcast_add(&b.broadcast_mul(factors)?)
+}
+
+/// `[rows, keys]`: 0, or minus infinity where a row, of the last `rows` keys, must not look.
+fn causal(rows: usize, keys: usize, device: &Device) -> Result<Tensor> {
+    let sees = |i: usize| if i % keys <= keys - rows + i / keys { 0.0 } else { f32::NEG_INFINITY };
+    Tensor::from_vec((0..rows * keys).map(sees).collect::<Vec<f32>>(), (rows, keys), device)
+}
+
+pub(super) fn causal_softmax(scores: &Tensor, rows: usize) -> Result<Tensor> {
+    let (matrices, height, keys) = scores.dims3()?;
+    let mask = causal(rows, keys, scores.device())?.reshape((1, rows, 1, keys))?;
+    let masked = scores.reshape((matrices, rows, height / rows, keys))?.broadcast_add(&mask)?;
+    candle_nn::ops::softmax_last_dim(&masked.reshape((matrices, height, keys))?)
+}
+
+pub(super) fn softmax_back(weights: &Tensor, d: &Tensor) -> Result<Tensor> {
+    let along = (d * weights)?.sum_keepdim(D::Minus1)?;
+    d.broadcast_sub(&along)? * weights
+}
+
+pub(super) fn exponentials(logits: &Tensor, at_least: &Tensor) -> Result<Exponentials> {
+    let largest = logits.max_keepdim(D::Minus1)?.broadcast_maximum(at_least)?;
+    let values = logits.broadcast_sub(&largest)?.exp()?;
+    let sum = values.to_dtype(DType::F32)?.sum_keepdim(D::Minus1)?;
+    Ok(Exponentials { values, largest, sum })
 }

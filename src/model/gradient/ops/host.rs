@@ -3,16 +3,18 @@
 use candle_core::{Device, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Heads, Norm};
+use super::{Exponentials, Heads, Norm};
+use crate::kernel::host::Scans;
 
 /// Rows that a thread takes at a time.
 const ROWS: usize = 8;
 
-/// A result of so many columns, row by row from the same row of every input. Inputs are f32 in main memory, `[rows, any width]`.
+/// A result of so many columns, row by row from the same row of every input; the function also gets the row's number. Inputs are f32 in main memory, `[rows, any width]`,
+/// the later ones also `[1, any width]`, the same for every row.
 fn rowwise<const N: usize>(
     inputs: [&Tensor; N],
     width: usize,
-    row: impl Fn([&[f32]; N], &mut [f32]) + Sync,
+    row: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
 ) -> Result<Tensor> {
     let inputs = inputs.map(Tensor::contiguous);
     let inputs: [Tensor; N] = match inputs.into_iter().collect::<Result<Vec<_>>>()?.try_into() {
@@ -21,22 +23,24 @@ fn rowwise<const N: usize>(
     };
     let rows = inputs[0].dims2()?.0;
     let held = inputs.each_ref().map(Tensor::storage_and_layout);
-    let mut slices: [(&[f32], usize); N] = [(&[], 0); N];
+    // values, width, and 0 for one row that stands for all
+    let mut slices: [(&[f32], usize, usize); N] = [(&[], 0, 0); N];
     for (slice, (storage, layout)) in slices.iter_mut().zip(&held) {
         let Storage::Cpu(values) = &**storage else { bail!("a tensor that is not in main memory") };
         let (Some((start, end)), (count, width)) = (layout.contiguous_offsets(), layout.shape().dims2()?) else {
             bail!("a tensor that is not contiguous")
         };
-        if count != rows {
+        if count != rows && count != 1 {
             bail!("{count} rows beside {rows}");
         }
-        *slice = (&values.as_slice::<f32>()?[start..end], width);
+        let values = &values.as_slice::<f32>()?[start..end];
+        *slice = (values, width, usize::from(count == rows));
     }
     let mut out = vec![0f32; rows * width];
     out.par_chunks_mut((ROWS * width).max(1)).enumerate().for_each(|(block, out)| {
         for (i, out) in out.chunks_mut(width).enumerate() {
             let at = block * ROWS + i;
-            row(slices.map(|(values, width)| &values[at * width..(at + 1) * width]), out);
+            row(at, slices.map(|(values, width, step)| &values[at * step * width..][..width]), out);
         }
     });
     drop(held);
@@ -71,7 +75,7 @@ fn add_norm_back(norm: &Norm, x: &[f32], dy: &[f32], out: &mut [f32]) {
 }
 
 pub(super) fn norm_back(norm: &Norm, x: &Tensor, dy: &Tensor, add: &Tensor) -> Result<Tensor> {
-    rowwise([x, dy, add], norm.values.len(), |[x, dy, add], out| {
+    rowwise([x, dy, add], norm.values.len(), |_, [x, dy, add], out| {
         out.copy_from_slice(add);
         add_norm_back(norm, x, dy, out);
     })
@@ -88,7 +92,7 @@ fn turn(head: &mut [f32], cos: &[f32], sin: &[f32], back: bool) {
 
 pub(super) fn heads(heads: &Heads, qkv: &Tensor, angles: &Tensor) -> Result<Tensor> {
     let (dim, turned) = (heads.head_dim, heads.heads + heads.kv_heads);
-    rowwise([qkv, angles], heads.width(), |[qkv, angles], out| {
+    rowwise([qkv, angles], heads.width(), |_, [qkv, angles], out| {
         out.copy_from_slice(qkv);
         let (cos, sin) = angles.split_at(dim / 2);
         for (number, head) in out.chunks_exact_mut(dim).take(turned).enumerate() {
@@ -103,7 +107,7 @@ pub(super) fn heads(heads: &Heads, qkv: &Tensor, angles: &Tensor) -> Result<Tens
 
 pub(super) fn heads_back(heads: &Heads, qkv: &Tensor, angles: &Tensor, d: &Tensor) -> Result<Tensor> {
     let (dim, turned) = (heads.head_dim, heads.heads + heads.kv_heads);
-    rowwise([qkv, angles, d], heads.width(), |[qkv, angles, d], out| {
+    rowwise([qkv, angles, d], heads.width(), |_, [qkv, angles, d], out| {
         out.copy_from_slice(d);
         let (cos, sin) = angles.split_at(dim / 2);
         for (number, head) in out.chunks_exact_mut(dim).take(turned).enumerate() {
@@ -117,28 +121,65 @@ pub(super) fn heads_back(heads: &Heads, qkv: &Tensor, angles: &Tensor, d: &Tenso
     })
 }
 
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
-}
-
 pub(super) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
-    let width = gate_up.dims2()?.1 / 2;
-    rowwise([gate_up], width, |[gate_up], out| {
+    let (width, scans) = (gate_up.dims2()?.1 / 2, Scans::best());
+    rowwise([gate_up], width, |_, [gate_up], out| {
         let (gate, up) = gate_up.split_at(width);
-        out.iter_mut().zip(gate.iter().zip(up)).for_each(|(out, (gate, up))| *out = gate * sigmoid(*gate) * up);
+        scans.swiglu(gate, up, out);
     })
 }
 
 pub(super) fn swiglu_back(gate_up: &Tensor, d: &Tensor) -> Result<Tensor> {
-    let width = d.dims2()?.1;
-    rowwise([gate_up, d], 2 * width, |[gate_up, d], out| {
+    let (width, scans) = (d.dims2()?.1, Scans::best());
+    rowwise([gate_up, d], 2 * width, |_, [gate_up, d], out| {
         let (gate, up) = gate_up.split_at(width);
         let (d_gate, d_up) = out.split_at_mut(width);
-        for i in 0..width {
-            let s = sigmoid(gate[i]);
-            let silu = gate[i] * s;
-            d_up[i] = d[i] * silu;
-            d_gate[i] = d[i] * up[i] * (s + silu - silu * s);
-        }
+        scans.swiglu_back(gate, up, d, d_gate, d_up);
+    })
+}
+
+pub(super) fn add_scaled(a: &Tensor, b: &Tensor, factors: &Tensor) -> Result<Tensor> {
+    rowwise([a, b, factors], a.dims2()?.1, |_, [a, b, factor], out| {
+        out.iter_mut().zip(a.iter().zip(b)).for_each(|(out, (a, b))| *out = a + b * factor[0]);
+    })
+}
+
+pub(super) fn causal_softmax(scores: &Tensor, rows: usize) -> Result<Tensor> {
+    let (matrices, height, keys) = scores.dims3()?;
+    let (group, scans) = (height / rows, Scans::best());
+    let weights = rowwise([&scores.reshape((matrices * height, keys))?], keys, |at, [scores], out| {
+        let (seen, hidden) = out.split_at_mut(keys - rows + at % height / group + 1);
+        seen.copy_from_slice(&scores[..seen.len()]);
+        hidden.fill(0.0);
+        let (_, sum) = scans.exponentials(seen, f32::NEG_INFINITY);
+        let inverse = (1.0 / sum) as f32;
+        seen.iter_mut().for_each(|weight| *weight *= inverse);
+    })?;
+    weights.reshape((matrices, height, keys))
+}
+
+pub(super) fn softmax_back(weights: &Tensor, d: &Tensor) -> Result<Tensor> {
+    let (matrices, height, keys) = d.dims3()?;
+    let flat = |x: &Tensor| x.reshape((matrices * height, keys));
+    let d = rowwise([&flat(weights)?, &flat(d)?], keys, |_, [weights, d], out| {
+        let along = dot(weights, d);
+        out.iter_mut().zip(weights.iter().zip(d)).for_each(|(out, (w, d))| *out = w * (d - along));
+    })?;
+    d.reshape((matrices, height, keys))
+}
+
+/// The largest logit and the sum lie behind the exponentials of their row.
+pub(super) fn exponentials(logits: &Tensor, at_least: &Tensor) -> Result<Exponentials> {
+    let (width, scans) = (logits.dims2()?.1, Scans::best());
+    let all = rowwise([logits, at_least], width + 2, |_, [logits, at_least], out| {
+        let (values, sums) = out.split_at_mut(width);
+        values.copy_from_slice(logits);
+        let (largest, sum) = scans.exponentials(values, at_least[0]);
+        sums.copy_from_slice(&[largest, sum as f32]);
+    })?;
+    Ok(Exponentials {
+        values: all.narrow(1, 0, width)?,
+        largest: all.narrow(1, width, 1)?.contiguous()?,
+        sum: all.narrow(1, width + 1, 1)?.contiguous()?,
     })
 }

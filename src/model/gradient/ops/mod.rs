@@ -6,7 +6,7 @@
 mod composed;
 mod host;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use crate::kernel::AttentionSpec;
 
@@ -87,9 +87,57 @@ pub(super) fn swiglu_back(gate_up: &Tensor, d: &Tensor) -> Result<Tensor> {
     if d.device().is_cpu() { host::swiglu_back(gate_up, d) } else { composed::swiglu_back(gate_up, d) }
 }
 
+/// `a + factor b`, row by row: factors are `[rows, 1]` or `[1, 1]`; b may be one row for all.
+pub(super) fn add_scaled(a: &Tensor, b: &Tensor, factors: &Tensor) -> Result<Tensor> {
+    if a.device().is_cpu() { host::add_scaled(a, b, factors) } else { composed::add_scaled(a, b, factors) }
+}
+
+/// `a + b`; b may be one row for all.
+pub(super) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.device().is_cpu() {
+        host::add_scaled(a, b, &Tensor::ones((1, 1), DType::F32, a.device())?)
+    } else {
+        a.broadcast_add(b)
+    }
+}
+
+/// `factor x`, row by row: factors are `[rows, 1]` or `[1, 1]`.
+pub(super) fn scale(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() { host::add_scaled(&x.zeros_like()?, x, factors) } else { x.broadcast_mul(factors) }
+}
+
+/// Softmax over keys, `[kv_heads, rows * group, keys]`, where the last keys are the rows' own: row i sees no more than i + 1 of them.
+pub(super) fn causal_softmax(scores: &Tensor, rows: usize) -> Result<Tensor> {
+    if scores.device().is_cpu() { host::causal_softmax(scores, rows) } else { composed::causal_softmax(scores, rows) }
+}
+
+/// The derivative by the scores of a softmax, from its weights and the derivative by them.
+pub(super) fn softmax_back(weights: &Tensor, d: &Tensor) -> Result<Tensor> {
+    if d.device().is_cpu() { host::softmax_back(weights, d) } else { composed::softmax_back(weights, d) }
+}
+
+/// `e^(logit - largest)` of rows.
+pub(super) struct Exponentials {
+    /// `[rows, columns]`.
+    pub(super) values: Tensor,
+    /// The largest of a row's logits and what was `at_least`, `[rows, 1]`.
+    pub(super) largest: Tensor,
+    /// Of the exponentials, `[rows, 1]`.
+    pub(super) sum: Tensor,
+}
+
+/// See [`Exponentials`]; `at_least` is `[rows, 1]` or `[1, 1]`.
+pub(super) fn exponentials(logits: &Tensor, at_least: &Tensor) -> Result<Exponentials> {
+    if logits.device().is_cpu() {
+        host::exponentials(logits, at_least)
+    } else {
+        composed::exponentials(logits, at_least)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
 
@@ -138,6 +186,20 @@ mod tests {
         close("swiglu", &host::swiglu(&gate_up).unwrap(), &composed::swiglu(&gate_up).unwrap(), 1e-5);
         let (a, b) = (host::swiglu_back(&gate_up, &d).unwrap(), composed::swiglu_back(&gate_up, &d).unwrap());
         close("swiglu back", &a, &b, 1e-5);
+        let (row, factors) = (noise(9, (1, 37)), noise(10, (9, 1)));
+        let (a, b) = (host::add_scaled(&x, &row, &factors), composed::add_scaled(&x, &row, &factors));
+        close("add scaled", &a.unwrap(), &b.unwrap(), 1e-6);
+        let three = |x: Tensor| x.reshape((2, 6, 5)).unwrap();
+        let (scores, d) = (three(noise(11, (6, 10))), three(noise(12, (6, 10))));
+        let (a, b) = (host::causal_softmax(&scores, 3).unwrap(), composed::causal_softmax(&scores, 3).unwrap());
+        close("softmax", &a, &b, 1e-6);
+        close("softmax back", &host::softmax_back(&a, &d).unwrap(), &composed::softmax_back(&a, &d).unwrap(), 1e-6);
+        let logits = noise(13, (9, 300)).affine(9.0, 0.0).unwrap();
+        let (a, b) =
+            (host::exponentials(&logits, &factors).unwrap(), composed::exponentials(&logits, &factors).unwrap());
+        close("exponentials", &a.values.contiguous().unwrap(), &b.values, 1e-6);
+        close("largest", &a.largest, &b.largest, 0.0);
+        close("sum", &a.sum, &b.sum, 1e-4);
         for norms in [false, true] {
             let (heads, angles) = heads(norms);
             let (qkv, d) = (noise(7, (5, heads.width())), noise(8, (5, heads.width())));
