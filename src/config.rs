@@ -115,6 +115,12 @@ pub struct EngineArgs {
     /// Prompt tokens computed in one step, besides the rows of decoding sequences: smaller keeps streams smoother, larger takes prompts in faster.
     #[arg(long, env = "MOTE_PREFILL_CHUNK", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub prefill_chunk: u32,
+    /// The same for steps in which nothing decodes but background work; less than --prefill-chunk counts as that.
+    #[arg(long, env = "MOTE_IDLE_PREFILL_CHUNK", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub idle_prefill_chunk: u32,
+    /// Rows that background work (training) may add to a step that serves requests; 0: it waits until there are none.
+    #[arg(long, env = "MOTE_BACKGROUND_ROWS", value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(0..=65_536))]
+    pub background_rows: u32,
     /// Do not share the KV blocks of equal prompt beginnings between requests of the same tenant and adapter.
     #[arg(long, env = "MOTE_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,

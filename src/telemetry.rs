@@ -85,7 +85,7 @@ impl Metrics {
         );
         registry.register(
             "mote_time_to_first_text_seconds",
-            "Time from the arrival of a completion to its first text",
+            "Time from the arrival of a completion to the first text for its client; without a stream that is all of it",
             self.first_text_seconds.clone(),
         );
     }

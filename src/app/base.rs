@@ -72,6 +72,8 @@ pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
             max_queue: engine.max_queue as usize,
             max_model_len,
             prefill_chunk: engine.prefill_chunk as usize,
+            idle_prefill_chunk: engine.idle_prefill_chunk as usize,
+            background_rows: engine.background_rows as usize,
             rank: basis.rank,
             sites: sites.len(),
             prefix_cache: !engine.no_prefix_cache,

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
-
 use crate::{
     kernel::Cores,
     types::{CacheSalt, TokenId},
@@ -48,6 +46,17 @@ impl Default for Sampling {
     }
 }
 
+/// Who goes first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// Somebody waits for it.
+    #[default]
+    Interactive,
+    /// Takes what interactive requests leave: it is admitted after them, loses its blocks before them, and adds a bounded number of rows to a step
+    /// in which they have some.
+    Background,
+}
+
 /// One sequence to complete. A completion with n choices is n requests.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -73,6 +82,8 @@ pub struct Request {
     pub salt: CacheSalt,
     /// May this request read and fill the prefix cache?
     pub use_cache: bool,
+    /// Who goes first. It changes when the tokens come, never which.
+    pub priority: Priority,
 }
 
 /// The log-prob of a token and the likeliest alternatives at its place.
@@ -145,7 +156,7 @@ pub enum Event {
 /// The engine did not take a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// `--max-queue` requests wait already.
+    /// `--max-queue` requests of this priority wait already.
     #[error("the queue is full: {0} requests are waiting")]
     QueueFull(usize),
     /// The request cannot be run on this model (empty prompt, too long for the context, a token out of range, cores of another rank).
@@ -155,6 +166,3 @@ pub enum SubmitError {
     #[error("the engine has stopped")]
     Stopped,
 }
-
-/// Events of one request. Dropping it cancels the request: its blocks are free at the next step.
-pub type Events = mpsc::Receiver<Event>;

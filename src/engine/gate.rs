@@ -9,9 +9,11 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::mpsc;
 
-use super::api::Event;
+use super::{
+    api::{Event, Priority},
+    events::{Sender, Wakes},
+};
 
 /// What the engine can do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +33,8 @@ const STATES: [Health; 4] = [Health::Running, Health::Draining, Health::Stopped,
 /// The shared part.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
-    in_flight: AtomicUsize,
+    /// By priority: each has a queue of its own, so that a flood of background requests shuts nobody out.
+    in_flight: [AtomicUsize; 2],
     state: AtomicU8,
     gone: Mutex<bool>,
     left: Condvar,
@@ -39,14 +42,19 @@ pub(super) struct Gate {
 
 impl Gate {
     /// Takes `n` places of `most`, or none.
-    pub(super) fn reserve(&self, n: usize, most: usize) -> bool {
+    pub(super) fn reserve(&self, priority: Priority, n: usize, most: usize) -> bool {
         let more = |now: usize| now.checked_add(n).filter(|&all| all <= most);
-        self.in_flight.fetch_update(SeqCst, SeqCst, more).is_ok()
+        self.in_flight[priority as usize].fetch_update(SeqCst, SeqCst, more).is_ok()
     }
 
-    /// Sequences in the engine, waiting ones included.
-    pub(super) fn in_flight(&self) -> usize {
-        self.in_flight.load(SeqCst)
+    /// Gives places back.
+    pub(super) fn release(&self, priority: Priority, n: usize) {
+        self.in_flight[priority as usize].fetch_sub(n, SeqCst);
+    }
+
+    /// Sequences of this priority in the engine, waiting ones included.
+    pub(super) fn in_flight(&self, priority: Priority) -> usize {
+        self.in_flight[priority as usize].load(SeqCst)
     }
 
     /// What the engine can do now.
@@ -80,15 +88,16 @@ impl Gate {
 /// The sending side of one request. However it goes away, its place is freed and the receiver gets exactly one last event.
 #[derive(Debug)]
 pub(super) struct Outbox {
-    events: mpsc::Sender<Event>,
+    events: Sender,
     gate: Arc<Gate>,
+    priority: Priority,
     open: bool,
 }
 
 impl Outbox {
-    /// For a place that was reserved. The channel has room for every event that the request can cause.
-    pub(super) fn new(events: mpsc::Sender<Event>, gate: Arc<Gate>) -> Self {
-        Self { events, gate, open: true }
+    /// For a place that was reserved.
+    pub(super) fn new(events: Sender, gate: Arc<Gate>, priority: Priority) -> Self {
+        Self { events, gate, priority, open: true }
     }
 
     /// True when nobody listens any more.
@@ -96,27 +105,29 @@ impl Outbox {
         self.events.is_closed()
     }
 
-    /// Sends without waiting. A receiver that has gone is noticed by [`Outbox::is_closed`].
-    pub(super) fn send(&self, event: Event) {
-        let _ = self.events.try_send(event);
+    /// Sends without waiting and without waking: that is for the end of the step.
+    pub(super) fn send(&self, event: Event, wakes: &mut Wakes) {
+        self.events.send(event, wakes);
     }
 
     /// Sends the last event.
-    pub(super) fn close(mut self, event: Event) {
-        self.end(event);
+    pub(super) fn close(mut self, event: Event, wakes: &mut Wakes) {
+        self.end(event, wakes);
     }
 
-    fn end(&mut self, event: Event) {
+    fn end(&mut self, event: Event, wakes: &mut Wakes) {
         if std::mem::take(&mut self.open) {
             // First the place: a client that sees the end may submit again at once.
-            self.gate.in_flight.fetch_sub(1, SeqCst);
-            let _ = self.events.try_send(event);
+            self.gate.release(self.priority, 1);
+            self.events.send_last(event, wakes);
         }
     }
 }
 
 impl Drop for Outbox {
     fn drop(&mut self) {
-        self.end(Event::Failed("the engine has stopped".into()));
+        let mut wakes = Wakes::default();
+        self.end(Event::Failed("the engine has stopped".into()), &mut wakes);
+        wakes.deliver();
     }
 }

@@ -7,14 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::mpsc;
-
 use super::{
-    api::{Events, Request, SubmitError},
+    api::{Priority, Request, SubmitError},
+    events::{self, Events},
     gate::{Gate, Health, Outbox},
     prefix::Chain,
     scheduler::Limits,
-    sequence::{Sequence, blocks_at_end},
+    sequence::{Sequence, SequenceId, blocks_at_end},
     stats::Stats,
     worker::{Command, Submission, Worker},
 };
@@ -35,8 +34,12 @@ pub struct EngineConfig {
     pub max_queue: usize,
     /// Prompt and completion tokens of a sequence together.
     pub max_model_len: usize,
-    /// Prompt rows in a step, beside one row of each decoding sequence; at least 1.
+    /// Prompt rows in a step, beside one row of each decoding sequence; at least 1. It bounds how long a running stream waits for its next token.
     pub prefill_chunk: usize,
+    /// The same in a step in which no interactive sequence decodes: nobody waits but for prompts. Less than `prefill_chunk` counts as that.
+    pub idle_prefill_chunk: usize,
+    /// Rows that background sequences may add to a step in which interactive ones have some.
+    pub background_rows: usize,
     /// The rank of the basis, which the model was packed with: cores are `rank x rank`.
     pub rank: usize,
     /// Sites that cores cover.
@@ -83,8 +86,13 @@ pub(super) fn pair(model: Box<dyn Model>, config: EngineConfig) -> Result<(Handl
     }
     let (sender, receiver) = commands::channel();
     let gate = Arc::new(Gate::default());
-    let stats = Arc::new(Stats::new(config.max_batch, config.prefill_chunk));
-    let limits = Limits { max_batch: config.max_batch, prefill_chunk: config.prefill_chunk };
+    let limits = Limits {
+        max_batch: config.max_batch,
+        prefill_chunk: config.prefill_chunk,
+        idle_prefill_chunk: config.idle_prefill_chunk.max(config.prefill_chunk),
+        background_rows: config.background_rows,
+    };
+    let stats = Arc::new(Stats::new(limits.max_batch, limits.idle_prefill_chunk));
     let inner = Inner {
         commands: sender,
         gate: Arc::clone(&gate),
@@ -128,7 +136,7 @@ impl Handle {
     /// Queues all of these requests or none, one receiver a request, in order. They may run in one step.
     ///
     /// # Errors
-    /// `Invalid` if one of them can never run here, `QueueFull` if they would be more than `max_batch` running and `max_queue` waiting,
+    /// `Invalid` if one of them can never run here, `QueueFull` if those of a priority would be more than `max_batch` running and `max_queue` waiting,
     /// `Stopped` after a shutdown or when the engine is dead.
     pub fn submit_many(&self, requests: Vec<Request>) -> Result<Vec<Events>, SubmitError> {
         let Inner { config, gate, stats, .. } = &*self.inner;
@@ -142,10 +150,15 @@ impl Handle {
                 "{count} sequences at once, but the engine holds at most {most}"
             )));
         }
-        if !gate.reserve(count, most) {
-            stats.refused.add(count);
-            let waiting = gate.in_flight().saturating_sub(stats.running.get() as usize);
-            return Err(SubmitError::QueueFull(waiting));
+        let background = requests.iter().filter(|request| request.priority == Priority::Background).count();
+        let places = [(Priority::Interactive, count - background), (Priority::Background, background)];
+        for (at, &(priority, n)) in places.iter().enumerate() {
+            if !gate.reserve(priority, n, most) {
+                places[..at].iter().for_each(|&(priority, n)| gate.release(priority, n));
+                stats.refused.add(count);
+                let waiting = gate.in_flight(priority).saturating_sub(config.max_batch);
+                return Err(SubmitError::QueueFull(waiting));
+            }
         }
         let (submissions, events) = requests.into_iter().map(|request| self.prepare(request)).unzip();
         // A worker that has just ended drops what is sent to it.
@@ -156,13 +169,14 @@ impl Handle {
 
     /// The hashes of the prompt are made here, on the caller's thread, and not between two steps.
     fn prepare(&self, mut request: Request) -> (Submission, Events) {
-        // Prompt, began, every token, the end: the worker never waits for a client.
-        let (sender, events) = mpsc::channel(request.max_tokens + 3);
-        let outbox = Outbox::new(sender, Arc::clone(&self.inner.gate));
+        let (sender, events) = events::channel();
+        let outbox = Outbox::new(sender, Arc::clone(&self.inner.gate), request.priority);
         let tokens = std::mem::take(&mut request.prompt);
         let shared = self.inner.config.prefix_cache && request.use_cache;
         let chain = shared.then(|| Chain::new(request.salt, &tokens));
-        let sequence = Sequence::new(0, tokens, request.max_tokens, chain, request.prompt_logprobs.is_some());
+        // The worker numbers sequences as they come to it.
+        let id = SequenceId { priority: request.priority, number: 0 };
+        let sequence = Sequence::new(id, tokens, request.max_tokens, chain, request.prompt_logprobs.is_some());
         (Submission { request, sequence, outbox, submitted: Instant::now() }, events)
     }
 

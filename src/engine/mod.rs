@@ -3,7 +3,7 @@
 //! It knows no HTTP, no tenant's name and no text. The scheduler, blocks and sequences are integers only.
 //!
 //! One step: `worker` receives commands, `scheduler` plans rows (over `sequence`, `blocks` and `prefix`), `batch` writes the plan as a
-//! ragged batch, the model runs it, `sampler` (over `logits`) chooses tokens, and the worker commits and sends them.
+//! ragged batch, the model runs it, `sampler` (over `logits`) chooses tokens on the model's threads, and the worker commits and sends them (`events`).
 //!
 //! **Invariants.** The tokens of a request depend on nothing but the request: not on its neighbours, on how its prompt is cut, on a cache hit, or on
 //! losing its blocks in between. A block is published only after it was computed and never written again. The engine never waits for a client.
@@ -11,6 +11,7 @@
 mod api;
 mod batch;
 mod blocks;
+mod events;
 mod gate;
 mod handle;
 mod logits;
@@ -23,7 +24,10 @@ mod stats;
 mod tests;
 mod worker;
 
-pub use api::{Event, Events, FinishReason, LogProbs, PromptLogProbs, Request, Sampling, SubmitError, TokenOut, Usage};
+pub use api::{
+    Event, FinishReason, LogProbs, Priority, PromptLogProbs, Request, Sampling, SubmitError, TokenOut, Usage,
+};
+pub use events::Events;
 pub use gate::Health;
 pub use handle::{Engine, EngineConfig, Handle, StartError};
-pub use stats::{Histogram, HistogramSnapshot, Reading, Stats};
+pub use stats::{Histogram, HistogramSnapshot, Phases, Reading, Seconds, Stats};

@@ -29,6 +29,11 @@ impl Chain {
         chain
     }
 
+    /// Makes room for the hashes of so many tokens.
+    pub(super) fn reserve(&mut self, tokens: usize) {
+        self.hashes.reserve_exact((tokens / BLOCK_TOKENS).saturating_sub(self.hashes.len()));
+    }
+
     /// Hashes the blocks that became full. `tokens` are all tokens of the sequence and continue those seen before.
     pub(super) fn extend(&mut self, tokens: &[TokenId]) {
         for block in tokens.chunks_exact(BLOCK_TOKENS).skip(self.hashes.len()) {

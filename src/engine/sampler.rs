@@ -3,19 +3,22 @@
 //! Order: penalties, bias, forbidden stop tokens; then top_k, temperature, min_p, top_p (of what the others left), and one
 //! draw. Log-probs are of the raw logits.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
+use parking_lot::Mutex;
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use rayon::prelude::*;
 
 use super::{
     api::{LogProbs, Sampling},
-    logits::{self, LogitsError},
+    logits::{self, LogitsError, Weights},
 };
-use crate::types::TokenId;
+use crate::{kernel::host::Scans, types::TokenId};
 
 /// Below this a temperature divides by nothing sensible: greedy.
 const COLDEST: f32 = 1e-5;
@@ -67,88 +70,119 @@ pub(super) enum Question<'a> {
 /// The token in question, and its log-probs if asked for.
 pub(super) type Answer = Result<(TokenId, Option<LogProbs>), LogitsError>;
 
-/// Working memory of one thread.
+/// Working memory of one row at a time.
 #[derive(Debug, Default)]
 struct Scratch {
     adjusted: Vec<f32>,
-    weights: Vec<f32>,
     tiles: Vec<f32>,
     selection: Vec<f32>,
-    candidates: Vec<(TokenId, f32)>,
-    sums: Vec<f64>,
+    top: Vec<(TokenId, f32)>,
+    kept: Vec<f32>,
+    weights: Weights,
 }
+
+/// Runs `work(0)`, ..., `work(items - 1)` in any order, on any threads.
+pub(super) type Parallel<'a> = &'a mut dyn FnMut(usize, &(dyn Fn(usize) + Sync));
 
 /// Answers the questions of a step.
 #[derive(Debug)]
 pub(super) struct Sampler {
-    scratch: Vec<Scratch>,
+    scans: Scans,
+    /// A thread takes the first free one, mostly that which it had before.
+    scratch: Vec<Mutex<Scratch>>,
+    /// One a row. Only the thread that has the row locks it.
+    answers: Vec<Mutex<Option<Answer>>>,
 }
 
 impl Sampler {
-    /// Uses as many threads as rayon has.
+    /// With the widest instructions that this processor has.
     pub(super) fn new() -> Self {
-        Self { scratch: (0..rayon::current_num_threads().max(1)).map(|_| Scratch::default()).collect() }
+        Self::with(Scans::best())
     }
 
-    /// One answer a question; question i is about row i of `logits` `[rows, vocab]`.
-    pub(super) fn answer(&mut self, logits: &[f32], vocab: usize, questions: &[Question<'_>]) -> Vec<Answer> {
-        let one = |scratch: &mut Scratch, (row, question): (&[f32], &Question<'_>)| answer(row, question, scratch);
-        // Handing work to other threads costs tens of microseconds, about as much as a few greedy rows.
-        let threads = self.scratch.len().min(questions.len() / 4);
-        if threads < 2 {
-            let scratch = &mut self.scratch[0];
-            return logits.chunks_exact(vocab).zip(questions).map(|row| one(scratch, row)).collect();
+    /// With these scans; they all give the same answers.
+    pub(super) fn with(scans: Scans) -> Self {
+        Self { scans, scratch: vec![Mutex::default()], answers: Vec::new() }
+    }
+
+    /// Answers a question a row; question i is about row i of `logits` `[rows, vocab]`. Rows are independent: the answers do not depend on who makes them.
+    pub(super) fn answer<'a>(
+        &mut self,
+        logits: &[f32],
+        vocab: usize,
+        question: &(dyn Fn(usize) -> Option<Question<'a>> + Sync),
+        parallel: Parallel<'_>,
+    ) {
+        let rows = if vocab == 0 { 0 } else { logits.len() / vocab };
+        if self.answers.len() < rows {
+            self.answers.resize_with(rows, Mutex::default);
         }
-        let share = questions.len().div_ceil(threads);
-        let parts: Vec<Vec<Answer>> = self
-            .scratch
-            .par_iter_mut()
-            .zip(questions.par_chunks(share).zip(logits.par_chunks(share * vocab)))
-            .map(|(scratch, (questions, logits))| {
-                logits.chunks_exact(vocab).zip(questions).map(|row| one(scratch, row)).collect()
-            })
-            .collect();
-        parts.into_iter().flatten().collect()
+        self.answers.iter_mut().for_each(|answer| *answer.get_mut() = None);
+        let Self { scans, scratch, answers } = self;
+        let (scans, scratch, answers) = (*scans, &scratch[..], &answers[..]);
+        let lacking = AtomicBool::new(false);
+        parallel(rows, &|row| {
+            let Some(question) = question(row) else { return };
+            let logits = &logits[row * vocab..(row + 1) * vocab];
+            let answer = match scratch.iter().find_map(Mutex::try_lock) {
+                Some(mut scratch) => answer(scans, logits, &question, &mut scratch),
+                None => {
+                    lacking.store(true, Ordering::Relaxed);
+                    answer(scans, logits, &question, &mut Scratch::default())
+                }
+            };
+            *answers[row].lock() = Some(answer);
+        });
+        // More steps like this one, and there is one for each thread.
+        if lacking.into_inner() {
+            self.scratch.push(Mutex::default());
+        }
+    }
+
+    /// The answer about a row, once. None if nothing was asked.
+    pub(super) fn take(&mut self, row: usize) -> Option<Answer> {
+        self.answers.get_mut(row)?.get_mut().take()
     }
 }
 
-fn answer(row: &[f32], question: &Question<'_>, scratch: &mut Scratch) -> Answer {
+fn answer(scans: Scans, row: &[f32], question: &Question<'_>, scratch: &mut Scratch) -> Answer {
     match *question {
         Question::Score { token, top } => {
-            let largest = logits::tile_maxima(row, &mut scratch.tiles)?;
-            Ok((token, Some(log_probs(row, largest, token, top, scratch))))
+            let largest = logits::tile_maxima(scans, row, &mut scratch.tiles)?;
+            Ok((token, Some(log_probs(scans, row, largest, token, top, scratch))))
         }
         Question::Next { sampling, index, forbidden, counts, logprobs } => {
-            let largest = logits::tile_maxima(row, &mut scratch.tiles)?;
+            let largest = logits::tile_maxima(scans, row, &mut scratch.tiles)?;
             let plain = forbidden.is_empty() && counts.is_none() && sampling.logit_bias.is_empty();
             let token = if plain {
-                choose(row, largest, sampling, index, scratch)
+                choose(scans, row, largest, sampling, index, scratch)
             } else {
                 let mut adjusted = std::mem::take(&mut scratch.adjusted);
                 adjust(row, sampling, forbidden, counts, &mut adjusted);
-                let largest = logits::tile_maxima(&adjusted, &mut scratch.tiles);
-                let token = largest.map(|largest| choose(&adjusted, largest, sampling, index, scratch));
+                let largest = logits::tile_maxima(scans, &adjusted, &mut scratch.tiles);
+                let token = largest.map(|largest| choose(scans, &adjusted, largest, sampling, index, scratch));
                 scratch.adjusted = adjusted;
                 token?
             };
             let Some(top) = logprobs else { return Ok((token, None)) };
             if !plain {
                 // What is there are the adjusted row's.
-                logits::tile_maxima(row, &mut scratch.tiles)?;
+                logits::tile_maxima(scans, row, &mut scratch.tiles)?;
             }
-            Ok((token, Some(log_probs(row, largest, token, top, scratch))))
+            Ok((token, Some(log_probs(scans, row, largest, token, top, scratch))))
         }
     }
 }
 
 /// Log-softmax of the raw row at `token`, and of its `top` likeliest tokens. `scratch.tiles` are the row's.
-fn log_probs(row: &[f32], largest: f32, token: TokenId, top: usize, scratch: &mut Scratch) -> LogProbs {
-    let normaliser = logits::log_sum_exp(row, largest);
+fn log_probs(scans: Scans, row: &[f32], largest: f32, token: TokenId, top: usize, scratch: &mut Scratch) -> LogProbs {
+    let Scratch { tiles, selection, top: found, .. } = scratch;
+    let normaliser = logits::log_sum_exp(scans, row, largest);
     let log_prob = |value: f32| (f64::from(value) - normaliser) as f32;
-    let top = logits::largest(row, &scratch.tiles, top, &mut scratch.selection);
+    logits::largest(row, tiles, top, selection, found);
     LogProbs {
         logprob: log_prob(row[token as usize]),
-        top: top.into_iter().map(|(token, value)| (token, log_prob(value))).collect(),
+        top: found.iter().map(|&(token, value)| (token, log_prob(value))).collect(),
     }
 }
 
@@ -178,26 +212,34 @@ fn adjust(row: &[f32], sampling: &Sampling, forbidden: &[TokenId], counts: Optio
 }
 
 /// Chooses from adjusted logits, whose maxima are in `scratch.tiles`.
-fn choose(row: &[f32], largest: f32, sampling: &Sampling, index: usize, scratch: &mut Scratch) -> TokenId {
+fn choose(
+    scans: Scans,
+    row: &[f32],
+    largest: f32,
+    sampling: &Sampling,
+    index: usize,
+    scratch: &mut Scratch,
+) -> TokenId {
     if sampling.temperature < COLDEST {
         return logits::first_of(row, &scratch.tiles, largest);
     }
-    let Scratch { weights, tiles, selection, candidates, sums, .. } = scratch;
+    let Scratch { tiles, selection, top, kept, weights, .. } = scratch;
     let keep = sampling.top_k as usize;
     // With top_k only the kept tokens are looked at from here on, in the order of their ids.
-    let kept: Option<(Vec<TokenId>, Vec<f32>)> = (keep > 0 && keep < row.len()).then(|| {
-        let mut kept = logits::largest(row, tiles, keep, selection);
-        kept.sort_unstable_by_key(|&(token, _)| token);
-        kept.into_iter().unzip()
-    });
-    let row = kept.as_ref().map_or(row, |(_, logits)| logits);
-    logits::weights(row, largest, 1.0 / sampling.temperature, sampling.min_p, weights);
-    if sampling.top_p < 1.0 {
-        let last = logits::nucleus(weights, f64::from(sampling.top_p), selection, candidates);
-        logits::cut_after(weights, last);
+    let few = keep > 0 && keep < row.len();
+    if few {
+        logits::largest(row, tiles, keep, selection, top);
+        top.sort_unstable_by_key(|&(token, _)| token);
+        kept.clear();
+        kept.extend(top.iter().map(|&(_, logit)| logit));
     }
-    let drawn = logits::draw(weights, uniform(sampling.seed, index), sums);
-    kept.as_ref().map_or(drawn, |(tokens, _)| tokens[drawn as usize])
+    let row = if few { &kept[..] } else { row };
+    weights.set(scans, row, largest, 1.0 / sampling.temperature, sampling.min_p);
+    if sampling.top_p < 1.0 {
+        weights.keep(scans, f64::from(sampling.top_p));
+    }
+    let drawn = weights.draw(uniform(sampling.seed, index));
+    if few { top[drawn as usize].0 } else { drawn }
 }
 
 /// A number in [0, 1) for the index-th token under a seed: the first 53 bits of ChaCha8 with the seed as key and the index as stream.

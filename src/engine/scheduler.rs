@@ -1,12 +1,17 @@
 //! Which rows run in the next step: continuous batching over integers.
 //!
-//! A step holds one row of every decoding sequence, then chunks of prompts, oldest sequence first, up to a budget. Sequences are admitted in
-//! order of arrival when their blocks are there. When a decoding sequence needs a block and none is left, the youngest running
-//! sequence gives all of its blocks back and waits to be recomputed. So the oldest sequence always advances, and nobody starves.
+//! A step holds one row of every decoding sequence, then chunks of prompts, oldest sequence first, up to a budget: a running stream waits for its next
+//! token no longer than a step of that many prompt rows takes. Sequences are admitted in order of arrival when their blocks are there. When a decoding
+//! sequence needs a block and none is left, the youngest running sequence gives all of its blocks back and waits to be recomputed. So the
+//! oldest sequence always advances, and nobody starves.
+//!
+//! All of this first for interactive sequences, then, with what is left, for background ones. Those make room, places and blocks, for interactive ones that
+//! wait, and beside interactive rows they add a bounded number of their own.
 
 use std::{collections::VecDeque, ops::Range};
 
 use super::{
+    api::Priority,
     blocks::Block,
     prefix::PrefixCache,
     sequence::{Sequence, SequenceId, blocks_for},
@@ -21,8 +26,12 @@ use crate::{
 pub(super) struct Limits {
     /// Sequences that run at once.
     pub(super) max_batch: usize,
-    /// Prompt rows in a step.
+    /// Prompt rows in a step in which interactive sequences decode.
     pub(super) prefill_chunk: usize,
+    /// Prompt rows in any other; at least `prefill_chunk`.
+    pub(super) idle_prefill_chunk: usize,
+    /// Rows of background sequences in a step in which interactive ones have some.
+    pub(super) background_rows: usize,
 }
 
 /// Consecutive rows of one sequence in a step.
@@ -42,7 +51,7 @@ pub(super) struct Chunk {
     pub(super) scores: Range<usize>,
 }
 
-/// The next step.
+/// The next step. Reused.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     /// Of different sequences, decoding ones first.
@@ -64,9 +73,9 @@ pub(super) struct Plan {
 pub(super) struct Scheduler {
     limits: Limits,
     cache: PrefixCache,
-    /// In order of arrival.
+    /// In order of their ids: background ones last.
     running: Vec<Sequence>,
-    /// In order of arrival.
+    /// In the same order.
     waiting: VecDeque<Sequence>,
 }
 
@@ -76,9 +85,10 @@ impl Scheduler {
         Self { limits, cache: PrefixCache::new(blocks), running: Vec::new(), waiting: VecDeque::new() }
     }
 
-    /// Queues a sequence. Its id is larger than all before; alone it fits in the cache.
+    /// Queues a sequence. Its number is larger than all before; alone it fits in the cache.
     pub(super) fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+        let at = self.waiting.partition_point(|other| other.id < sequence.id);
+        self.waiting.insert(at, sequence);
     }
 
     /// Sequences that hold blocks.
@@ -105,28 +115,49 @@ impl Scheduler {
         self.running.binary_search_by_key(&id, |sequence| sequence.id).ok()
     }
 
-    /// Plans the next step. Whatever it says must then be committed or removed.
-    pub(super) fn schedule(&mut self) -> Plan {
-        let mut plan = Plan::default();
-        self.grow(&mut plan);
-        if plan.preempted == 0 {
-            self.admit(&mut plan);
+    /// Plans the next step, over what the plan held. Whatever it says must then be committed or removed.
+    pub(super) fn schedule(&mut self, plan: &mut Plan) {
+        plan.clear();
+        self.grow(plan);
+        if plan.preempted == 0 && self.admit(Priority::Interactive, plan) {
+            self.admit(Priority::Background, plan);
         }
+        // Interactive sequences come first in `running`, so whether there are any is known before the first of the others.
+        let mut room =
+            if self.running.first().is_some_and(is_interactive) { self.limits.background_rows } else { usize::MAX };
         for sequence in self.running.iter().filter(|sequence| sequence.remaining() == 1) {
+            if !is_interactive(sequence) {
+                if room == 0 {
+                    break;
+                }
+                room -= 1;
+            }
             plan.chunks.push(chunk(sequence, 1));
         }
         plan.decode_rows = plan.chunks.len();
-        let mut budget = self.limits.prefill_chunk;
+        let mut budget = self.prefill_budget();
+        // An interactive request that comes meanwhile waits for this step, so prompts of background ones are always cut short.
+        let mut background = room.min(self.limits.prefill_chunk);
         for sequence in self.running.iter().filter(|sequence| sequence.remaining() > 1) {
-            let rows = sequence.remaining().min(budget);
+            let most = if is_interactive(sequence) { budget } else { budget.min(background) };
+            let rows = sequence.remaining().min(most);
             if rows == 0 {
                 break;
             }
             budget -= rows;
+            if !is_interactive(sequence) {
+                background -= rows;
+            }
             plan.prefill_rows += rows;
             plan.chunks.push(chunk(sequence, rows));
         }
-        plan
+    }
+
+    /// Prompt rows of the next step: fewer if somebody waits for the next token of a stream.
+    fn prefill_budget(&self) -> usize {
+        let interactive = self.running.iter().take_while(|sequence| is_interactive(sequence));
+        let decoding = interactive.into_iter().any(|sequence| sequence.remaining() == 1);
+        if decoding { self.limits.prefill_chunk } else { self.limits.idle_prefill_chunk }
     }
 
     /// Gives every running sequence blocks for all of its tokens, oldest first, from the youngest if need be.
@@ -154,29 +185,34 @@ impl Scheduler {
         self.waiting.insert(at, sequence);
     }
 
-    /// Moves sequences from the queue to the running ones while there is room. Only sequences that wait for another one's prefix
-    /// are passed over; one that lacks blocks holds up all behind it.
-    fn admit(&mut self, plan: &mut Plan) {
-        let prefilling: usize = self.running.iter().map(Sequence::remaining).filter(|&rows| rows > 1).sum();
-        let mut budget = self.limits.prefill_chunk.saturating_sub(prefilling);
-        let mut at = 0;
+    /// Moves sequences of this priority from the queue to the running ones while there is room. Only sequences that wait for another one's prefix
+    /// are passed over; one that lacks blocks holds up all behind it: then the answer is false.
+    fn admit(&mut self, priority: Priority, plan: &mut Plan) -> bool {
+        let prefilling: usize = self.upto(priority).map(Sequence::remaining).filter(|&rows| rows > 1).sum();
+        let mut budget = self.prefill_budget().saturating_sub(prefilling);
+        let mut at = self.waiting.partition_point(|sequence| sequence.id.priority < priority);
         // Passing over the whole of a long queue in every step would cost more than it gives.
-        let horizon = 2 * self.limits.max_batch;
-        while budget > 0 && self.running.len() < self.limits.max_batch && at < self.waiting.len().min(horizon) {
+        let horizon = at + 2 * self.limits.max_batch;
+        while budget > 0 && at < horizon && self.waiting.get(at).is_some_and(|next| next.id.priority == priority) {
+            if self.upto(priority).count() >= self.limits.max_batch {
+                break;
+            }
             let Some(blocks) = self.cached_prefix(at) else {
                 at += 1;
                 continue;
             };
             let needed = blocks_for(self.waiting[at].tokens.len()) - blocks.len();
             // A spare block for each running sequence: else the newcomer would be thrown out again soon.
-            if self.cache.pool().available() < needed + self.running.len() {
+            let spare = self.upto(priority).count();
+            if !self.make_room(priority, needed + spare, plan) {
                 self.cache.release(blocks);
-                break;
+                return false;
             }
             let Some(mut sequence) = self.waiting.remove(at) else { break };
             sequence.computed = blocks.len() * BLOCK_TOKENS;
             sequence.blocks = blocks;
             sequence.blocks.extend(std::iter::repeat_with(|| self.cache.allocate()).take(needed).flatten());
+            sequence.reserve();
             budget = budget.saturating_sub(sequence.remaining());
             if sequence.cached.is_none() {
                 sequence.cached = Some(sequence.computed);
@@ -186,6 +222,31 @@ impl Scheduler {
             let place = self.running.partition_point(|other| other.id < sequence.id);
             self.running.insert(place, sequence);
         }
+        true
+    }
+
+    /// Running sequences that do not have to give way to this priority.
+    fn upto(&self, priority: Priority) -> impl Iterator<Item = &Sequence> {
+        self.running.iter().take_while(move |sequence| sequence.id.priority <= priority)
+    }
+
+    /// Makes sure of a place and so many blocks, at the cost of sequences of a lower priority if need be; false, and nobody has lost anything, if that
+    /// cannot be done.
+    fn make_room(&mut self, priority: Priority, blocks: usize, plan: &mut Plan) -> bool {
+        let lower = self.running.iter().filter(|sequence| sequence.id.priority > priority);
+        let theirs: usize = lower.map(|sequence| sequence.blocks.len()).sum();
+        // Blocks that they share count twice: then room is made that is not enough, and what lost it comes back later.
+        if self.cache.pool().available() + theirs < blocks {
+            return false;
+        }
+        while self.running.len() >= self.limits.max_batch || self.cache.pool().available() < blocks {
+            let Some(victim) = self.running.pop_if(|last| last.id.priority > priority) else {
+                return self.running.len() < self.limits.max_batch && self.cache.pool().available() >= blocks;
+            };
+            plan.preempted += 1;
+            self.suspend(victim);
+        }
+        true
     }
 
     /// The cached blocks that a waiting sequence starts with, or None if a running one is about to compute the block after them.
@@ -195,11 +256,13 @@ impl Scheduler {
         let hashes = &chain.hashes()[..sequence.readable_blocks()];
         let blocks = self.cache.lookup(hashes);
         let block = blocks.len();
+        // One that may have to wait for its rows is no leader of one that need not.
+        let priority = sequence.id.priority;
         let pending = |leader: &Sequence| {
             let theirs = leader.chain.as_ref().and_then(|chain| chain.hashes().get(block));
             leader.computed < (block + 1) * BLOCK_TOKENS && theirs == hashes.get(block)
         };
-        if block < hashes.len() && self.running.iter().any(pending) {
+        if block < hashes.len() && self.upto(priority).any(pending) {
             self.cache.release(blocks);
             return None;
         }
@@ -243,6 +306,19 @@ impl Scheduler {
             sequence.chain.take_if(|chain| chain.salt() == salt);
         }
     }
+}
+
+impl Plan {
+    fn clear(&mut self) {
+        let Self { chunks, admitted, preempted, decode_rows, prefill_rows, cached_tokens } = self;
+        chunks.clear();
+        admitted.clear();
+        (*preempted, *decode_rows, *prefill_rows, *cached_tokens) = (0, 0, 0, 0);
+    }
+}
+
+fn is_interactive(sequence: &Sequence) -> bool {
+    sequence.id.priority == Priority::Interactive
 }
 
 fn chunk(sequence: &Sequence, rows: usize) -> Chunk {

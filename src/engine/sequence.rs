@@ -1,10 +1,16 @@
 //! One sequence as the scheduler sees it: tokens, how far its KV is computed, and in which blocks.
 
-use super::{blocks::Block, prefix::Chain};
+use super::{api::Priority, blocks::Block, prefix::Chain};
 use crate::{kernel::BLOCK_TOKENS, types::TokenId};
 
-/// Numbers of sequences grow in order of arrival.
-pub(super) type SequenceId = u64;
+/// Orders sequences as they are served: interactive ones first, each class in order of arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct SequenceId {
+    /// The class.
+    pub(super) priority: Priority,
+    /// Grows in order of arrival, over both classes.
+    pub(super) number: u64,
+}
 
 /// Blocks that hold so many tokens.
 pub(super) fn blocks_for(tokens: usize) -> usize {
@@ -19,7 +25,7 @@ pub(super) fn blocks_at_end(prompt: usize, max_tokens: usize) -> usize {
 /// A sequence, waiting or running.
 #[derive(Debug)]
 pub(super) struct Sequence {
-    /// Order of arrival.
+    /// Whose turn it is.
     pub(super) id: SequenceId,
     /// The prompt and what was generated after it.
     pub(super) tokens: Vec<TokenId>,
@@ -68,6 +74,17 @@ impl Sequence {
         }
     }
 
+    /// Makes room for all that it can become, so that no step has to.
+    pub(super) fn reserve(&mut self) {
+        let rest = self.prompt + self.max_tokens - self.tokens.len();
+        self.tokens.reserve_exact(rest);
+        let blocks = blocks_at_end(self.prompt, self.max_tokens).max(self.blocks.len());
+        self.blocks.reserve_exact(blocks - self.blocks.len());
+        if let Some(chain) = &mut self.chain {
+            chain.reserve(self.prompt + self.max_tokens);
+        }
+    }
+
     /// Tokens generated so far.
     pub(super) fn generated(&self) -> usize {
         self.tokens.len() - self.prompt
@@ -93,7 +110,8 @@ mod tests {
 
     #[test]
     fn at_least_the_last_token_and_all_unread_positions_are_computed() {
-        let mut sequence = Sequence::new(0, vec![1; 33], 4, None, false);
+        let id = SequenceId { priority: Priority::Interactive, number: 0 };
+        let mut sequence = Sequence::new(id, vec![1; 33], 4, None, false);
         assert_eq!(sequence.readable_blocks(), 2);
         sequence.tokens.pop();
         sequence.prompt -= 1;

@@ -29,6 +29,57 @@ impl Reading {
     }
 }
 
+/// Time that was spent on something. Written by one thread.
+#[derive(Debug, Default)]
+pub struct Seconds {
+    nanoseconds: AtomicU64,
+}
+
+impl Seconds {
+    /// All of it so far, in seconds.
+    pub fn get(&self) -> f64 {
+        self.nanoseconds.load(Relaxed) as f64 * 1e-9
+    }
+
+    pub(super) fn add(&self, time: Duration) {
+        self.nanoseconds.fetch_add(time.as_nanos() as u64, Relaxed);
+    }
+}
+
+/// Where the time of the engine's thread goes, from the moment it has something to do until it has nothing or begins anew. Nothing is between them.
+#[derive(Debug, Default)]
+pub struct Phases {
+    /// Taking in requests, dropping those that nobody listens to.
+    pub receive: Seconds,
+    /// Choosing the rows.
+    pub schedule: Seconds,
+    /// Writing the batch.
+    pub build: Seconds,
+    /// The model.
+    pub forward: Seconds,
+    /// Choosing the tokens.
+    pub sample: Seconds,
+    /// Writing tokens and blocks down, and events into their channels.
+    pub commit: Seconds,
+    /// Waking those who wait for the events.
+    pub wake: Seconds,
+}
+
+impl Phases {
+    /// All of them by name, in the order of a step.
+    pub fn all(&self) -> [(&'static str, &Seconds); 7] {
+        [
+            ("receive", &self.receive),
+            ("schedule", &self.schedule),
+            ("build", &self.build),
+            ("forward", &self.forward),
+            ("sample", &self.sample),
+            ("commit", &self.commit),
+            ("wake", &self.wake),
+        ]
+    }
+}
+
 /// Counts of values by size. Written by one thread.
 #[derive(Debug)]
 pub struct Histogram {
@@ -113,6 +164,8 @@ pub struct Stats {
     pub cached_tokens: Reading,
     /// Tokens sampled.
     pub generated_tokens: Reading,
+    /// Tasks woken to read what a step made.
+    pub wakes: Reading,
     /// Times a sequence lost its blocks.
     pub preemptions: Reading,
     /// Sequences in the queue now, preempted ones included.
@@ -145,6 +198,8 @@ pub struct Stats {
     pub prefill_seconds: Histogram,
     /// Seconds of each step that were not the model's: scheduling, sampling, sending.
     pub overhead_seconds: Histogram,
+    /// Where the time goes.
+    pub phases: Phases,
     /// Seconds from submission to admission.
     pub queue_seconds: Histogram,
     /// Seconds from submission to the first token.
@@ -152,7 +207,7 @@ pub struct Stats {
 }
 
 impl Stats {
-    pub(super) fn new(max_batch: usize, prefill_chunk: usize) -> Self {
+    pub(super) fn new(max_batch: usize, prefill_rows: usize) -> Self {
         let r = Reading::default;
         Self {
             steps: r(),
@@ -165,6 +220,7 @@ impl Stats {
             prefill_tokens: r(),
             cached_tokens: r(),
             generated_tokens: r(),
+            wakes: r(),
             preemptions: r(),
             waiting: r(),
             running: r(),
@@ -174,13 +230,14 @@ impl Stats {
             peak_rows: r(),
             peak_sequences: r(),
             peak_adapters: r(),
-            step_rows: Histogram::sizes(max_batch + prefill_chunk),
+            step_rows: Histogram::sizes(max_batch + prefill_rows),
             step_sequences: Histogram::sizes(max_batch),
             step_adapters: Histogram::sizes(max_batch),
             step_all_distinct: Histogram::sizes(max_batch),
             decode_seconds: Histogram::seconds(),
             prefill_seconds: Histogram::seconds(),
             overhead_seconds: Histogram::seconds(),
+            phases: Phases::default(),
             queue_seconds: Histogram::seconds(),
             first_token_seconds: Histogram::seconds(),
         }

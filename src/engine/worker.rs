@@ -2,6 +2,7 @@
 
 use std::{
     any::Any,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
@@ -11,18 +12,20 @@ use std::{
 };
 
 use super::{
-    api::{Event, FinishReason, LogProbs, Request, TokenOut, Usage},
-    batch::{self, Job, Jobs},
+    api::{Event, FinishReason, Request, TokenOut, Usage},
+    batch::{Job, Jobs, Step},
+    events::Wakes,
     gate::{Gate, Health, Outbox},
-    sampler::{Answer, Counts, Sampler},
+    logits::LogitsError,
+    sampler::{Counts, Sampler},
     scheduler::{Chunk, Limits, Plan, Scheduler},
     sequence::{Sequence, SequenceId},
     stats::Stats,
 };
 use crate::{
-    kernel::{BASE_SLOT, StepBatch},
+    kernel::BASE_SLOT,
     model::{Model, ModelError},
-    types::{CacheSalt, TokenId},
+    types::CacheSalt,
 };
 
 /// After so many failed steps without a good one the engine gives up: the device is gone, and a restart may help.
@@ -58,13 +61,17 @@ pub(super) struct Worker {
     limits: Limits,
     scheduler: Scheduler,
     jobs: Jobs,
-    next_id: SequenceId,
+    next_number: u64,
     commands: Receiver<Command>,
     gate: Arc<Gate>,
     stats: Arc<Stats>,
     sampler: Sampler,
-    batch: StepBatch,
+    // What a step needs, kept from the one before: a step in which nothing grows allocates nothing but what it sends.
+    plan: Plan,
+    step: Step,
     logits: Vec<f32>,
+    /// Tasks to be woken when the step is over.
+    wakes: Wakes,
     /// Set once the engine is stopping; the deadline, if there is one.
     draining: Option<Option<Instant>>,
     failed_steps: usize,
@@ -85,13 +92,15 @@ impl Worker {
             limits,
             scheduler,
             jobs: Jobs::new(),
-            next_id: 0,
+            next_number: 0,
             commands,
             gate,
             stats,
             sampler: Sampler::new(),
-            batch: StepBatch::default(),
+            plan: Plan::default(),
+            step: Step::default(),
             logits: Vec::new(),
+            wakes: Wakes::default(),
             draining: None,
             failed_steps: 0,
         };
@@ -124,34 +133,44 @@ impl Worker {
         }
         self.fail_all("the engine stopped before the request was done");
         self.report();
+        self.wakes.deliver();
         let gate = Arc::clone(&self.gate);
         drop(self);
         gate.leave();
     }
 
     /// One round; false at the end.
-    fn turn(&mut self) -> bool {
-        if !self.receive() {
-            return false;
-        }
+    pub(super) fn turn(&mut self) -> bool {
+        let Some(mut clock) = self.receive() else { return false };
+        let stats = Arc::clone(&self.stats);
         self.cancel_deserted();
+        stats.phases.receive.add(clock.lap());
         if !self.jobs.is_empty() {
-            let started = Instant::now();
-            let plan = self.scheduler.schedule();
-            self.step(&plan, started);
+            let mut plan = std::mem::take(&mut self.plan);
+            let began = clock.last;
+            self.scheduler.schedule(&mut plan);
+            self.count_plan(&plan);
+            stats.phases.schedule.add(clock.lap());
+            if !plan.chunks.is_empty()
+                && let Some(forward) = self.run_step(&plan, &mut clock)
+            {
+                self.count_step(&plan, clock.last - began, forward);
+            }
+            self.plan = plan;
         }
         self.report();
+        stats.wakes.add(self.wakes.len());
+        self.wakes.deliver();
+        stats.phases.wake.add(clock.lap());
         true
     }
 
-    /// Takes what handles sent; waits for it if there is nothing else to do. False when it is time to end.
-    fn receive(&mut self) -> bool {
-        if self.jobs.is_empty() && self.draining.is_none() {
-            match self.commands.recv() {
-                Ok(command) => self.obey(command),
-                Err(_) => return false,
-            }
-        }
+    /// Takes what handles sent; waits for it if there is nothing else to do. None when it is time to end, else a clock that began when the waiting ended.
+    fn receive(&mut self) -> Option<Clock> {
+        let first =
+            if self.jobs.is_empty() && self.draining.is_none() { Some(self.commands.recv().ok()?) } else { None };
+        let clock = Clock::start();
+        first.into_iter().for_each(|command| self.obey(command));
         loop {
             match self.commands.try_recv() {
                 Ok(command) => self.obey(command),
@@ -162,10 +181,11 @@ impl Worker {
                 }
             }
         }
-        match self.draining {
+        let goes_on = match self.draining {
             None => true,
             Some(deadline) => !self.jobs.is_empty() && deadline.is_none_or(|deadline| Instant::now() < deadline),
-        }
+        };
+        goes_on.then_some(clock)
     }
 
     fn obey(&mut self, command: Command) {
@@ -180,8 +200,8 @@ impl Worker {
 
     fn add(&mut self, submission: Submission) {
         let Submission { request, mut sequence, outbox, submitted } = submission;
-        sequence.id = self.next_id;
-        self.next_id += 1;
+        sequence.id = SequenceId { priority: request.priority, number: self.next_number };
+        self.next_number += 1;
         let counts = Counts::for_request(&request.sampling, &sequence.tokens);
         let scores = request.prompt_logprobs.map(|_| vec![None]);
         self.jobs.insert(sequence.id, Job { request, outbox, submitted, counts, scores });
@@ -199,25 +219,26 @@ impl Worker {
         }
     }
 
-    /// Runs a plan. A failure, even a panic, in the model or the sampler ends the requests of this step and no other: nothing
-    /// of the scheduler has changed by then, and blocks are published only after they were computed.
-    fn step(&mut self, plan: &Plan, started: Instant) {
-        self.count_plan(plan);
-        if plan.chunks.is_empty() {
-            return;
-        }
-        batch::build(plan, &self.scheduler, &self.jobs, &mut self.batch);
-        let model_started = Instant::now();
+    /// Runs a plan and says how long the model took. A failure, even a panic, in the model or the sampler ends the requests of this step and no other:
+    /// nothing of the scheduler has changed by then, and blocks are published only after they were computed.
+    fn run_step(&mut self, plan: &Plan, clock: &mut Clock) -> Option<Duration> {
+        let stats = Arc::clone(&self.stats);
+        self.step.build(plan, &self.scheduler, &self.jobs);
+        stats.phases.build.add(clock.lap());
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             self.forward()?;
-            Ok((model_started.elapsed(), self.sample(plan)))
+            let forward = clock.lap();
+            stats.phases.forward.add(forward);
+            self.sample(plan);
+            Ok(forward)
         }));
         let failure = match outcome {
-            Ok(Ok((model_time, answers))) => {
+            Ok(Ok(forward)) => {
+                stats.phases.sample.add(clock.lap());
                 self.failed_steps = 0;
-                self.commit(plan, answers);
-                self.count_step(plan, started, model_time);
-                return;
+                self.commit(plan);
+                stats.phases.commit.add(clock.lap());
+                return Some(forward);
             }
             Ok(Err(error)) => ModelError::to_string(&error),
             Err(panic) => message_of(panic.as_ref()),
@@ -228,12 +249,13 @@ impl Worker {
         for chunk in &plan.chunks {
             self.fail(chunk.id, format!("the step failed: {failure}"));
         }
+        None
     }
 
     fn forward(&mut self) -> Result<(), ModelError> {
-        self.logits.clear();
-        self.model.forward(&self.batch, &mut self.logits)?;
-        let expected = self.batch.logits_rows.len() * self.model.vocab_size();
+        // Not cleared before: the model may exchange this memory for its own, and then need not fill it anew.
+        self.model.forward(&self.step.batch, &mut self.logits)?;
+        let expected = self.step.batch.logits_rows.len() * self.model.vocab_size();
         if self.logits.len() != expected {
             let found = self.logits.len();
             return Err(ModelError::Unsupported(format!("the model returned {found} logits instead of {expected}")));
@@ -241,52 +263,50 @@ impl Worker {
         Ok(())
     }
 
-    /// One answer a row of logits, in their order.
-    fn sample(&mut self, plan: &Plan) -> Vec<Answer> {
-        let questions = batch::questions(plan, &self.scheduler, &self.jobs);
-        self.sampler.answer(&self.logits, self.model.vocab_size(), &questions)
+    /// One answer a row of logits, made on the model's threads.
+    fn sample(&mut self, plan: &Plan) {
+        let Self { model, scheduler, jobs, sampler, step, logits, .. } = self;
+        let question = |row| step.question(plan, scheduler, jobs, row);
+        sampler.answer(logits, model.vocab_size(), &question, &mut |rows, work| model.parallel(rows, work));
     }
 
     /// Tells the scheduler and the clients what came out.
-    fn commit(&mut self, plan: &Plan, answers: Vec<Answer>) {
-        let mut answers = answers.into_iter();
+    fn commit(&mut self, plan: &Plan) {
         let mut row = 0;
         for chunk in &plan.chunks {
-            let rows = chunk.scores.len() + usize::from(chunk.sample);
-            row += rows;
-            // In two moves: collecting straight into a Result would stop at an error and leave the rest to the next chunk.
-            let answers: Vec<Answer> = answers.by_ref().take(rows).collect();
-            match answers.into_iter().collect() {
-                Ok(answers) => self.commit_chunk(chunk, answers, row),
-                Err(error) => {
-                    tracing::error!(%error, "a request failed");
-                    self.end_failed(chunk.id, Event::NotFinite);
-                }
+            let rows = row..row + chunk.scores.len() + usize::from(chunk.sample);
+            row = rows.end;
+            if let Err(error) = self.commit_chunk(chunk, rows) {
+                tracing::error!(%error, "a request failed");
+                self.end_failed(chunk.id, Event::NotFinite);
             }
         }
     }
 
-    /// `rows_before` counts the rows of logits up to this chunk's last.
-    fn commit_chunk(&mut self, chunk: &Chunk, mut answers: Vec<(TokenId, Option<LogProbs>)>, rows_before: usize) {
-        let Some(job) = self.jobs.get_mut(&chunk.id) else { return };
-        let next = if chunk.sample { answers.pop() } else { None };
-        if let Some(scores) = &mut job.scores {
-            scores.extend(answers.into_iter().map(|(_, logprobs)| logprobs));
+    /// `rows` are the rows of logits that are about this chunk. Fails, and then the request has to, if one of them cannot be read.
+    fn commit_chunk(&mut self, chunk: &Chunk, rows: Range<usize>) -> Result<(), LogitsError> {
+        let Some(job) = self.jobs.get_mut(&chunk.id) else { return Ok(()) };
+        for answer in rows.clone().take(chunk.scores.len()).filter_map(|row| self.sampler.take(row)) {
+            let (_, logprobs) = answer?;
+            if let Some(scores) = &mut job.scores {
+                scores.push(logprobs);
+            }
         }
+        let next = if chunk.sample { self.sampler.take(rows.end - 1).transpose()? } else { None };
         if let Some(scores) = job.scores.take_if(|_| chunk.last) {
-            job.outbox.send(Event::Prompt(scores));
+            job.outbox.send(Event::Prompt(scores), &mut self.wakes);
         }
         self.scheduler.commit(chunk, next.as_ref().map(|&(token, _)| token));
         let Some((token, logprobs)) = next else {
             if chunk.last {
                 self.finish(chunk.id, FinishReason::Length);
             }
-            return;
+            return Ok(());
         };
-        let Some(sequence) = self.scheduler.get(chunk.id) else { return };
+        let Some(sequence) = self.scheduler.get(chunk.id) else { return Ok(()) };
         let (generated, most) = (sequence.generated(), sequence.max_tokens);
         if generated == 1 {
-            job.outbox.send(Event::Began { cached_tokens: sequence.cached.unwrap_or(0) });
+            job.outbox.send(Event::Began { cached_tokens: sequence.cached.unwrap_or(0) }, &mut self.wakes);
             self.stats.first_token_seconds.observe_time(job.submitted.elapsed());
         }
         self.stats.generated_tokens.add(1);
@@ -295,13 +315,14 @@ impl Worker {
         }
         let stop = job.request.stop_tokens.contains(&token);
         let vocab = self.model.vocab_size();
-        let logits = job.request.capture_logits.then(|| self.logits[(rows_before - 1) * vocab..][..vocab].into());
-        job.outbox.send(Event::Token(TokenOut { token, stop, logprobs, logits }));
+        let logits = job.request.capture_logits.then(|| self.logits[(rows.end - 1) * vocab..][..vocab].into());
+        job.outbox.send(Event::Token(TokenOut { token, stop, logprobs, logits }), &mut self.wakes);
         if stop {
             self.finish(chunk.id, FinishReason::Stop);
         } else if generated == most {
             self.finish(chunk.id, FinishReason::Length);
         }
+        Ok(())
     }
 
     fn finish(&mut self, id: SequenceId, reason: FinishReason) {
@@ -313,7 +334,7 @@ impl Worker {
             preemptions: sequence.preemptions,
         };
         self.stats.finished.add(1);
-        job.outbox.close(Event::Finished(reason, usage));
+        job.outbox.close(Event::Finished(reason, usage), &mut self.wakes);
     }
 
     fn fail(&mut self, id: SequenceId, message: String) {
@@ -324,7 +345,7 @@ impl Worker {
         self.scheduler.remove(id);
         if let Some(job) = self.jobs.remove(&id) {
             self.stats.failed.add(1);
-            job.outbox.close(event);
+            job.outbox.close(event, &mut self.wakes);
         }
     }
 
@@ -334,6 +355,7 @@ impl Worker {
         self.failed_steps += 1;
         self.scheduler = Scheduler::new(self.limits, self.model.kv_blocks());
         self.fail_all(&format!("the engine failed: {message}"));
+        self.wakes.deliver();
     }
 
     fn fail_all(&mut self, message: &str) {
@@ -351,11 +373,11 @@ impl Worker {
         }
     }
 
-    fn count_step(&self, plan: &Plan, started: Instant, model_time: Duration) {
-        let stats = &self.stats;
-        let (rows, sequences) = (self.batch.rows(), plan.chunks.len());
-        let base = self.batch.slots.contains(&BASE_SLOT);
-        let adapters = self.batch.cores.len();
+    fn count_step(&self, plan: &Plan, time: Duration, model_time: Duration) {
+        let (stats, batch) = (&self.stats, &self.step.batch);
+        let (rows, sequences) = (batch.rows(), plan.chunks.len());
+        let base = batch.slots.contains(&BASE_SLOT);
+        let adapters = batch.cores.len();
         stats.steps.add(1);
         stats.prefill_tokens.add(plan.prefill_rows);
         stats.peak_rows.raise(rows);
@@ -367,7 +389,6 @@ impl Worker {
         if adapters == sequences && !base {
             stats.step_all_distinct.observe(sequences as f64);
         }
-        let time = started.elapsed();
         let seconds = if plan.prefill_rows > 0 { &stats.prefill_seconds } else { &stats.decode_seconds };
         seconds.observe_time(time);
         stats.overhead_seconds.observe_time(time.saturating_sub(model_time));
@@ -381,6 +402,23 @@ impl Worker {
         self.stats.blocks_free.set(pool.free());
         self.stats.blocks_cached.set(pool.idle());
         self.stats.blocks_used.set(pool.len() - pool.available());
+    }
+}
+
+/// Cuts the time of a round into laps, with nothing between them.
+struct Clock {
+    last: Instant,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self { last: Instant::now() }
+    }
+
+    /// Time since the lap before.
+    fn lap(&mut self) -> Duration {
+        let before = std::mem::replace(&mut self.last, Instant::now());
+        self.last - before
     }
 }
 

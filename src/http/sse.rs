@@ -51,8 +51,8 @@ where
 }
 
 fn data<T: Serialize>(chunk: &T) -> Event {
-    match serde_json::to_string(chunk) {
-        Ok(json) => Event::default().data(json),
+    match Event::default().json_data(chunk) {
+        Ok(event) => event,
         // Our own types have string keys and finite numbers; if one ever does not, the stream says so.
         Err(error) => data(&ApiError(Error::internal(error)).body()),
     }

@@ -15,7 +15,10 @@
 mod backend;
 pub mod candle;
 mod check;
+#[cfg(test)]
+pub(crate) mod counting;
 pub mod cpu;
+pub mod host;
 pub mod reference;
 mod rounding;
 #[cfg(test)]

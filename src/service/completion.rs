@@ -10,7 +10,7 @@ use super::{
     reader::{Delta, End, Prompt, Reader, Show, TokenScore},
 };
 use crate::{
-    engine::{FinishReason, Request, SubmitError},
+    engine::{FinishReason, Priority, Request, SubmitError},
     telemetry::{Metrics, TokenLabels},
     tenant::Caller,
     text::{StopStrings, TokenizerError},
@@ -164,6 +164,7 @@ impl Service {
                     cores: lease.cores.clone(),
                     salt: lease.salt,
                     use_cache: lease.cacheable,
+                    priority: Priority::Interactive,
                 });
             }
         }
@@ -210,7 +211,8 @@ impl Completion {
     }
 
     /// Waits for all choices and keeps the best n of each prompt.
-    pub async fn collect(self) -> Result<(Vec<Choice>, Usage), Error> {
+    pub async fn collect(mut self) -> Result<(Vec<Choice>, Usage), Error> {
+        self.readers.iter_mut().for_each(Reader::hold_until_end);
         let (n, best_of, prompts) = (self.n, self.best_of, self.prompts.clone());
         let mut drafts: Vec<Draft> = (0..prompts.len() * best_of).map(|_| Draft::default()).collect();
         let mut used = Usage::default();

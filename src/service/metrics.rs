@@ -44,7 +44,7 @@ type Blocks = (&'static str, fn(&Stats) -> &Reading);
 type Counter = (&'static str, &'static str, fn(&Stats) -> &Reading);
 type Sizes = (&'static str, &'static str, fn(&Stats) -> &Histogram);
 
-const COUNTERS: [Counter; 11] = [
+const COUNTERS: [Counter; 12] = [
     ("mote_engine_steps", "Steps of the engine", |stats| &stats.steps),
     ("mote_engine_failed_steps", "Steps that an error ended", |stats| &stats.failed_steps),
     ("mote_engine_accepted", "Sequences taken into the queue", |stats| &stats.accepted),
@@ -55,6 +55,7 @@ const COUNTERS: [Counter; 11] = [
     ("mote_engine_prefill_tokens", "Rows of prompts that were computed", |stats| &stats.prefill_tokens),
     ("mote_engine_cached_tokens", "Prompt tokens whose KV came from the prefix cache", |stats| &stats.cached_tokens),
     ("mote_engine_generated_tokens", "Tokens sampled", |stats| &stats.generated_tokens),
+    ("mote_engine_wakes", "Tasks woken to read what a step made", |stats| &stats.wakes),
     ("mote_engine_preemptions", "Times a sequence lost its KV blocks to another", |stats| &stats.preemptions),
 ];
 
@@ -103,6 +104,11 @@ impl Collector for EngineCollector {
         let mut blocks = encoder.encode_descriptor("mote_engine_kv_blocks", help, None, MetricType::Gauge)?;
         for (state, read) in BLOCKS {
             gauge(read(stats)).encode(blocks.encode_family(&[("state", state)])?)?;
+        }
+        let help = "Time of the engine's thread by what it does; together all of it but waiting for requests";
+        let mut phases = encoder.encode_descriptor("mote_engine_phase_seconds", help, None, MetricType::Counter)?;
+        for (phase, seconds) in stats.phases.all() {
+            ConstCounter::new(seconds.get()).encode(phases.encode_family(&[("phase", phase)])?)?;
         }
         for (name, help, read) in HISTOGRAMS {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;

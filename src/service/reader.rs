@@ -147,6 +147,13 @@ impl Reader {
         }
     }
 
+    /// Nobody reads a piece before the choice is complete: unless a stop string may end it, there is nothing to do, and to be woken for, until then.
+    pub(super) fn hold_until_end(&mut self) {
+        if self.stops.is_empty() {
+            self.events.hold_until_end();
+        }
+    }
+
     /// The next piece; None after the last one. After an error there is nothing more.
     pub(super) async fn next(&mut self) -> Option<Result<Delta, Error>> {
         if self.ended {

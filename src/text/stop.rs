@@ -15,6 +15,11 @@ impl StopStrings {
         Self { stops: stops.into_iter().filter(|stop| !stop.is_empty()).collect(), held: String::new() }
     }
 
+    /// Is there nothing to stop at?
+    pub fn is_empty(&self) -> bool {
+        self.stops.is_empty()
+    }
+
     /// Adds text: what may be shown now, and whether a stop string was found. After that nothing more is let through.
     pub fn push(&mut self, text: &str) -> (String, bool) {
         if self.stops.is_empty() {

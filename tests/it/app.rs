@@ -86,6 +86,8 @@ impl TestApp {
             max_queue: options.max_queue,
             max_model_len: CONTEXT,
             prefill_chunk: 64,
+            idle_prefill_chunk: 64,
+            background_rows: 4,
             rank: 2,
             sites: sites.len(),
             prefix_cache: true,

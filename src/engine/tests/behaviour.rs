@@ -1,5 +1,5 @@
 use super::*;
-use crate::engine::SubmitError;
+use crate::engine::{SubmitError, handle::pair};
 
 #[test]
 fn one_request_gives_what_the_model_says() {
@@ -217,4 +217,94 @@ fn a_gone_client_frees_its_blocks_and_slows_nobody() {
     assert_eq!(handle.stats().cancelled.get(), 3);
     assert!(watch.steps.load(std::sync::atomic::Ordering::SeqCst) < 150);
     assert_eq!(collect(slow).content(), alone(&request(prompt(10, 9), 100)));
+}
+
+#[test]
+fn background_requests_have_a_queue_of_their_own_and_end_as_if_alone() {
+    let (handle, watch) = engine(64, EngineConfig { max_batch: 2, max_queue: 3, ..config() });
+    let later = |n: u32| Request { priority: Priority::Background, ..adapted(prompt(20 + n as usize, n), 8, n as u8) };
+    let held = watch.hold.lock().unwrap();
+    let flood: Vec<Request> = (0..5).map(later).collect();
+    let events = handle.submit_many(flood.clone()).unwrap();
+    assert!(matches!(handle.submit(later(9)), Err(SubmitError::QueueFull(3))));
+    let asked = adapted(prompt(33, 7), 9, 7);
+    assert!(matches!(handle.submit_many(vec![asked.clone(), later(8)]), Err(SubmitError::QueueFull(_))), "all or none");
+    let first = handle.submit_many(vec![asked.clone(); 5]).unwrap();
+    assert!(matches!(handle.submit(asked.clone()), Err(SubmitError::QueueFull(_))));
+    drop(held);
+    for outcome in first.into_iter().map(collect) {
+        assert_eq!(outcome.content(), alone(&asked));
+    }
+    for (request, events) in flood.iter().zip(events) {
+        assert_eq!(collect(events).content(), alone(request));
+    }
+    settle(&handle, 64);
+}
+
+#[test]
+fn interactive_requests_end_before_background_ones_that_came_first() {
+    let (model, _) = Fake::model(64);
+    let (handle, mut worker) = pair(model, EngineConfig { max_batch: 2, background_rows: 1, ..config() }).unwrap();
+    let later = |n| handle.submit(Request { priority: Priority::Background, ..request(prompt(20, n), 30) }).unwrap();
+    let background: Vec<Events> = (0..3).map(later).collect();
+    (0..3).for_each(|_| assert!(worker.turn()));
+    let interactive: Vec<Events> = (3..7).map(|n| handle.submit(request(prompt(20, n), 10)).unwrap()).collect();
+    while handle.stats().finished.get() < 4 {
+        assert!(worker.turn());
+    }
+    interactive.into_iter().for_each(|events| assert!(collect(events).finish.is_some()));
+    while handle.stats().finished.get() < 7 {
+        assert!(worker.turn());
+    }
+    for (n, events) in background.into_iter().enumerate() {
+        assert_eq!(collect(events).content(), alone(&request(prompt(20, n as u32), 30)));
+    }
+    assert!(handle.stats().preemptions.get() > 0);
+}
+
+#[test]
+fn the_phases_account_for_the_time_of_a_step() {
+    let (model, watch) = Fake::model(64);
+    watch.slow.store(2, std::sync::atomic::Ordering::SeqCst);
+    let (handle, mut worker) = pair(model, config()).unwrap();
+    let asked = (0..8).map(|n| request(prompt(20, n), 12)).collect();
+    let events = handle.submit_many(asked).unwrap();
+    let started = std::time::Instant::now();
+    while handle.stats().finished.get() < 8 {
+        assert!(worker.turn());
+    }
+    let elapsed = started.elapsed().as_secs_f64();
+    events.into_iter().for_each(|events| assert!(collect(events).finish.is_some()));
+    let phases: Vec<(&str, f64)> = handle.stats().phases.all().map(|(name, seconds)| (name, seconds.get())).to_vec();
+    let sum: f64 = phases.iter().map(|(_, seconds)| seconds).sum();
+    assert!(sum >= 0.95 * elapsed && sum <= elapsed, "{sum} of {elapsed}: {phases:?}");
+    assert!(phases.iter().all(|&(_, seconds)| seconds > 0.0), "{phases:?}");
+}
+
+#[test]
+fn a_step_wakes_each_reader_once_and_one_that_holds_only_at_the_end() {
+    for hold in [false, true] {
+        let (model, _) = Fake::model(64);
+        let (handle, mut worker) = pair(model, config()).unwrap();
+        let asked = (0..4).map(|n| Request { prompt_logprobs: Some(0), ..request(prompt(20, n), 10) }).collect();
+        let readers: Vec<_> = handle
+            .submit_many(asked)
+            .unwrap()
+            .into_iter()
+            .map(|mut events| {
+                if hold {
+                    events.hold_until_end();
+                }
+                std::thread::spawn(move || assert!(collect(events).finish.is_some()))
+            })
+            .collect();
+        while handle.stats().finished.get() < 4 {
+            assert!(worker.turn());
+            // Long enough for every reader to wait again.
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+        let (wakes, steps) = (handle.stats().wakes.get(), handle.stats().steps.get());
+        assert!(if hold { wakes <= 4 } else { (4..=4 * steps).contains(&wakes) }, "{wakes} wakes in {steps} steps");
+    }
 }

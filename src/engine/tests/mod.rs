@@ -13,9 +13,10 @@ use std::{sync::Arc, time::Duration};
 use fake::{Fake, RANK, SITES, VOCAB, Watch};
 
 use super::{
-    api::{Event, Events, FinishReason, LogProbs, PromptLogProbs, Request, Sampling, TokenOut, Usage},
+    api::{Event, FinishReason, LogProbs, Priority, PromptLogProbs, Request, Sampling, TokenOut, Usage},
+    events::Events,
     handle::{Engine, EngineConfig, Handle},
-    sampler::{Counts, Question, Sampler},
+    sampler::{Answer, Counts, Parallel, Question, Sampler},
 };
 use crate::types::{CacheSalt, TokenId};
 
@@ -25,6 +26,8 @@ pub(super) fn config() -> EngineConfig {
         max_queue: 64,
         max_model_len: 512,
         prefill_chunk: 32,
+        idle_prefill_chunk: 32,
+        background_rows: 4,
         rank: RANK,
         sites: SITES,
         prefix_cache: true,
@@ -50,6 +53,7 @@ fn request(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
         cores: None,
         salt: CacheSalt([0; 32]),
         use_cache: true,
+        priority: Priority::Interactive,
     }
 }
 
@@ -116,9 +120,26 @@ fn collect(mut events: Events) -> Outcome {
     outcome
 }
 
+/// The sampler's answers, made one after the other.
+fn ask(logits: &[f32], vocab: usize, questions: &[Question<'_>]) -> Vec<Answer> {
+    let mut sampler = Sampler::new();
+    ask_with(&mut sampler, logits, vocab, questions, &mut |items, work| (0..items).for_each(work))
+}
+
+fn ask_with(
+    sampler: &mut Sampler,
+    logits: &[f32],
+    vocab: usize,
+    questions: &[Question<'_>],
+    parallel: Parallel<'_>,
+) -> Vec<Answer> {
+    sampler.answer(logits, vocab, &|row| questions.get(row).copied(), parallel);
+    (0..questions.len()).map(|row| sampler.take(row).unwrap()).collect()
+}
+
 /// What a request gives without an engine: the whole sequence anew for every token.
 fn alone(request: &Request) -> Outcome {
-    let ask = |row: &[f32], question: Question<'_>| Sampler::new().answer(row, VOCAB, &[question]).remove(0).unwrap();
+    let ask = |row: &[f32], question: Question<'_>| ask(row, VOCAB, &[question]).remove(0).unwrap();
     let cores = request.cores.as_deref();
     let mut tokens = request.prompt.clone();
     let mut counts = Counts::for_request(&request.sampling, &tokens);

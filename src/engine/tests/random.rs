@@ -49,6 +49,7 @@ prop_compose! {
         stop_tokens in prop::collection::vec(0u32..36, 0..2),
         min_tokens in 0usize..8,
         use_cache in prop::bool::weighted(0.8),
+        later in prop::bool::weighted(0.3),
         leaves_after in prop::option::weighted(0.15, 0usize..8),
         late in any::<bool>(),
     ) -> Client {
@@ -58,8 +59,9 @@ prop_compose! {
             *last = (*last + tail) % 36;
         }
         let asked = if adapter == 0 { request(tokens, max_tokens) } else { adapted(tokens, max_tokens, adapter) };
+        let priority = if later { Priority::Background } else { Priority::Interactive };
         Client {
-            request: Request { sampling, prompt_logprobs, logprobs, stop_tokens, min_tokens, use_cache, ..asked },
+            request: Request { sampling, prompt_logprobs, logprobs, stop_tokens, min_tokens, use_cache, priority, ..asked },
             leaves_after,
             late,
         }
@@ -85,9 +87,11 @@ proptest! {
         blocks in 6usize..24,
         max_batch in 1usize..9,
         prefill_chunk in 1usize..50,
+        idle_prefill_chunk in 1usize..80,
+        background_rows in 0usize..6,
         prefix_cache in prop::bool::weighted(0.8),
     ) {
-        let (handle, _) = engine(blocks, EngineConfig { max_batch, prefill_chunk, prefix_cache, ..config() });
+        let (handle, _) = engine(blocks, EngineConfig { max_batch, prefill_chunk, idle_prefill_chunk, background_rows, prefix_cache, ..config() });
         let (late, early): (Vec<Client>, Vec<Client>) = clients.into_iter().partition(|client| client.late);
         serve(&handle, &early);
         serve(&handle, &late);

@@ -1,6 +1,9 @@
 //! The sampler alone.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::*;
+use crate::kernel::host::Scans;
 
 fn row(len: usize, seed: u32) -> Vec<f32> {
     (0..len as u32).map(|i| ((i * 37 + seed * 101) as f32 * 0.731).sin() * 3.0).collect()
@@ -8,7 +11,7 @@ fn row(len: usize, seed: u32) -> Vec<f32> {
 
 fn next(row: &[f32], sampling: &Sampling, index: usize, forbidden: &[TokenId], counts: Option<&Counts>) -> TokenId {
     let question = Question::Next { sampling, index, forbidden, counts, logprobs: None };
-    Sampler::new().answer(row, row.len(), &[question]).remove(0).unwrap().0
+    ask(row, row.len(), &[question]).remove(0).unwrap().0
 }
 
 /// Naive, in f64, over a full sort.
@@ -52,9 +55,8 @@ fn draws_follow_the_distribution() {
         let sampling = Sampling { seed: 12, ..sampling };
         let question =
             |index| Question::Next { sampling: &sampling, index, forbidden: &[], counts: None, logprobs: None };
-        let mut sampler = Sampler::new();
         for index in 0..DRAWS {
-            seen[sampler.answer(&row, row.len(), &[question(index)]).remove(0).unwrap().0 as usize] += 1;
+            seen[ask(&row, row.len(), &[question(index)]).remove(0).unwrap().0 as usize] += 1;
         }
         let mut chi = 0.0;
         let mut cells = 0;
@@ -154,7 +156,7 @@ fn log_probs_are_the_log_softmax_of_the_raw_row() {
             let sampling = Sampling { temperature: 0.3, logit_bias: vec![(3, 50.0)], top_k: 2, ..Sampling::default() };
             let question =
                 Question::Next { sampling: &sampling, index: 0, forbidden: &[1], counts: None, logprobs: Some(n) };
-            let (token, logprobs) = Sampler::new().answer(&row, len, &[question]).remove(0).unwrap();
+            let (token, logprobs) = ask(&row, len, &[question]).remove(0).unwrap();
             let logprobs = logprobs.unwrap();
             assert_eq!(token, 3);
             assert!((f64::from(logprobs.logprob) - naive(3)).abs() < 2e-6);
@@ -165,8 +167,26 @@ fn log_probs_are_the_log_softmax_of_the_raw_row() {
     }
 }
 
+/// Runs items on so many threads at once, each taking the next one.
+fn on_threads(threads: usize, items: usize, work: &(dyn Fn(usize) + Sync)) {
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let item = next.fetch_add(1, Ordering::SeqCst);
+                    if item >= items {
+                        break;
+                    }
+                    work(item);
+                }
+            });
+        }
+    });
+}
+
 #[test]
-fn many_rows_at_once_are_each_as_alone() {
+fn rows_are_each_as_alone_whatever_the_threads_and_instructions() {
     let vocab = 777;
     let rows: Vec<Vec<f32>> = (0..50).map(|seed| row(vocab, seed)).collect();
     let samplings: Vec<Sampling> = (0..50u64)
@@ -175,24 +195,45 @@ fn many_rows_at_once_are_each_as_alone() {
             temperature: 0.1 * seed as f32,
             top_k: (seed % 5) as u32 * 10,
             top_p: if seed % 3 == 0 { 0.7 } else { 1.0 },
+            presence_penalty: if seed % 7 == 0 { 0.5 } else { 0.0 },
+            logit_bias: if seed % 4 == 0 { vec![(9, 2.0)] } else { Vec::new() },
             ..Sampling::default()
         })
         .collect();
+    let counts: Vec<Option<Counts>> = samplings.iter().map(|sampling| Counts::for_request(sampling, &[1, 2])).collect();
     let questions: Vec<Question<'_>> = samplings
         .iter()
-        .map(|sampling| Question::Next { sampling, index: 3, forbidden: &[4], counts: None, logprobs: Some(2) })
+        .zip(&counts)
+        .enumerate()
+        .map(|(at, (sampling, counts))| match at % 6 {
+            5 => Question::Score { token: at as u32, top: 3 },
+            _ => Question::Next { sampling, index: 3, forbidden: &[4], counts: counts.as_ref(), logprobs: Some(2) },
+        })
         .collect();
-    let together = Sampler::new().answer(&rows.concat(), vocab, &questions);
-    assert_eq!(together.len(), 50);
-    for ((row, question), answer) in rows.iter().zip(&questions).zip(together) {
-        assert_eq!(Sampler::new().answer(row, vocab, &[*question]), [answer]);
+    let alone: Vec<Answer> =
+        rows.iter().zip(&questions).map(|(row, question)| ask(row, vocab, &[*question]).remove(0)).collect();
+    assert_eq!(alone.len(), 50);
+    let logits = rows.concat();
+    for scans in Scans::available() {
+        let mut sampler = Sampler::with(scans);
+        for threads in [1, 2, 3, 8] {
+            let mut parallel = |items: usize, work: &(dyn Fn(usize) + Sync)| on_threads(threads, items, work);
+            let together = ask_with(&mut sampler, &logits, vocab, &questions, &mut parallel);
+            assert_eq!(together, alone, "{scans:?}, {threads} threads");
+        }
     }
+    // An answer can be taken once, and does not outlive its step.
+    let mut sampler = Sampler::new();
+    assert_eq!(ask_with(&mut sampler, &logits, vocab, &questions, &mut |n, work| on_threads(2, n, work)), alone);
+    assert!(sampler.take(0).is_none());
+    sampler.answer(&logits[..2 * vocab], vocab, &|_| None, &mut |n, work| on_threads(2, n, work));
+    assert!(sampler.take(1).is_none());
 }
 
 #[test]
 fn when_nothing_can_be_chosen_it_says_so() {
     let sampling = Sampling::default();
     let question = Question::Next { sampling: &sampling, index: 0, forbidden: &[0, 1], counts: None, logprobs: None };
-    assert!(Sampler::new().answer(&[1.0, 2.0], 2, &[question])[0].is_err());
-    assert!(Sampler::new().answer(&[1.0, f32::NAN], 2, &[question])[0].is_err());
+    assert!(ask(&[1.0, 2.0], 2, &[question])[0].is_err());
+    assert!(ask(&[1.0, f32::NAN], 2, &[question])[0].is_err());
 }
