@@ -3,7 +3,7 @@
 use sqlx::{Row as _, any::AnyRow};
 
 use super::{
-    CheckpointRecord, EventRecord, JobData, JobRecord, SamplesRecord,
+    CheckpointRecord, EventRecord, JobData, JobRecord, JobStatus, SamplesRecord,
     decode::{self, select_jobs, signed},
 };
 use crate::{
@@ -44,19 +44,14 @@ impl Store {
         rows.iter().map(decode::job).collect()
     }
 
-    /// How many jobs of all tenants wait and run.
+    /// Where a job stands, whoever owns it, and under which attempt.
     ///
     /// # Errors
-    /// Only the database's.
-    pub async fn job_counts(&self) -> Result<(u64, u64)> {
-        let row = sqlx::query(
-            "SELECT CAST(COALESCE(SUM(CASE WHEN status = 'queued' THEN 1 ELSE 0 END), 0) AS BIGINT), \
-             CAST(COALESCE(SUM(CASE WHEN status = 'running' THEN 1 ELSE 0 END), 0) AS BIGINT) \
-             FROM jobs WHERE status IN ('validating', 'queued', 'running', 'paused')",
-        )
-        .fetch_one(&self.pool)
-        .await?;
-        Ok((decode::count(&row, 0)?, decode::count(&row, 1)?))
+    /// [`crate::store::StoreError::JobNotFound`].
+    pub async fn job_status(&self, id: &str) -> Result<(JobStatus, i64)> {
+        let mut connection = self.pool.acquire().await?;
+        let job = decode::any_job(&mut connection, id).await?;
+        Ok((job.status, job.attempt))
     }
 
     /// One of a job's data sets; None when it has none, or has ended.

@@ -182,6 +182,14 @@ impl Tx<'_> {
         }
     }
 
+    async fn release_job(&mut self, id: &str, attempt: i64) -> Result<()> {
+        if self.held_job(id, attempt).await.is_ok() {
+            let event = status_event(JobStatus::Queued, "The job was interrupted and waits to go on.");
+            self.set_status(id, JobStatus::Queued, event).await?;
+        }
+        Ok(())
+    }
+
     async fn requeue_jobs(&mut self) -> Result<u64> {
         let rows = sqlx::query("SELECT id FROM jobs WHERE status = 'running' ORDER BY id")
             .fetch_all(&mut *self.connection)
@@ -258,6 +266,15 @@ impl Store {
     ) -> Result<JobRecord> {
         let id = id.to_owned();
         self.writer.job(move |tx| Box::pin(async move { tx.end_validation(&id, outcome).await })).await
+    }
+
+    /// Puts a job back into the queue, if this worker still has it.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn release_job(&self, id: &str, attempt: i64) -> Result<()> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.release_job(&id, attempt).await })).await
     }
 
     /// Puts jobs whose worker died with its process back into the queue; gives their number. At start, before any job is taken.
