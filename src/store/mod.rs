@@ -28,8 +28,8 @@ pub use records::{
 };
 pub use tenants::NewKey;
 pub use training::{
-    CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored, NewCheckpoint,
-    NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
+    CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
+    NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
 };
 
 use std::{

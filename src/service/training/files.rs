@@ -102,7 +102,8 @@ fn file_error(error: StoreError, id: &str) -> Error {
             Error::new(ErrorKind::NotFound, message).with_code("file_not_found")
         }
         StoreError::FilesFull => {
-            let message = "Your files would be larger together than this server keeps for one tenant; delete some first.";
+            let message =
+                "Your files would be larger together than this server keeps for one tenant; delete some first.";
             Error::new(ErrorKind::RateLimited, message).with_code("insufficient_quota").with_param("file")
         }
         other => store_error(other, ""),

@@ -53,9 +53,8 @@ impl Service {
             grader.check_item(&item).map_err(|words| Error::invalid("item", format!("'item': {words}.")))?;
             let began = Instant::now();
             let grade = grader.grade(GradeCall { item: &item, output_text: &output_text });
-            let grade = grade.map_err(|error| {
-                Error::invalid("grader", format!("'grader': {error}.")).with_code("grader_failed")
-            })?;
+            let grade = grade
+                .map_err(|error| Error::invalid("grader", format!("'grader': {error}.")).with_code("grader_failed"))?;
             Ok(Graded { reward: grade.reward, parts: grade.parts, took: began.elapsed() })
         };
         blocking(work).await

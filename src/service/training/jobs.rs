@@ -397,7 +397,9 @@ fn job_error(error: StoreError, name: &str) -> Error {
             Error::new(ErrorKind::Conflict, message).with_code("job_status")
         }
         StoreError::TooManyJobs(most) => {
-            let message = format!("You have {most} jobs under way (queued, running or paused), as many as this server takes of one tenant.");
+            let message = format!(
+                "You have {most} jobs under way (queued, running or paused), as many as this server takes of one tenant."
+            );
             Error::new(ErrorKind::RateLimited, message).with_code("insufficient_quota")
         }
         StoreError::JobsFull => {

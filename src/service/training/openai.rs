@@ -5,10 +5,7 @@ use std::sync::Arc;
 use mote_trainer::{FIELDS, HyperparameterError, Hyperparameters, Method, openai};
 use serde_json::{Map, Value};
 
-use super::{
-    DataSource, JobInfo, JobRetry, Origin, TrainRequest,
-    jobs::new_job_id,
-};
+use super::{DataSource, JobInfo, JobRetry, Origin, TrainRequest, jobs::new_job_id};
 use crate::{
     service::{Error, Service},
     tenant::Caller,
@@ -82,9 +79,9 @@ impl Service {
         let hyperparameters = serde_json::to_value(hyperparameters(&read)?).map_err(Error::internal)?;
         let id = new_job_id();
         let own_name = request.name.is_some();
-        let name = request.name.unwrap_or_else(|| {
-            format!("{}-{}", request.suffix.as_deref().unwrap_or("ft"), &id[id.len() - 8..])
-        });
+        let name = request
+            .name
+            .unwrap_or_else(|| format!("{}-{}", request.suffix.as_deref().unwrap_or("ft"), &id[id.len() - 8..]));
         let request = TrainRequest {
             name: Some(name),
             method: Some(read.method.name().to_owned()),
@@ -142,7 +139,8 @@ fn read_method(method: Option<&Value>, older: Option<&Value>) -> Result<Read, Er
     };
     let path = format!("method.{kind}");
     let supervised = kind == "supervised";
-    let known: &[&str] = if supervised { &["hyperparameters"] } else { &["hyperparameters", "grader", "response_format"] };
+    let known: &[&str] =
+        if supervised { &["hyperparameters"] } else { &["hyperparameters", "grader", "response_format"] };
     known_keys(&path, own, known)?;
     if own.get("response_format").is_some_and(|format| !format.is_null()) {
         let field = "method.reinforcement.response_format";

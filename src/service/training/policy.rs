@@ -167,8 +167,10 @@ impl Rollouts {
         requests: &[RolloutRequest<'_>],
         candidates: &HashMap<Vec<u32>, Candidate>,
     ) -> Result<Vec<Vec<Rollout>>, PolicyError> {
-        let mut waiting = requests.iter().enumerate().flat_map(|(at, request)| request.seeds.iter().map(move |seed| (at, *seed)));
-        let mut done: Vec<Vec<Rollout>> = requests.iter().map(|request| Vec::with_capacity(request.seeds.len())).collect();
+        let mut waiting =
+            requests.iter().enumerate().flat_map(|(at, request)| request.seeds.iter().map(move |seed| (at, *seed)));
+        let mut done: Vec<Vec<Rollout>> =
+            requests.iter().map(|request| Vec::with_capacity(request.seeds.len())).collect();
         // A place in the batch becomes free and the next sequence is there already; more at once would only lie in the queue.
         let most = 2 * self.parts.engine.config().max_batch;
         let mut running: VecDeque<Running> = VecDeque::with_capacity(most);
@@ -178,7 +180,8 @@ impl Rollouts {
             {
                 let request = &requests[at];
                 let key: Vec<u32> = request.numbers.iter().map(|number| number.to_bits()).collect();
-                let candidate = candidates.get(&key).ok_or_else(|| PolicyError::Failed("unknown numbers".to_owned()))?;
+                let candidate =
+                    candidates.get(&key).ok_or_else(|| PolicyError::Failed("unknown numbers".to_owned()))?;
                 let events = self.submit(request, seed, candidate)?;
                 running.push_back(Running { request: at, temperature: request.temperature, events });
             }
@@ -237,7 +240,8 @@ impl Rollouts {
                     return Ok(Rollout { tokens, logprobs, text, finished: reason == FinishReason::Stop });
                 }
                 Some(Event::NotFinite) => {
-                    let words = "under these numbers the model's output is not finite; a smaller learning rate may help";
+                    let words =
+                        "under these numbers the model's output is not finite; a smaller learning rate may help";
                     return Err(PolicyError::Failed(words.to_owned()));
                 }
                 Some(Event::Failed(cause)) => {

@@ -59,7 +59,8 @@ pub(super) fn prepare(
     let settings = settings.map_err(|error| hyper_error(&error))?;
     if settings.steps > config.steps {
         let field = if spec.hyperparameters.epochs.is_some() { "epochs" } else { "steps" };
-        let message = format!("'hyperparameters.{field}' makes {} steps; this server takes {}.", settings.steps, config.steps);
+        let message =
+            format!("'hyperparameters.{field}' makes {} steps; this server takes {}.", settings.steps, config.steps);
         return Err(Error::invalid(format!("hyperparameters.{field}"), message));
     }
     let grader = build_grader(spec, &items, config)?;
@@ -150,9 +151,8 @@ pub(super) fn inline_bytes(name: &str, value: Value, limits: Limits) -> Result<V
 /// 400 that names the lines.
 pub(super) fn check_file(bytes: &[u8], limits: Limits) -> Result<(), Error> {
     let any = PromptTemplate::from_json(&Value::String("any".to_owned())).map_err(Error::internal)?;
-    let read = |supervised| {
-        data::read_bytes(bytes, &ReadOptions { supervised, prompt: Some(&any), limits }).map(|_| ())
-    };
+    let read =
+        |supervised| data::read_bytes(bytes, &ReadOptions { supervised, prompt: Some(&any), limits }).map(|_| ());
     let Err(errors) = read(false) else { return Ok(()) };
     match read(true) {
         Ok(()) => Ok(()),

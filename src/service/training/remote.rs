@@ -202,11 +202,14 @@ impl Client {
 
     fn call(&self, body: &[u8]) -> Result<f32, Refusal> {
         let lasting = |words: String| Refusal { words, passing: false };
-        let request = self.agent.post(&self.url).header("content-type", "application/json").header("accept", "application/json");
+        let request =
+            self.agent.post(&self.url).header("content-type", "application/json").header("accept", "application/json");
         let mut answer = request.send(body).map_err(|error| self.failed(&error))?;
         let status = answer.status();
         if status.is_redirection() {
-            return Err(lasting(format!("the remote grader answered with a redirect ({status}), which is not followed")));
+            return Err(lasting(format!(
+                "the remote grader answered with a redirect ({status}), which is not followed"
+            )));
         }
         if !status.is_success() {
             let passing = status.is_server_error() || status.as_u16() == 429;
@@ -233,7 +236,9 @@ impl Client {
             ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
                 Refusal { words: format!("the remote grader may not be called: {error}"), passing: false }
             }
-            ureq::Error::HostNotFound => Refusal { words: "the remote grader's host was not found".to_owned(), passing: true },
+            ureq::Error::HostNotFound => {
+                Refusal { words: "the remote grader's host was not found".to_owned(), passing: true }
+            }
             error => Refusal { words: format!("the remote grader could not be reached: {error}"), passing: true },
         }
     }

@@ -1,8 +1,7 @@
 //! What a job tells its owner: events, samples, the result; all as JSON texts for the store.
 
 use mote_trainer::{
-    End, Estimate, EvalCompletion, Evaluation, Metrics, Notice, Sample, StepReport, Timing,
-    data::Place,
+    End, Estimate, EvalCompletion, Evaluation, Metrics, Notice, Sample, StepReport, Timing, data::Place,
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};

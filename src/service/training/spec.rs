@@ -158,10 +158,9 @@ impl Service {
             None | Some(Value::Null) => Hyperparameters::default(),
             Some(value) => Hyperparameters::from_json(value).map_err(|error| hyper_error(&error))?,
         };
-        for (source, inline, file) in [
-            (&request.training, "dataset", "training_file"),
-            (&request.validation, "validation", "validation_file"),
-        ] {
+        for (source, inline, file) in
+            [(&request.training, "dataset", "training_file"), (&request.validation, "validation", "validation_file")]
+        {
             if source.inline.is_some() && source.file.is_some() {
                 return Err(Error::invalid(inline, format!("Give '{inline}' or '{file}', not both.")));
             }
@@ -239,7 +238,8 @@ fn method(name: Option<&str>) -> Result<Method, Error> {
 
 /// The trainer's words under the field's path.
 pub(super) fn hyper_error(error: &HyperparameterError) -> Error {
-    let param = if error.field.is_empty() { "hyperparameters".to_owned() } else { format!("hyperparameters.{}", error.field) };
+    let param =
+        if error.field.is_empty() { "hyperparameters".to_owned() } else { format!("hyperparameters.{}", error.field) };
     let message = format!("'{param}': {}.", error.message.trim_end_matches('.'));
     Error::invalid(param, message)
 }

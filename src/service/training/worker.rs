@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    PolicyRequest, report,
+    PolicyRequest,
     prepare::{Prepared, prepare},
+    report,
     spec::{JobSpec, published_metadata},
     supervisor::Inner,
 };
@@ -92,7 +93,9 @@ pub(super) fn run(inner: &Arc<Inner>, job: JobRecord, stop: Stop) {
     let outcome = catch_unwind(AssertUnwindSafe(|| attempt_job(inner, job, stop)));
     let leave = outcome.unwrap_or_else(|_| {
         tracing::error!(job = id, "a training job panicked");
-        Err(Leave::Failed(Error::new(ErrorKind::Internal, "The server had an error while training.").with_code("internal_error")))
+        Err(Leave::Failed(
+            Error::new(ErrorKind::Internal, "The server had an error while training.").with_code("internal_error"),
+        ))
     });
     match leave {
         Ok(()) => tracing::info!(job = id, "training job succeeded"),
@@ -150,8 +153,9 @@ impl Worker {
         let mut run = match self.saved()? {
             Some(saved) => {
                 self.tokens = saved.tokens;
-                Run::resume(saved.run, &settings, training)
-                    .map_err(|error| Error::new(ErrorKind::Invalid, sentence(&error.to_string())).with_code("checkpoint_unusable"))?
+                Run::resume(saved.run, &settings, training).map_err(|error| {
+                    Error::new(ErrorKind::Invalid, sentence(&error.to_string())).with_code("checkpoint_unusable")
+                })?
             }
             None => Run::new(settings, training, self.spec.initial(numbers)?)?,
         };
@@ -223,9 +227,9 @@ impl Worker {
         let (store, id, attempt) = (self.inner.store.clone(), self.job.id.clone(), self.job.attempt);
         let empty = report::step_metrics(run.steps_done(), &Metrics::default(), &Default::default()).to_string();
         let metrics = self.inner.runtime.block_on(store.job(self.job.tenant, &id)).ok().and_then(|job| job.metrics);
-        let written = self.checkpoint(run, metrics.unwrap_or(empty)).map(|checkpoint| {
-            self.inner.write(async move { store.leave_checkpoint(&id, attempt, checkpoint).await })
-        });
+        let written = self
+            .checkpoint(run, metrics.unwrap_or(empty))
+            .map(|checkpoint| self.inner.write(async move { store.leave_checkpoint(&id, attempt, checkpoint).await }));
         if let Ok(Err(error)) = written
             && !matches!(error, StoreError::JobLost | StoreError::JobNotFound | StoreError::Closed)
         {
@@ -260,7 +264,9 @@ impl Worker {
             )?;
             let FinalReport { zero, adapter, full_precision, gain } = &found;
             let mut samples = Vec::new();
-            for (name, one) in [("zero", Some(zero)), ("adapter", Some(adapter)), ("full_precision", full_precision.as_ref())] {
+            for (name, one) in
+                [("zero", Some(zero)), ("adapter", Some(adapter)), ("full_precision", full_precision.as_ref())]
+            {
                 let Some(one) = one else { continue };
                 parts.insert(name.to_owned(), report::measured(one));
                 samples.push((name, report::evaluated(one, settings.temperature)));
@@ -287,7 +293,8 @@ impl Worker {
     fn publish(&self, run: &Run, validation: &Value) -> Result<(), Leave> {
         let service = self.inner.service.upgrade().ok_or(Leave::Lost)?;
         let bytes = codec::encode(run.numbers(), NumberType::Bf16).map_err(|error| {
-            Error::new(ErrorKind::Invalid, format!("The trained numbers cannot be published: {error}.")).with_code("training_failed")
+            Error::new(ErrorKind::Invalid, format!("The trained numbers cannot be published: {error}."))
+                .with_code("training_failed")
         })?;
         let upload = Upload {
             name: Some(self.job.name.clone()),

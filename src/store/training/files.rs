@@ -37,13 +37,7 @@ impl Tx<'_> {
         .bind(new.data)
         .execute(&mut *self.connection)
         .await?;
-        Ok(FileRecord {
-            id: new.id,
-            filename: new.filename,
-            purpose: new.purpose,
-            bytes: size,
-            created_at: self.now,
-        })
+        Ok(FileRecord { id: new.id, filename: new.filename, purpose: new.purpose, bytes: size, created_at: self.now })
     }
 
     async fn delete_file(&mut self, tenant: TenantId, id: &str) -> Result<()> {
@@ -100,13 +94,12 @@ impl Store {
     /// # Errors
     /// [`StoreError::FileNotFound`].
     pub async fn file(&self, tenant: TenantId, id: &str) -> Result<FileRecord> {
-        let row = sqlx::query(
-            "SELECT id, filename, purpose, bytes, created_at FROM files WHERE id = $1 AND tenant = $2",
-        )
-        .bind(id)
-        .bind(tenant.0)
-        .fetch_optional(&self.pool)
-        .await?;
+        let row =
+            sqlx::query("SELECT id, filename, purpose, bytes, created_at FROM files WHERE id = $1 AND tenant = $2")
+                .bind(id)
+                .bind(tenant.0)
+                .fetch_optional(&self.pool)
+                .await?;
         decode::file(&row.ok_or(StoreError::FileNotFound)?)
     }
 

@@ -8,6 +8,6 @@ mod records;
 mod worker;
 
 pub use records::{
-    CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored, NewCheckpoint,
-    NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
+    CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
+    NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
 };

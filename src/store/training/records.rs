@@ -24,15 +24,8 @@ pub enum JobStatus {
 }
 
 impl JobStatus {
-    const ALL: [Self; 7] = [
-        Self::Validating,
-        Self::Queued,
-        Self::Running,
-        Self::Paused,
-        Self::Succeeded,
-        Self::Failed,
-        Self::Cancelled,
-    ];
+    const ALL: [Self; 7] =
+        [Self::Validating, Self::Queued, Self::Running, Self::Paused, Self::Succeeded, Self::Failed, Self::Cancelled];
 
     /// The word of the API and of the store.
     pub fn as_str(self) -> &'static str {
