@@ -17,8 +17,6 @@ mod remote;
 mod report;
 mod spec;
 mod supervisor;
-#[cfg(test)]
-mod tests;
 mod worker;
 
 pub use config::TrainingConfig;

@@ -11,7 +11,7 @@ use tokio::runtime;
 
 use crate::{
     adapter::{Adapter, Cores, Facts, NumberType, Scheme, codec},
-    engine::{Event, Events, FinishReason, Handle, Priority, Request, Sampling, SubmitError, TokenOut},
+    engine::{Event, Events, FinishReason, Handle, Health, Priority, Request, Sampling, SubmitError, TokenOut},
     service::{BaseInfo, Library},
     types::{CacheSalt, TenantId},
 };
@@ -108,9 +108,19 @@ struct Candidate {
 /// One completion on its way.
 struct Running {
     request: usize,
-    temperature: f32,
+    seed: u64,
     events: Events,
 }
+
+/// How a completion ended.
+enum Outcome {
+    Done(Rollout),
+    /// A step of the engine failed, perhaps for another's sake; asked again, the same comes out.
+    Broken(String),
+}
+
+/// How often a completion is asked for again.
+const TRIES: usize = 3;
 
 impl Rollouts {
     /// How many numbers an adapter has.
@@ -217,19 +227,21 @@ impl Rollouts {
                     return Ok(events);
                 }
                 Err(SubmitError::QueueFull(_)) => std::thread::sleep(BACK_OFF),
+                // The server ends; the job goes on with the next one.
+                Err(SubmitError::Stopped) => return Err(PolicyError::Stopped),
                 Err(error) => return Err(PolicyError::Failed(error.to_string())),
             }
         }
     }
 
     /// Reads a completion to its end.
-    fn finish(&self, mut running: Running) -> Result<Rollout, PolicyError> {
+    fn finish(&self, events: &mut Events, temperature: f32) -> Result<Outcome, PolicyError> {
         let tokenizer = &self.parts.base.tokenizer;
         let (mut tokens, mut logprobs, mut text) = (Vec::new(), Vec::new(), Vec::new());
         loop {
-            match self.next(&mut running.events)? {
+            match self.next(events)? {
                 Some(Event::Token(out)) => {
-                    logprobs.push(logprob(&out, running.temperature)?);
+                    logprobs.push(logprob(&out, temperature)?);
                     if !out.stop {
                         text.extend_from_slice(tokenizer.text_bytes(out.token));
                     }
@@ -237,19 +249,18 @@ impl Rollouts {
                 }
                 Some(Event::Finished(reason, _)) => {
                     let text = String::from_utf8_lossy(&text).into_owned();
-                    return Ok(Rollout { tokens, logprobs, text, finished: reason == FinishReason::Stop });
+                    let finished = reason == FinishReason::Stop;
+                    return Ok(Outcome::Done(Rollout { tokens, logprobs, text, finished }));
                 }
                 Some(Event::NotFinite) => {
                     let words =
                         "under these numbers the model's output is not finite; a smaller learning rate may help";
                     return Err(PolicyError::Failed(words.to_owned()));
                 }
-                Some(Event::Failed(cause)) => {
-                    tracing::error!(%cause, "a rollout failed");
-                    return Err(PolicyError::Failed("the engine failed in a rollout".to_owned()));
-                }
+                Some(Event::Failed(cause)) => return Ok(Outcome::Broken(cause)),
                 Some(Event::Prompt(_) | Event::Began { .. }) => {}
-                None => return Err(PolicyError::Failed("the engine has stopped".to_owned())),
+                // The engine has stopped: the server ends, and the job goes on with the next one.
+                None => return Err(PolicyError::Stopped),
             }
         }
     }
