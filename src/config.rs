@@ -1,8 +1,15 @@
 //! Command line and environment: one struct a concern, every flag also a variable `MOTE_*`.
 
+mod bench;
+
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use bench::{
+    AdapterChoice, BenchArgs, BenchCommand, DecodeArgs, PrefillArgs, ProfileArgs, QualityArgs, ReportArgs, ServedArgs,
+    UploadArgs,
+};
 
 /// One frozen language model in memory, thousands of 26-byte adapters over it, every request under its own, all in one batch.
 #[derive(Debug, Parser)]
@@ -33,6 +40,8 @@ pub enum Command {
     Adapters(AdaptersArgs),
     /// Print the OpenAPI document.
     Openapi,
+    /// Measure this build on this machine: speed, latency, memory, precision.
+    Bench(BenchArgs),
 }
 
 /// Form of log lines.

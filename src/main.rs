@@ -45,6 +45,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Openapi => say(&http::openapi().to_pretty_json()?),
         Command::Keys(args) => runtime()?.block_on(keys(args.command)),
+        Command::Bench(args) => say(&app::bench(args.command)?),
         Command::Adapters(args) => runtime()?.block_on(adapters(args.command)),
     }
 }

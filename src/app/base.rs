@@ -2,6 +2,7 @@
 
 use std::{
     path::PathBuf,
+    sync::Arc,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -13,7 +14,7 @@ use crate::{
     config::{DeviceChoice, Dtype, EngineArgs, IsaChoice, ModelArgs},
     engine::{Engine, EngineConfig, Handle},
     kernel::{
-        Backend, Precision,
+        Backend, Clock, Precision, Timed,
         candle::CandleBackend,
         cpu::{CpuBackend, Isa},
     },
@@ -38,17 +39,34 @@ pub struct Base {
     pub engine: Handle,
 }
 
-/// Does everything up to the engine's first idle moment. Blocks: downloads, reads and computes.
-pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
-    let began = Instant::now();
+/// A model and its basis, before anything is packed.
+pub(super) struct Prepared {
+    /// What the flag resolved to: the served id where none is given.
+    pub(super) name: String,
+    /// The files' contents.
+    pub(super) loaded: LoadedModel,
+    /// The basis of its adapters; of rank 0 when adapters are off.
+    pub(super) basis: Basis,
+}
+
+/// Resolves and loads the files, and finds the basis.
+pub(super) fn prepare(model: &ModelArgs) -> Result<Prepared, AppError> {
     let sources = Sources::from_env();
     let resolved = sources.resolve(&model.model)?;
     let loaded = load(&resolved.path)?;
-    let LoadedModel { spec, weights, tokenizer, chat_template, special_tokens, files, .. } = loaded;
+    let folder = model.basis_dir.clone().unwrap_or_else(|| sources.cache.join("basis"));
+    let rank = usize::from(model.rank);
+    let basis = find_basis(&loaded.spec, &loaded.weights, rank, &loaded.files, folder, model.recompute_basis)?;
+    Ok(Prepared { name: resolved.name, loaded, basis })
+}
+
+/// Does everything up to the engine's first idle moment. Blocks: downloads, reads and computes.
+pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
+    let began = Instant::now();
+    let Prepared { name, loaded, basis } = prepare(model)?;
+    let LoadedModel { spec, weights, tokenizer, chat_template, special_tokens, .. } = loaded;
     let sites = spec.sites();
     let rank = usize::from(model.rank);
-    let folder = model.basis_dir.clone().unwrap_or_else(|| sources.cache.join("basis"));
-    let basis = find_basis(&spec, &weights, rank, &files, folder, model.recompute_basis)?;
 
     let precision = precision(model.dtype, &weights);
     let max_model_len = match engine.max_model_len {
@@ -64,7 +82,7 @@ pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
     let blocks = blocks(&spec, precision, max_model_len, engine)?;
     let options = TransformerOptions { precision, max_positions: max_model_len, kv_blocks: blocks };
     let (vocab, eos) = (spec.vocab, spec.eos.clone());
-    let transformer = on_device(model, spec, weights, &basis, options)?;
+    let transformer = pack(model, spec, weights, &basis, options, None)?;
     let handle = Engine::start(
         transformer,
         EngineConfig {
@@ -79,7 +97,7 @@ pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
             prefix_cache: !engine.no_prefix_cache,
         },
     )?;
-    let model_id = model.model_id.clone().unwrap_or(resolved.name);
+    let model_id = model.model_id.clone().unwrap_or(name);
     tracing::info!(model = %model_id, ?precision, kv_blocks = blocks, seconds = began.elapsed().as_secs_f32(), "model loaded");
     let chat_template = chat_template
         .map(|source| {
@@ -147,7 +165,8 @@ fn find_basis(
     Ok(basis)
 }
 
-fn precision(dtype: Dtype, weights: &ModelWeights) -> Precision {
+/// What `--dtype` means for these weights.
+pub(super) fn precision(dtype: Dtype, weights: &ModelWeights) -> Precision {
     match dtype {
         Dtype::Auto => weights.natural_precision(),
         Dtype::F32 => Precision::F32,
@@ -195,13 +214,14 @@ fn memory_mebibytes() -> Option<usize> {
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib / 1024)
 }
 
-/// Packs the model for the chosen device.
-fn on_device(
+/// Packs the model for the chosen device; with a clock, every part of its steps is timed.
+pub(super) fn pack(
     args: &ModelArgs,
     spec: ModelSpec,
     weights: ModelWeights,
     basis: &Basis,
     options: TransformerOptions,
+    clock: Option<Arc<Clock>>,
 ) -> Result<Box<dyn Model>, AppError> {
     let device = match args.device {
         DeviceChoice::Cpu => None,
@@ -228,11 +248,11 @@ fn on_device(
         }
     };
     match device {
-        Some(device) => packed(CandleBackend::new(device), spec, weights, basis, options),
+        Some(device) => packed(CandleBackend::new(device), spec, weights, basis, options, clock),
         None => {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let threads = args.threads.map_or(cores, usize::from);
-            packed(CpuBackend::new(threads, isa(args.isa))?, spec, weights, basis, options)
+            packed(CpuBackend::new(threads, isa(args.isa))?, spec, weights, basis, options, clock)
         }
     }
 }
@@ -243,6 +263,11 @@ fn packed<B: Backend + 'static>(
     weights: ModelWeights,
     basis: &Basis,
     options: TransformerOptions,
+    clock: Option<Arc<Clock>>,
 ) -> Result<Box<dyn Model>, AppError> {
-    Ok(Box::new(Transformer::new(backend, spec, weights, &site_factors(basis), options)?))
+    let factors = site_factors(basis);
+    Ok(match clock {
+        None => Box::new(Transformer::new(backend, spec, weights, &factors, options)?),
+        Some(clock) => Box::new(Transformer::new(Timed::new(backend, clock), spec, weights, &factors, options)?),
+    })
 }

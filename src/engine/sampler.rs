@@ -113,7 +113,7 @@ impl Sampler {
         question: &(dyn Fn(usize) -> Option<Question<'a>> + Sync),
         parallel: Parallel<'_>,
     ) {
-        let rows = if vocab == 0 { 0 } else { logits.len() / vocab };
+        let rows = logits.len().checked_div(vocab).unwrap_or(0);
         if self.answers.len() < rows {
             self.answers.resize_with(rows, Mutex::default);
         }

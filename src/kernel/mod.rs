@@ -23,9 +23,11 @@ pub mod reference;
 mod rounding;
 #[cfg(test)]
 mod suite;
+mod timed;
 mod weight;
 
 pub use backend::{AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors};
+pub use timed::{Clock, Part, Timed};
 pub use weight::Weight;
 
 use std::sync::Arc;

@@ -126,7 +126,7 @@ pub(super) fn round_weights(values: Vec<f32>, inputs: usize, layout: Layout) -> 
     }
 }
 
-/// A group of activations in 8-bit integers with one scale: `max |x| / 127`. Not finite if one of them is not.
+/// A group of activations in 8-bit integers with one scale, `max |x| / 127`. Not finite if one of them is not.
 pub(super) fn quantize_activations(group: &[f32]) -> ([i8; GROUP], f32) {
     // As integers, magnitudes order like the numbers, and NaN comes last.
     let largest = f32::from_bits(group.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0));
@@ -140,7 +140,7 @@ pub(super) fn quantize_activations(group: &[f32]) -> ([i8; GROUP], f32) {
 #[inline(always)]
 pub(super) fn activation_scale(largest: f32) -> (f32, f32) {
     // Below this 127 / largest would overflow; such numbers are nothing beside any other.
-    if largest < 1e-30 { (0.0, 0.0) } else { (127.0 / largest, largest / 127.0) }
+    if largest < 1e-30 { (0.0, 0.0) } else { (127.0 / largest, largest * (1.0 / 127.0)) }
 }
 
 /// What a row of activations is worth to weights of this layout.

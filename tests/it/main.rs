@@ -3,6 +3,7 @@
 
 mod adapters;
 mod app;
+mod bench;
 mod chat;
 mod completions;
 mod contract;

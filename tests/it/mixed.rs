@@ -71,7 +71,7 @@ async fn sixty_four_adapters_together_equal_each_alone() {
     // 64 sequences of up to 142 tokens want some 500 blocks; one MiB of f32 KV is far less, so sequences are preempted.
     for flags in [
         vec!["--max-batch", "64"],
-        vec!["--prefill-chunk", "5", "--threads", "1"],
+        vec!["--prefill-chunk", "5", "--idle-prefill-chunk", "5", "--threads", "1"],
         vec!["--kv-cache-mb", "1", "--no-prefix-cache"],
     ] {
         let busy = TestApp::tiny("llama").args(flags.clone()).start().await;

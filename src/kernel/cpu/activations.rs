@@ -150,7 +150,7 @@ impl Room {
 /// # Safety
 /// The processor has the instructions of `L`; `x` is valid for `count` numbers, `words` for half as many.
 #[inline(always)]
-unsafe fn pack_bf16<L: Lanes>(x: *const f32, count: usize, words: *mut u32, stride: usize) {
+pub(super) unsafe fn pack_bf16<L: Lanes>(x: *const f32, count: usize, words: *mut u32, stride: usize) {
     // SAFETY: the caller's contract; whole lanes first, then pair by pair.
     unsafe {
         let whole = count / LANES * LANES;

@@ -8,10 +8,9 @@
 use std::ops::Range;
 
 use super::{
-    activations::{MAX_HEIGHT, Packed, Tile, cut, places},
-    format::{Bf16, F32, Words},
+    activations::{MAX_HEIGHT, Packed, Tile, cut, pack_bf16, places},
     isa::{Kernels, Tiling},
-    lanes::{LANES, Lanes, exp, store_partial, sum},
+    lanes::{LANES, Lanes, exp, load_partial, store_partial, sum},
     memory::{Lines, Shared},
     product::rms_norm,
     step::CpuStep,
@@ -117,15 +116,11 @@ pub(super) unsafe fn append<T: Tiling>(
                 turn::<T::Lanes>(&k[head * head_dim..][..head_dim], &spec.k_norm, spec, position, key);
                 let (keys, values) = (job.keys.0.add(key_at), job.values.0.add(value_at));
                 if job.kv.layout == Layout::F32 {
-                    put_token::<F32>(keys, values, job.kv.value_panel, token, key, value);
+                    put_f32(keys, values, job.kv.value_panel, token, key, value);
                 } else {
-                    put_token::<Bf16>(keys, values, job.kv.value_panel, token, key, value);
-                    if token.is_multiple_of(2) && job.step.last[row] {
-                        // Values are multiplied in pairs of tokens: what a stranger left in the next slot must not be a NaN.
-                        for d in 0..head_dim {
-                            Bf16::put(values.add(d / LANES * job.kv.value_panel), token + 1, d % LANES, 0.0);
-                        }
-                    }
+                    // Values are multiplied in pairs of tokens: what a stranger left in the next slot must not be a NaN.
+                    let alone = token.is_multiple_of(2) && job.step.last[row];
+                    put_bf16::<T::Lanes>(keys, values, job.kv.value_panel, token, key, value, alone);
                 }
             }
         }
@@ -159,20 +154,48 @@ unsafe fn turn<L: Lanes>(
 }
 
 /// Writes one head of one token.
+///
+/// # Safety
+/// A block's head has head_dim key inputs and head_dim / 16 value panels, rounded up; the token's slot is this thread's.
 #[inline(always)]
-unsafe fn put_token<F: Words>(
+unsafe fn put_f32(keys: *mut u8, values: *mut u8, value_panel: usize, token: usize, key: &[f32], value: &[f32]) {
+    for d in 0..key.len() {
+        // SAFETY: the contract of this function; panels start on cache lines, so the numbers are aligned.
+        unsafe {
+            *keys.cast::<f32>().add(d * LANES + token) = key[d];
+            *values.add(d / LANES * value_panel).cast::<f32>().add(token * LANES + d % LANES) = value[d];
+        }
+    }
+}
+
+/// Writes one head of one token, and zeros as the value of the next if it is `alone` in its pair.
+///
+/// # Safety
+/// As for [`put_f32`], with the instructions of `L`, for an even head_dim; the next slot is this thread's too if `alone`.
+#[inline(always)]
+unsafe fn put_bf16<L: Lanes>(
     keys: *mut u8,
     values: *mut u8,
     value_panel: usize,
     token: usize,
     key: &[f32],
     value: &[f32],
+    alone: bool,
 ) {
-    for d in 0..key.len() {
-        // SAFETY: a block's head has head_dim key inputs and head_dim / 16 value panels, rounded up; the slot is the caller's.
-        unsafe {
-            F::put(keys, d, token, key[d]);
-            F::put(values.add(d / LANES * value_panel), token, d % LANES, value[d]);
+    // SAFETY: the contract of this function; panels start on cache lines, so the numbers are aligned.
+    unsafe {
+        pack_bf16::<L>(key.as_ptr(), key.len(), keys.cast::<u32>().add(token), LANES);
+        for first in (0..value.len()).step_by(LANES) {
+            let count = LANES.min(value.len() - first);
+            let mut narrow = [0u16; LANES];
+            load_partial::<L>(value.as_ptr().add(first), count).store_bf16(narrow.as_mut_ptr());
+            let pairs = values.add(first / LANES * value_panel).cast::<u16>().add(token / 2 * 2 * LANES + token % 2);
+            for (lane, bits) in narrow[..count].iter().enumerate() {
+                *pairs.add(2 * lane) = *bits;
+                if alone {
+                    *pairs.add(2 * lane + 1) = 0;
+                }
+            }
         }
     }
 }

@@ -138,12 +138,6 @@ pub(super) trait Words {
     /// # Safety
     /// The processor has the instructions of `L`.
     unsafe fn dot<L: Lanes>(sums: L, weights: Self::Weights<L>, x: u32) -> L;
-
-    /// Writes input `k` of an output of a panel.
-    ///
-    /// # Safety
-    /// The panel holds input `k`, `output` is below sixteen, and nobody else touches that number meanwhile.
-    unsafe fn put(panel: *mut u8, k: usize, output: usize, value: f32);
 }
 
 impl Words for F32 {
@@ -160,12 +154,6 @@ impl Words for F32 {
         // SAFETY: the instruction set, by contract.
         unsafe { L::splat(f32::from_bits(x)).fma(weights, sums) }
     }
-
-    #[inline(always)]
-    unsafe fn put(panel: *mut u8, k: usize, output: usize, value: f32) {
-        // SAFETY: inside the panel and ours alone, by contract; panels start on cache lines, so it is aligned.
-        unsafe { *panel.cast::<f32>().add(k * LANES + output) = value }
-    }
 }
 
 impl Words for Bf16 {
@@ -181,12 +169,6 @@ impl Words for Bf16 {
     unsafe fn dot<L: Lanes>(sums: L, weights: L::Pairs, x: u32) -> L {
         // SAFETY: the instruction set, by contract.
         unsafe { sums.dot_pairs(weights, x) }
-    }
-
-    #[inline(always)]
-    unsafe fn put(panel: *mut u8, k: usize, output: usize, value: f32) {
-        // SAFETY: inside the panel and ours alone, by contract; panels start on cache lines, so it is aligned.
-        unsafe { *panel.cast::<u16>().add((k / 2 * LANES + output) * 2 + k % 2) = bf16::from_f32(value).to_bits() }
     }
 }
 

@@ -42,6 +42,12 @@ pub(super) trait Lanes: Copy {
     unsafe fn largest(self) -> f32;
     /// The largest magnitude of both, or NaN if one of them is.
     unsafe fn largest_magnitude(self, other: Self) -> f32;
+    /// The sum of lanes whose sums are exact in any order, as those of small integers are.
+    #[inline(always)]
+    unsafe fn exact_sum(self) -> f32 {
+        // SAFETY: as for the trait.
+        unsafe { sum(self) }
+    }
     /// `2^n` where the low nine bits of each lane's representation hold n.
     unsafe fn power_of_two(self) -> Self;
     /// The low byte of each lane's representation.
@@ -136,7 +142,7 @@ pub(super) unsafe fn quantize<L: Lanes>(x: *const f32, to: *mut u8) -> (f32, f32
         let (low, high) = (low.mul(inverse).add(round), high.mul(inverse).add(round));
         low.store_low_bytes(to);
         high.store_low_bytes(to.add(LANES));
-        (scale, sum(low.sub(round).add(high.sub(round))))
+        (scale, low.sub(round).add(high.sub(round)).exact_sum())
     }
 }
 

@@ -1,6 +1,6 @@
 //! A rough measurement of the whole step on synthetic weights of SmolLM2-135M's shapes; by hand only:
 //! `cargo nextest run --lib --run-ignored only --no-capture kernel::cpu::measure`
-//! (narrowed by the variables ISA, PRECISION, RANK, THREADS;
+//! (narrowed by the variables ISA, PRECISION, RANK, THREADS; with PARTS also what each kind of region takes;
 //! with `CARGO_PROFILE_DEV_DEBUG_ASSERTIONS=false CARGO_PROFILE_DEV_OVERFLOW_CHECKS=false` for what a release build reaches).
 
 use std::{sync::Arc, time::Instant};
@@ -104,19 +104,32 @@ impl Model {
         }
     }
 
-    fn step(&mut self, batch: &StepBatch) {
+    fn step(&mut self, batch: &StepBatch, times: &mut [f64; 8]) {
         let b = &mut self.backend;
+        let mut last = Instant::now();
+        let mut mark = |kind: usize| {
+            let now = Instant::now();
+            times[kind] += (now - last).as_secs_f64();
+            last = now;
+        };
         let step = b.begin(batch).unwrap();
         b.embed(&step, &self.table, &mut self.stream).unwrap();
+        mark(0);
         let norm = Some(&self.norm);
         for (number, layer) in self.layers.iter().enumerate() {
             b.product(&step, &layer.qkv, Rows::All, norm, &self.stream, Epilogue::Store, &mut self.qkv).unwrap();
+            mark(1);
             b.attend(&step, &self.attention, number, &self.qkv, &mut self.kv, &mut self.attended).unwrap();
+            mark(2);
             b.product(&step, &layer.o, Rows::All, None, &self.attended, Epilogue::Add, &mut self.stream).unwrap();
+            mark(3);
             b.product(&step, &layer.gate_up, Rows::All, norm, &self.stream, Epilogue::SwiGlu, &mut self.inner).unwrap();
+            mark(4);
             b.product(&step, &layer.down, Rows::All, None, &self.inner, Epilogue::Add, &mut self.stream).unwrap();
+            mark(5);
         }
         b.product(&step, &self.head, Rows::Logits, norm, &self.stream, Epilogue::Store, &mut self.logits).unwrap();
+        mark(6);
     }
 }
 
@@ -153,13 +166,23 @@ fn cpu_seconds() -> f64 {
 
 /// Tokens a second by the wall clock and by the caller's processor time: of several steps the median and the best.
 fn rate(model: &mut Model, batch: &StepBatch) -> (f64, f64) {
-    model.step(batch);
+    let mut times = [0.0; 8];
+    model.step(batch, &mut times);
+    times = [0.0; 8];
     let (mut wall, mut cpu) = (Vec::new(), Vec::new());
     for _ in 0..9 {
         let (start, used) = (Instant::now(), cpu_seconds());
-        model.step(batch);
+        model.step(batch, &mut times);
         wall.push(start.elapsed().as_secs_f64());
         cpu.push(cpu_seconds() - used);
+    }
+    if std::env::var("PARTS").is_ok() {
+        let names = ["begin", "qkv", "attend", "o", "gate_up", "down", "head"];
+        let all: f64 = times.iter().sum();
+        let parts: Vec<String> = (names.iter().zip(times))
+            .map(|(name, time)| format!("{name} {:.3} ms ({:.0} %)", time / 9.0 * 1e3, 100.0 * time / all))
+            .collect();
+        println!("\n    {}", parts.join("  "));
     }
     wall.sort_by(f64::total_cmp);
     cpu.sort_by(f64::total_cmp);

@@ -28,6 +28,8 @@ mod step;
 mod tests;
 mod tile;
 
+use std::sync::Arc;
+
 use half::bf16;
 
 use self::{
@@ -37,6 +39,7 @@ use self::{
     memory::{Arena, Shared},
     pool::Pool,
     product::{PrepareJob, ProductJob, RowScratch},
+    step::Mixing,
 };
 pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use super::{
@@ -53,6 +56,8 @@ pub struct CpuBackend {
     arena: Arena,
     /// The rows of a product, cut.
     tiles: Vec<Tile>,
+    /// Cores of the last step.
+    mixing: Arc<Mixing>,
     /// Queries of an attention, turned and scaled.
     queries: Vec<f32>,
     /// One a thread.
@@ -87,7 +92,16 @@ impl CpuBackend {
         let kernels = isa.kernels().ok_or_else(|| shape(format!("this processor has no {isa}")))?;
         let pool = Pool::new(threads).map_err(|error| shape(format!("cannot start kernel threads: {error}")))?;
         let threads = (0..pool.threads()).map(|_| Thread::default()).collect();
-        Ok(Self { isa, kernels, pool, arena: Arena::default(), tiles: Vec::new(), queries: Vec::new(), threads })
+        Ok(Self {
+            isa,
+            kernels,
+            pool,
+            arena: Arena::default(),
+            tiles: Vec::new(),
+            mixing: Arc::default(),
+            queries: Vec::new(),
+            threads,
+        })
     }
 
     /// The instruction set in use.
@@ -187,7 +201,7 @@ impl Backend for CpuBackend {
     }
 
     fn begin(&mut self, batch: &StepBatch) -> Result<CpuStep, KernelError> {
-        CpuStep::new(batch)
+        CpuStep::new(batch, &mut self.mixing)
     }
 
     fn embed(&mut self, step: &CpuStep, table: &CpuTable, out: &mut CpuBuffer) -> Result<(), KernelError> {
@@ -247,9 +261,9 @@ impl Backend for CpuBackend {
         let (x, kernels, tiles, width) = (x.used(), self.kernels, &self.tiles[..], linear.width(epilogue));
         let jobs = |(room, mixed)| {
             let norm = norm.map(|norm| (&norm.weight[..], norm.epsilon));
-            let (cores, slots) = (if adapted { &step.cores[..] } else { &[] }, &step.slots[..]);
-            let prepare = PrepareJob { kernels, linear, x, chosen, norm, tiles, room, cores, slots, mixed };
+            let (mixing, slots) = (adapted.then_some(&*step.mixing), &step.slots[..]);
             let active = if adapted { &active[..] } else { &[] };
+            let prepare = PrepareJob { kernels, linear, x, chosen, norm, tiles, room, mixing, slots, active, mixed };
             (prepare, ProductJob { kernels, linear, tiles, room, mixed, active, epilogue, out, width })
         };
         let (prepare, product) = jobs(rooms(&mut self.threads[0]));

@@ -103,22 +103,6 @@ impl Pool {
         assert!(!panicked, "a kernel thread panicked: a bug in a kernel");
     }
 
-    /// Splits `0..items` into one contiguous range a thread and runs the function on each that is not empty. Alone when there is one item.
-    pub(super) fn split(&mut self, items: usize, region: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
-        if items <= 1 {
-            return region(0..items);
-        }
-        let threads = self.threads();
-        self.run(&|thread| {
-            let range = items * thread / threads..items * (thread + 1) / threads;
-            if !range.is_empty() {
-                region(range);
-            }
-        });
-    }
-}
-
-impl Pool {
     /// Hands out `0..items` in pieces of so many to whichever thread is free, with the thread's number. Alone when there is one piece.
     /// For work of uneven length, and for machines that take a processor away now and then: the other thread goes on with the rest.
     pub(super) fn deal(&mut self, items: usize, piece: usize, region: &(dyn Fn(usize, std::ops::Range<usize>) + Sync)) {
@@ -218,16 +202,17 @@ mod tests {
             let mut pool = Pool::new(threads).unwrap();
             assert_eq!(pool.threads(), threads);
             for items in [0, 1, 2, 3, 7, 100] {
-                let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-                pool.split(items, &|range| {
-                    for item in range {
-                        counts[item].fetch_add(1, Ordering::Relaxed);
-                    }
-                });
-                assert!(
-                    counts.iter().all(|count| count.load(Ordering::Relaxed) == 1),
-                    "{threads} threads, {items} items"
-                );
+                for piece in [1, 3, 200] {
+                    let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+                    pool.deal(items, piece, &|thread, range| {
+                        assert!(thread < threads && range.len() <= piece);
+                        for item in range {
+                            counts[item].fetch_add(1, Ordering::Relaxed);
+                        }
+                    });
+                    let all = counts.iter().all(|count| count.load(Ordering::Relaxed) == 1);
+                    assert!(all, "{threads} threads, {items} items, pieces of {piece}");
+                }
             }
         }
     }

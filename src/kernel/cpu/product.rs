@@ -10,9 +10,10 @@ use super::{
     lanes::{LANES, Lanes, load_partial, silu, store_partial, sum},
     linear::CpuLinear,
     memory::Shared,
+    step::Mixing,
     tile::{Left, Tiles},
 };
-use crate::kernel::{BASE_SLOT, Cores, Epilogue};
+use crate::kernel::{BASE_SLOT, Epilogue};
 
 /// Panels that are ever handled together: with few rows it takes several to keep the multipliers and the memory busy.
 const MAX_PANELS: usize = 4;
@@ -71,10 +72,12 @@ pub(super) struct PrepareJob<'a> {
     pub(super) tiles: &'a [Tile],
     /// Where they are packed. Each tile belongs to one thread.
     pub(super) room: Room,
-    /// The core of a row's adapter by its slot; empty when no row has an adapter, or the linear none.
-    pub(super) cores: &'a [std::sync::Arc<Cores>],
+    /// The cores of the step; None when no row has an adapter, or the linear none.
+    pub(super) mixing: Option<&'a Mixing>,
     /// Slot of every row of the step.
     pub(super) slots: &'a [u32],
+    /// How many numbers of each part of `mixed` a row has (see [`crate::kernel::Cores::active`]), 0 on the base; empty when no row has any.
+    pub(super) active: &'a [u32],
     /// `[rows, linear.down_rows]`: `C V^T x` of the adapted rows. Each row belongs to one thread.
     pub(super) mixed: Shared<f32>,
 }
@@ -119,16 +122,18 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
                 job.room.pack::<T::Lanes>(tile, row, x);
             }
         }
-        let adapted = |row| job.slot(tile.first + row) != BASE_SLOT;
-        if !job.cores.is_empty() && (0..tile.rows).any(adapted) {
+        if let Some(mixing) = job.mixing {
             // SAFETY: the tile was packed just now; its rows of `mixed` are this thread's.
-            unsafe { look_down(job, tile, scratch) };
+            unsafe { look_down(job, mixing, tile, scratch) };
         }
     }
 }
 
 /// `C (V^T x)` of a tile's adapted rows.
-unsafe fn look_down(job: &PrepareJob<'_>, tile: Tile, scratch: &mut RowScratch) {
+unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, scratch: &mut RowScratch) {
+    if (0..tile.rows).all(|row| job.slot(tile.first + row) == BASE_SLOT) {
+        return;
+    }
     let down = &job.linear.down;
     scratch.panels.clear();
     scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
@@ -141,24 +146,21 @@ unsafe fn look_down(job: &PrepareJob<'_>, tile: Tile, scratch: &mut RowScratch) 
     unsafe { (job.kernels.multiply(down.layout))(job.room.left(tile), &scratch.panels, out) };
     for row in 0..tile.rows {
         let slot = job.slot(tile.first + row);
-        if slot != BASE_SLOT {
-            let product = |j: usize| scratch.products[j / LANES * stride + row * LANES + j % LANES];
-            mix(job, tile.first + row, &job.cores[slot as usize], product);
+        if slot == BASE_SLOT {
+            continue;
         }
-    }
-}
-
-/// `mixed = C (V^T x)` of one row for every part, as far as C is not zero; `down(j)` is the j-th of V^T x.
-fn mix(job: &PrepareJob<'_>, row: usize, cores: &Cores, down: impl Fn(usize) -> f32) {
-    for part in &job.linear.parts {
-        let core = cores.site(part.site);
-        for i in 0..cores.active {
-            let mut mixed = 0.0;
-            for j in 0..cores.active {
-                mixed += core[i * part.rank + j] * down(part.mixed + j);
+        let active = job.active[tile.first + row] as usize;
+        for part in &job.linear.parts {
+            let (core, rank) = mixing.core(part.site, slot);
+            for i in 0..active {
+                let mut mixed = 0.0;
+                for j in 0..active {
+                    let at = part.mixed + j;
+                    mixed += core[i * rank + j] * scratch.products[at / LANES * stride + row * LANES + at % LANES];
+                }
+                // SAFETY: part.mixed + i is below down_rows; this row of `mixed` is this thread's.
+                unsafe { *job.mixed.get((tile.first + row) * job.linear.down_rows + part.mixed + i) = mixed };
             }
-            // SAFETY: part.mixed + i is below down_rows; this row of `mixed` is this thread's.
-            unsafe { *job.mixed.0.add(row * job.linear.down_rows + part.mixed + i) = mixed };
         }
     }
 }
@@ -173,7 +175,7 @@ pub(super) struct ProductJob<'a> {
     pub(super) room: Room,
     /// `[rows, down_rows]`; read for adapted rows only.
     pub(super) mixed: Shared<f32>,
-    /// How many numbers of each part of `mixed` a row has (see [`Cores::active`]), 0 on the base; empty when no row has any.
+    /// As in [`PrepareJob::active`].
     pub(super) active: &'a [u32],
     pub(super) epilogue: Epilogue,
     /// `[rows, width]`. Each unit's columns belong to one thread.
@@ -253,52 +255,113 @@ unsafe fn end_tile<L: Lanes>(
     tile: Tile,
     products: &[f32; MAX_PANELS * MAX_HEIGHT * LANES],
 ) {
-    let mut i = 0;
-    while i < count {
-        let panel = job.panel(first_unit, i);
-        let info = &job.linear.info[panel];
-        for row in 0..tile.rows {
-            // SAFETY: the contract of `product`: row and columns of `out` exist and are this thread's.
-            unsafe {
-                let value = corrected::<L>(job, panel, tile.first + row, &products[(i * MAX_HEIGHT + row) * LANES..]);
-                let out = job.out.0.add((tile.first + row) * job.width + info.column);
-                match job.epilogue {
-                    Epilogue::Store => store_partial(value, out, info.columns),
-                    Epilogue::Add => {
+    for i in (0..count).step_by(job.panels_per_unit()) {
+        // SAFETY: the contract of `product`: rows and columns of `out` exist and are this thread's; the tile has rows below MAX_HEIGHT.
+        unsafe {
+            let panel = job.panel(first_unit, i);
+            let info = &job.linear.info[panel];
+            let ending = Ending::<L>::of(job, panel);
+            let products = products.as_ptr().add(i * MAX_HEIGHT * LANES);
+            // No closures here or below: the compiler does not compile them for the instruction set, and then calls every instruction.
+            let out = job.out.get(tile.first * job.width + info.column);
+            match job.epilogue {
+                Epilogue::Store => {
+                    for row in 0..tile.rows {
+                        let value = ending.corrected(tile.first + row, L::load(products.add(row * LANES)));
+                        store_partial(value, out.add(row * job.width), info.columns);
+                    }
+                }
+                Epilogue::Add => {
+                    for row in 0..tile.rows {
+                        let value = ending.corrected(tile.first + row, L::load(products.add(row * LANES)));
+                        let out = out.add(row * job.width);
                         store_partial(load_partial::<L>(out, info.columns).add(value), out, info.columns);
                     }
-                    Epilogue::SwiGlu => {
-                        let panel = job.panel(first_unit, i + 1);
-                        let product = &products[((i + 1) * MAX_HEIGHT + row) * LANES..];
-                        let up = corrected::<L>(job, panel, tile.first + row, product);
-                        store_partial(silu(value).mul(up), out, info.columns);
+                }
+                Epilogue::SwiGlu => {
+                    let other = Ending::<L>::of(job, job.panel(first_unit, i + 1));
+                    for row in 0..tile.rows {
+                        let product = products.add(row * LANES);
+                        let gate = ending.corrected(tile.first + row, L::load(product));
+                        let up = other.corrected(tile.first + row, L::load(product.add(MAX_HEIGHT * LANES)));
+                        store_partial(silu(gate).mul(up), out.add(row * job.width), info.columns);
                     }
                 }
             }
         }
-        i += job.panels_per_unit();
     }
 }
 
-/// `W x + b + U h` of one row and panel, from `W x`.
-#[inline(always)]
-unsafe fn corrected<L: Lanes>(job: &ProductJob<'_>, panel: usize, row: usize, product: &[f32]) -> L {
-    let linear = job.linear;
-    let info = &linear.info[panel];
-    // SAFETY: all loads are of sixteen numbers from slices that were cut to sixteen at least; an adapted row of `mixed` has been written.
-    unsafe {
-        let mut value = L::load(product[..LANES].as_ptr());
-        if !linear.bias.is_empty() {
-            value = value.add(L::load(linear.bias[panel * LANES..(panel + 1) * LANES].as_ptr()));
-        }
-        let active = info.rank.min(job.active.get(row).map_or(0, |&active| active as usize));
-        if active > 0 {
-            let mixed = job.mixed.0.add(row * linear.down_rows + info.mixed);
-            let up = &linear.up[info.up..info.up + active * LANES];
-            for (i, up) in up.chunks_exact(LANES).enumerate() {
-                value = L::splat(*mixed.add(i)).fma(L::load(up.as_ptr()), value);
+/// Rows of U that are kept in registers: more than this an adapter seldom has.
+const KEPT: usize = 2;
+
+/// What ends a panel: its bias and its U.
+struct Ending<'a, L> {
+    biased: bool,
+    bias: L,
+    /// [`crate::kernel::Cores::active`] of every row; empty when no row has an adapter.
+    active: &'a [u32],
+    kept: [L; KEPT],
+    /// `[rank][16]`
+    up: &'a [f32],
+    /// The part's numbers of row 0 in the mixed V x.
+    mixed: *const f32,
+    stride: usize,
+}
+
+impl<'a, L: Lanes> Ending<'a, L> {
+    /// # Safety
+    /// The processor has the instructions of `L`.
+    #[inline(always)]
+    unsafe fn of(job: &ProductJob<'a>, panel: usize) -> Self {
+        let (linear, info) = (job.linear, &job.linear.info[panel]);
+        // SAFETY: all loads are of sixteen numbers from slices that were cut to sixteen.
+        unsafe {
+            let up = &linear.up[info.up..info.up + info.rank * LANES];
+            let mut kept = [L::splat(0.0); KEPT];
+            for (i, kept) in kept.iter_mut().enumerate() {
+                if i < info.rank {
+                    *kept = L::load(up[i * LANES..(i + 1) * LANES].as_ptr());
+                }
+            }
+            let biased = !linear.bias.is_empty();
+            let bias = if biased { &linear.bias[panel * LANES..(panel + 1) * LANES] } else { &[0.0; LANES] };
+            Self {
+                biased,
+                bias: L::load(bias.as_ptr()),
+                active: if info.rank > 0 { job.active } else { &[] },
+                kept,
+                up,
+                mixed: job.mixed.get(info.mixed).cast_const(),
+                stride: linear.down_rows,
             }
         }
-        value
+    }
+
+    /// `W x + b + U h` of one row, from `W x`.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; if the row is adapted, its mixed numbers have been written.
+    #[inline(always)]
+    unsafe fn corrected(&self, row: usize, product: L) -> L {
+        // SAFETY: `mixed` has `active` numbers of this part in an adapted row, and `up` as many rows.
+        unsafe {
+            let mut value = product;
+            if self.biased {
+                value = value.add(self.bias);
+            }
+            let active = if self.active.is_empty() { 0 } else { self.active[row] as usize };
+            if active > 0 {
+                let mixed = self.mixed.add(row * self.stride);
+                value = L::splat(*mixed).fma(self.kept[0], value);
+                if active > 1 {
+                    value = L::splat(*mixed.add(1)).fma(self.kept[1], value);
+                }
+                for i in KEPT..active {
+                    value = L::splat(*mixed.add(i)).fma(L::load(self.up[i * LANES..(i + 1) * LANES].as_ptr()), value);
+                }
+            }
+            value
+        }
     }
 }

@@ -17,13 +17,50 @@ pub(super) struct Chunk {
     pub(super) blocks: Range<usize>,
 }
 
+/// The cores of a step where a layer finds them side by side: an adapter's own lie as far apart as all its sites are long.
+#[derive(Default)]
+pub(super) struct Mixing {
+    /// Largest [`Cores::active`] of the step.
+    rank: usize,
+    slots: usize,
+    /// `[sites, slots, rank, rank]`
+    data: Vec<f32>,
+}
+
+impl Mixing {
+    /// Gathers the cores, as far as they are not zero.
+    fn gather(&mut self, cores: &[Arc<Cores>], sites: usize) {
+        self.rank = cores.iter().map(|cores| cores.active).max().unwrap_or(0);
+        self.slots = cores.len();
+        let (size, rank) = (self.rank * self.rank, self.rank);
+        self.data.resize(if size > 0 { sites * self.slots * size } else { 0 }, 0.0);
+        if size == 0 {
+            return;
+        }
+        for (slot, cores) in cores.iter().enumerate() {
+            for (site, core) in cores.data.chunks_exact(cores.rank * cores.rank).enumerate() {
+                let to = &mut self.data[(site * self.slots + slot) * size..][..size];
+                for (to, from) in to.chunks_exact_mut(rank).zip(core.chunks_exact(cores.rank)) {
+                    to.copy_from_slice(&from[..rank]);
+                }
+            }
+        }
+    }
+
+    /// The core of a site for a slot, and its rank.
+    pub(super) fn core(&self, site: usize, slot: u32) -> (&[f32], usize) {
+        let size = self.rank * self.rank;
+        (&self.data[(site * self.slots + slot as usize) * size..][..size], self.rank)
+    }
+}
+
 /// A checked batch.
 pub struct CpuStep {
     pub(super) facts: BatchFacts,
     pub(super) tokens: Vec<TokenId>,
     pub(super) positions: Vec<u32>,
     pub(super) slots: Vec<u32>,
-    pub(super) cores: Vec<Arc<Cores>>,
+    pub(super) mixing: Arc<Mixing>,
     pub(super) logits_rows: Vec<u32>,
     /// For every row [`Cores::active`] of its adapter, 0 on the base.
     pub(super) active: Vec<u32>,
@@ -41,9 +78,17 @@ pub struct CpuStep {
 }
 
 impl CpuStep {
-    /// Checks a batch and copies what a step needs of it.
-    pub(super) fn new(batch: &StepBatch) -> Result<Self, KernelError> {
+    /// Checks a batch and copies what a step needs of it. `mixing` is what the last step used, to be filled anew if nobody holds it any more.
+    pub(super) fn new(batch: &StepBatch, mixing: &mut Arc<Mixing>) -> Result<Self, KernelError> {
         let facts = check_batch(batch)?;
+        if facts.adapted {
+            if Arc::get_mut(mixing).is_none() {
+                *mixing = Arc::default();
+            }
+            if let Some(mixing) = Arc::get_mut(mixing) {
+                mixing.gather(&batch.cores, facts.sites);
+            }
+        }
         let active = |&slot: &u32| if slot == BASE_SLOT { 0 } else { batch.cores[slot as usize].active as u32 };
         let active: Vec<u32> = batch.slots.iter().map(active).collect();
         let mut step = Self {
@@ -51,7 +96,7 @@ impl CpuStep {
             tokens: batch.tokens.clone(),
             positions: batch.positions.clone(),
             slots: batch.slots.clone(),
-            cores: batch.cores.clone(),
+            mixing: Arc::clone(mixing),
             logits_rows: batch.logits_rows.clone(),
             logits_active: batch.logits_rows.iter().map(|&row| active[row as usize]).collect(),
             active,

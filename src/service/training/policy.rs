@@ -188,17 +188,42 @@ impl Rollouts {
             while running.len() < most
                 && let Some((at, seed)) = waiting.next()
             {
-                let request = &requests[at];
-                let key: Vec<u32> = request.numbers.iter().map(|number| number.to_bits()).collect();
-                let candidate =
-                    candidates.get(&key).ok_or_else(|| PolicyError::Failed("unknown numbers".to_owned()))?;
-                let events = self.submit(request, seed, candidate)?;
-                running.push_back(Running { request: at, temperature: request.temperature, events });
+                running.push_back(self.begin(requests, candidates, at, seed)?);
             }
-            let Some(next) = running.pop_front() else { return Ok(done) };
-            let at = next.request;
-            done[at].push(self.finish(next)?);
+            let Some(mut next) = running.pop_front() else { return Ok(done) };
+            let mut tries = 1;
+            let rollout = loop {
+                match self.finish(&mut next.events, requests[next.request].temperature)? {
+                    Outcome::Done(rollout) => break rollout,
+                    Outcome::Broken(_) if self.parts.engine.health() != Health::Running => {
+                        return Err(PolicyError::Stopped);
+                    }
+                    Outcome::Broken(cause) if tries < TRIES => {
+                        tracing::warn!(%cause, "a rollout failed and is tried again");
+                        tries += 1;
+                        next = self.begin(requests, candidates, next.request, next.seed)?;
+                    }
+                    Outcome::Broken(cause) => {
+                        tracing::error!(%cause, "a rollout failed");
+                        return Err(PolicyError::Failed("the engine failed in a rollout".to_owned()));
+                    }
+                }
+            };
+            done[next.request].push(rollout);
         }
+    }
+
+    fn begin(
+        &self,
+        requests: &[RolloutRequest<'_>],
+        candidates: &HashMap<Vec<u32>, Candidate>,
+        at: usize,
+        seed: u64,
+    ) -> Result<Running, PolicyError> {
+        let request = &requests[at];
+        let key: Vec<u32> = request.numbers.iter().map(|number| number.to_bits()).collect();
+        let candidate = candidates.get(&key).ok_or_else(|| PolicyError::Failed("unknown numbers".to_owned()))?;
+        Ok(Running { request: at, seed, events: self.submit(request, seed, candidate)? })
     }
 
     fn submit(&self, request: &RolloutRequest<'_>, seed: u64, candidate: &Candidate) -> Result<Events, PolicyError> {

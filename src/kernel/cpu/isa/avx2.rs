@@ -153,7 +153,9 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         // SAFETY: AVX2 and sixteen numbers by contract.
         unsafe {
             self.store(lanes.as_mut_ptr());
-            to.cast::<[u16; LANES]>().write_unaligned(lanes.map(|x| bf16::from_f32(x).to_bits()));
+            for (i, lane) in lanes.iter().enumerate() {
+                to.add(i).write_unaligned(bf16::from_f32(*lane).to_bits());
+            }
         }
     }
     #[inline(always)]

@@ -87,6 +87,11 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    unsafe fn exact_sum(self) -> f32 {
+        // SAFETY: AVX-512 F by contract.
+        unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+    #[inline(always)]
     unsafe fn largest_magnitude(self, other: Self) -> f32 {
         // SAFETY: AVX-512 F by contract.
         unsafe {
@@ -111,7 +116,9 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
             } else {
                 let mut lanes = [0f32; LANES];
                 self.store(lanes.as_mut_ptr());
-                to.cast::<[u16; LANES]>().write_unaligned(lanes.map(|x| bf16::from_f32(x).to_bits()));
+                for (i, lane) in lanes.iter().enumerate() {
+                    to.add(i).write_unaligned(bf16::from_f32(*lane).to_bits());
+                }
             }
         }
     }
@@ -130,8 +137,8 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         // SAFETY: AVX-512 F, and BF16 if we say so, by contract.
         unsafe {
             if BF16 {
-                let x = _mm512_set1_epi32(x.cast_signed());
-                let [weights, x] = [weights, x].map(|bits| std::mem::transmute::<__m512i, __m512bh>(bits));
+                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x.cast_signed()));
+                let weights = std::mem::transmute::<__m512i, __m512bh>(weights);
                 return Self(_mm512_dpbf16_ps(self.0, weights, x));
             }
             let first = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(weights));

@@ -140,7 +140,12 @@ impl Lanes for Portable {
     unsafe fn load_nibbles(from: *const u8) -> ([u8; 4 * LANES], [u8; 4 * LANES]) {
         // SAFETY: valid for sixty-four bytes by contract.
         let both = unsafe { Self::load_bytes(from) };
-        (both.map(|byte| byte & 15), both.map(|byte| byte >> 4))
+        let (mut low, mut high) = (both, both);
+        for i in 0..4 * LANES {
+            low[i] &= 15;
+            high[i] >>= 4;
+        }
+        (low, high)
     }
     #[inline(always)]
     unsafe fn zero() -> [i32; LANES] {

@@ -1,0 +1,88 @@
+"""Interleaved rounds: every case once a round, in an order that turns, so that a slow minute hits all of them alike."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .machine import IDLE_SHARE, Watch
+
+
+@dataclass
+class Case:
+    """One cell of a table. `run(round)` does the work and returns (value, details); `pids` are the servers it uses."""
+
+    key: str
+    run: Callable[[int], tuple[float, dict]]
+    pids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Results:
+    """Every value of every case, by key, in the order of the rounds: what the report reads and the JSON holds."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+    details: dict[str, list[dict]] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def median(self, key: str) -> float | None:
+        """The median of a case, or None when it was not measured."""
+        return statistics.median(self.values[key]) if self.values.get(key) else None
+
+    def ratio(self, ours: str, theirs: str) -> tuple[float, float, float] | None:
+        """(median, least, greatest) of the ratios within rounds, or of medians when the rounds do not pair up."""
+        a, b = self.values.get(ours), self.values.get(theirs)
+        if not a or not b:
+            return None
+        if len(a) != len(b):
+            ratio = statistics.median(a) / statistics.median(b)
+            return ratio, ratio, ratio
+        ratios = [x / y for x, y in zip(a, b)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+    def disturbed(self, key: str) -> bool:
+        """Whether others used the machine during any round of a case."""
+        return any(detail.get("disturbed") for detail in self.details.get(key, []))
+
+    def best(self, keys: list[str]) -> str | None:
+        """The key with the greatest median among those measured."""
+        measured = [key for key in keys if self.values.get(key)]
+        return max(measured, key=lambda key: self.median(key), default=None)
+
+
+def _measure(case: Case, number: int, watch: Watch) -> tuple[float, dict]:
+    """One measurement, taken again while others disturb it and tries are left; the least disturbed one."""
+    best: tuple[float, dict] | None = None
+    for _ in range(watch.tries):
+        before = watch.before()
+        with watch.during(case.pids) as span:
+            value, details = case.run(number)
+        figures = {"others_before": before, **span.figures, "disturbed": span.disturbance > IDLE_SHARE, **details}
+        if best is None or span.disturbance < least:
+            best, least = (value, figures), span.disturbance
+        if least <= IDLE_SHARE:
+            break
+    if best[1]["disturbed"]:
+        watch.warn(f"during {case.key}: others took {best[1]['foreign_cpu']:.0%}, the host stole {best[1]['stolen_cpu']:.0%}")
+    return best
+
+
+def interleave(group: str, cases: list[Case], rounds: int, watch: Watch, results: Results) -> None:
+    """Runs all cases `rounds` times, one at a time. A case that fails is dropped and its reason kept."""
+    print(f"== {group}: {len(cases)} cases, {rounds} rounds", flush=True)
+    alive = list(cases)
+    for number in range(rounds):
+        turn = number % max(1, len(alive))
+        for case in [*alive[turn:], *alive[:turn]]:
+            try:
+                value, details = _measure(case, number, watch)
+            except Exception as error:  # one peer's failure must not end the others' run; it is reported
+                results.failures[case.key] = f"{type(error).__name__}: {error}"
+                results.values.pop(case.key, None)
+                results.details.pop(case.key, None)
+                alive = [other for other in alive if other is not case]
+                print(f"  {case.key:44} FAILED {error}", flush=True)
+                continue
+            results.values.setdefault(case.key, []).append(value)
+            results.details.setdefault(case.key, []).append(details)
+            print(f"  {case.key:44} {value:10.1f}  others {details['foreign_cpu']:.0%}", flush=True)
