@@ -4,7 +4,7 @@ use axum::{
     Json,
     extract::{Request, State},
 };
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::{IntoParams, ToSchema};
 
@@ -13,13 +13,14 @@ use super::{
     body::refuse_unsupported,
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
     extract::{ApiPath, ApiQuery},
+    fine_tuning_objects::{
+        FineTuningCheckpoint, FineTuningCheckpointList, FineTuningEvent, FineTuningEventList, FineTuningJob,
+        FineTuningJobList,
+    },
     state::AppState,
     training::{body_and_retry, page_size},
 };
-use crate::service::{
-    EventRecord,
-    training::{CheckpointInfo, FineTuningRequest, HYPERPARAMETERS, JobInfo, Method},
-};
+use crate::service::training::{FineTuningRequest, JobInfo};
 
 const DEFAULT_PAGE: u32 = 20;
 
@@ -61,206 +62,6 @@ pub(super) struct FineTuningBody {
     /// Beyond OpenAI's fields: a prompt template for items without `messages`.
     #[schema(value_type = Option<Object>)]
     prompt: Option<Value>,
-}
-
-/// A job in OpenAI's words.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct FineTuningJob {
-    /// Its id.
-    id: String,
-    /// `fine_tuning.job`
-    object: &'static str,
-    /// Unix seconds.
-    created_at: i64,
-    /// Unix seconds of its end.
-    #[schema(required = true)]
-    finished_at: Option<i64>,
-    /// `validating_files`, `queued`, `running`, `paused`, `succeeded`, `failed` or `cancelled`.
-    status: &'static str,
-    /// The base's id.
-    model: String,
-    /// The adapter, once it is published.
-    #[schema(value_type = String, required = true, nullable = true)]
-    fine_tuned_model: Value,
-    /// Always empty: a job belongs to a tenant.
-    organization_id: &'static str,
-    /// Null for a job whose data came with its request.
-    #[schema(required = true)]
-    training_file: Option<String>,
-    /// Held-out items.
-    #[schema(required = true)]
-    validation_file: Option<String>,
-    /// Always empty: results are in the events.
-    result_files: [String; 0],
-    /// Of completions and demonstrations, once it has succeeded.
-    #[schema(value_type = i64, required = true, nullable = true)]
-    trained_tokens: Value,
-    /// `{"code", "message", "param"}` when it has failed.
-    #[schema(value_type = Object, required = true, nullable = true)]
-    error: Value,
-    /// `n_epochs`, `batch_size`, `learning_rate_multiplier`
-    #[schema(value_type = Object)]
-    hyperparameters: Value,
-    /// As in the request.
-    #[schema(value_type = Object)]
-    method: Value,
-    /// Of every random choice.
-    seed: u64,
-    /// Not known.
-    #[schema(required = true)]
-    estimated_finish: Option<i64>,
-    /// Always empty.
-    integrations: [String; 0],
-    /// What the owner wrote.
-    #[schema(value_type = Object)]
-    metadata: Map<String, Value>,
-}
-
-impl FineTuningJob {
-    fn of(info: JobInfo, base: &str) -> Self {
-        let spec = info.spec;
-        let status = match info.status.as_str() {
-            "validating" => "validating_files",
-            other => other,
-        };
-        let auto = |value: Option<Value>| value.unwrap_or_else(|| json!("auto"));
-        let theirs = json!({
-            "n_epochs": auto(spec.hyperparameters.epochs.map(|epochs| json!(epochs))),
-            "batch_size": auto(spec.hyperparameters.prompts_per_step.map(|prompts| json!(prompts))),
-            "learning_rate_multiplier": auto(multiplier(spec.hyperparameters.learning_rate, spec.method)),
-        });
-        let mut all = theirs.as_object().cloned().unwrap_or_default();
-        // Ours beside them, as they may be given.
-        if let Ok(Value::Object(ours)) = serde_json::to_value(&spec.hyperparameters) {
-            all.extend(ours.into_iter().filter(|(name, _)| !["epochs", "prompts_per_step"].contains(&name.as_str())));
-        }
-        let method = match spec.method {
-            Method::Sft => json!({"type": "supervised", "supervised": {"hyperparameters": all}}),
-            _ => json!({"type": "reinforcement", "reinforcement": {"grader": spec.grader, "hyperparameters": all}}),
-        };
-        Self {
-            id: info.id,
-            object: "fine_tuning.job",
-            created_at: info.created_at,
-            finished_at: info.finished_at,
-            status,
-            model: base.to_owned(),
-            fine_tuned_model: info.result["adapter"].clone(),
-            organization_id: "",
-            training_file: spec.training_file,
-            validation_file: spec.validation_file,
-            result_files: [],
-            trained_tokens: info.result["trained_tokens"].clone(),
-            error: info.error,
-            hyperparameters: theirs,
-            method,
-            seed: spec.seed,
-            estimated_finish: None,
-            integrations: [],
-            metadata: spec.metadata,
-        }
-    }
-}
-
-/// The learning rate in terms of the default one.
-fn multiplier(rate: Option<f64>, method: Method) -> Option<Value> {
-    let field = HYPERPARAMETERS.iter().find(|field| field.name == "learning_rate")?;
-    let default = (field.default)(method).as_f64()?;
-    rate.map(|rate| json!(rate / default))
-}
-
-/// A page of jobs.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct FineTuningJobList {
-    /// `list`
-    object: &'static str,
-    /// The newest first.
-    data: Vec<FineTuningJob>,
-    /// Are there more after the last one?
-    has_more: bool,
-}
-
-/// Something that happened to a job.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct FineTuningEvent {
-    /// Names the event for `after`.
-    id: String,
-    /// `fine_tuning.job.event`
-    object: &'static str,
-    /// Unix seconds.
-    created_at: i64,
-    /// `info`, `warn` or `error`.
-    level: String,
-    /// In words.
-    message: String,
-    /// `metrics` for a step, else `message`.
-    r#type: &'static str,
-    /// In numbers.
-    #[schema(value_type = Object)]
-    data: Value,
-}
-
-impl FineTuningEvent {
-    fn of(record: EventRecord, job: &str) -> Self {
-        Self {
-            id: format!("ftevent-{}-{}", job.trim_start_matches("ftjob-"), record.seq),
-            object: "fine_tuning.job.event",
-            created_at: record.created_at,
-            level: record.level,
-            message: record.message,
-            r#type: if record.kind == "step" { "metrics" } else { "message" },
-            data: serde_json::from_str(&record.data).unwrap_or_default(),
-        }
-    }
-}
-
-/// A page of events.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct FineTuningEventList {
-    /// `list`
-    object: &'static str,
-    /// The newest first.
-    data: Vec<FineTuningEvent>,
-    /// Are there more after the last one?
-    has_more: bool,
-}
-
-/// A checkpoint.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct FineTuningCheckpoint {
-    /// Its id.
-    id: String,
-    /// `fine_tuning.job.checkpoint`
-    object: &'static str,
-    /// Unix seconds.
-    created_at: i64,
-    /// What `model` names to run the checkpoint: its numbers travel in the name. Null for a scheme other than the default one.
-    #[schema(required = true)]
-    fine_tuned_model_checkpoint: Option<String>,
-    /// The job.
-    fine_tuning_job_id: String,
-    /// Of the step.
-    #[schema(value_type = Object)]
-    metrics: Value,
-    /// Steps done.
-    step_number: u64,
-}
-
-/// A page of checkpoints.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct FineTuningCheckpointList {
-    /// `list`
-    object: &'static str,
-    /// The newest first.
-    data: Vec<FineTuningCheckpoint>,
-    /// Are there more after the last one?
-    has_more: bool,
-    /// The first one's id.
-    #[schema(required = true)]
-    first_id: Option<String>,
-    /// The last one's id.
-    #[schema(required = true)]
-    last_id: Option<String>,
 }
 
 /// Which page.
@@ -444,17 +245,8 @@ pub(super) async fn list_checkpoints(
 ) -> ApiResult<Json<FineTuningCheckpointList>> {
     let limit = page_size(page.limit, DEFAULT_PAGE)? as usize;
     let infos = state.service.job_checkpoints(&caller, &id).await?;
-    let named = |step: u64| format!("ftckpt-{}-{step}", id.trim_start_matches("ftjob-"));
-    let object = |info: CheckpointInfo| FineTuningCheckpoint {
-        id: named(info.step),
-        object: "fine_tuning.job.checkpoint",
-        created_at: info.created_at,
-        fine_tuned_model_checkpoint: info.model,
-        fine_tuning_job_id: id.clone(),
-        metrics: info.metrics,
-        step_number: info.step,
-    };
-    let mut data: Vec<FineTuningCheckpoint> = infos.into_iter().map(object).collect();
+    let mut data: Vec<FineTuningCheckpoint> =
+        infos.into_iter().map(|info| FineTuningCheckpoint::of(info, &id)).collect();
     if let Some(after) = page.after {
         let at = data.iter().position(|checkpoint| checkpoint.id == after).map_or(data.len(), |at| at + 1);
         data.drain(..at);

@@ -12,7 +12,7 @@ use axum::{
 use futures::stream;
 use tokio::sync::watch;
 
-use super::{error::ApiError, training::EventObject};
+use super::{error::ApiError, job_objects::EventObject};
 use crate::{
     service::{Error, Service},
     tenant::Caller,

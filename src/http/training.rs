@@ -6,88 +6,29 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Map, Value};
-use utoipa::{
-    IntoParams, PartialSchema, ToSchema,
-    openapi::{
-        RefOr,
-        schema::{AdditionalProperties, ObjectBuilder, Schema, Type},
-    },
-};
+use utoipa::{IntoParams, ToSchema};
 
 use super::{
     auth::Auth,
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
     extract::{ApiPath, ApiQuery, parse_json, read_body, require_media_type},
     job_events,
+    job_objects::{
+        CheckpointList, CheckpointObject, EventList, EventObject, HyperparametersSchema, JobList, JobObject, SamplesList,
+        SamplesObject,
+    },
     state::AppState,
 };
 use crate::service::{
-    Error, EventRecord, SamplesRecord,
-    training::{
-        CheckpointInfo, DataSource, HYPERPARAMETERS, Hyperparameter, JobInfo, JobRetry, Method, Origin, TrainRequest,
-    },
+    Error,
+    training::{DataSource, JobRetry, Origin, TrainRequest},
 };
 
 /// Largest page, and what a page has when no size is asked for.
 const MAX_PAGE: u32 = 1000;
 const DEFAULT_PAGE: u32 = 100;
-
-/// Hyperparameters, as the table of the trainer describes them.
-pub(super) struct HyperparametersSchema;
-
-impl PartialSchema for HyperparametersSchema {
-    fn schema() -> RefOr<Schema> {
-        let mut object = ObjectBuilder::new().schema_type(Type::Object);
-        for field in HYPERPARAMETERS {
-            object = object.property(field.name, hyperparameter(field));
-        }
-        let words = "All optional. Unknown names are refused, and so are those that mean nothing to the method.";
-        object
-            .description(Some(words))
-            .additional_properties(Some(AdditionalProperties::<Schema>::FreeForm(false)))
-            .into()
-    }
-}
-
-impl ToSchema for HyperparametersSchema {
-    fn name() -> std::borrow::Cow<'static, str> {
-        "Hyperparameters".into()
-    }
-}
-
-fn hyperparameter(field: &Hyperparameter) -> Schema {
-    let default = |method: Method| match field.name {
-        // Steps are given unless epochs are.
-        "epochs" => Value::Null,
-        _ => (field.default)(method),
-    };
-    let first = field.methods.first().copied().unwrap_or(Method::Grpo);
-    let value = (field.default)(first);
-    let kind = match &value {
-        Value::Bool(_) => Type::Boolean,
-        Value::String(_) => Type::String,
-        Value::Number(number) if number.is_u64() => Type::Integer,
-        _ => Type::Number,
-    };
-    let mut words = field.about.to_owned();
-    for &method in field.methods.iter().filter(|method| default(**method) != default(first)) {
-        words += &format!(" For {} the default is {}.", method.name(), default(method));
-    }
-    let methods: Vec<&str> = field.methods.iter().map(|method| method.name()).collect();
-    if methods.len() < 3 {
-        words += &format!(" Only for {}.", methods.join(" and "));
-    }
-    let mut object = ObjectBuilder::new().schema_type(kind).description(Some(words));
-    if field.maximum > field.minimum {
-        object = object.minimum(Some(field.minimum)).maximum(Some(field.maximum));
-    }
-    if !default(first).is_null() {
-        object = object.default(Some(default(first)));
-    }
-    object.into()
-}
 
 /// A job to be made. Unknown top-level fields are ignored; unknown names inside `hyperparameters`, `scheme` and `grader` are refused.
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -157,242 +98,6 @@ impl From<TrainBody> for TrainRequest {
             origin: Origin::Adapters,
         }
     }
-}
-
-/// A training job.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct JobObject {
-    /// Its id.
-    #[schema(example = "ftjob-0198c0ffee0070008000000000000001")]
-    id: String,
-    /// `adapter.training_job`
-    object: &'static str,
-    /// The name that the adapter gets.
-    name: String,
-    /// `validating`, `queued`, `running`, `paused`, `succeeded`, `failed` or `cancelled`.
-    status: &'static str,
-    /// `grpo`, `es` or `sft`.
-    method: &'static str,
-    /// Steps reported.
-    step: u64,
-    /// Steps planned; 0 while that is not known.
-    steps: u64,
-    /// Unix seconds.
-    created_at: i64,
-    /// Unix seconds of its first start.
-    #[schema(required = true)]
-    started_at: Option<i64>,
-    /// Unix seconds of its end.
-    #[schema(required = true)]
-    finished_at: Option<i64>,
-    /// Of the last step: rewards, KL, entropy, lengths, differences of log-probs, gradient, learning rate, tokens a second.
-    #[schema(value_type = Object, required = true, nullable = true)]
-    metrics: Value,
-    /// `{"adapter", "generation", "steps", "end", "trained_tokens", "validation": {"zero": {"reward", "interval", "sampled", "n"}, "adapter": {..}, "gain": {..}}}` once it has
-    /// succeeded.
-    #[schema(value_type = Object, required = true, nullable = true)]
-    result: Value,
-    /// `{"code", "message", "param"}` when it has failed.
-    #[schema(value_type = Object, required = true, nullable = true)]
-    error: Value,
-    /// As given; what is missing has its default.
-    #[schema(value_type = HyperparametersSchema)]
-    hyperparameters: Value,
-    /// The scheme's description.
-    #[schema(value_type = Object)]
-    scheme: Value,
-    /// The grader's description.
-    #[schema(value_type = Object, required = true, nullable = true)]
-    grader: Value,
-    /// The adapter that it began with.
-    #[schema(required = true)]
-    init_from: Option<String>,
-    /// The file that the data came from.
-    #[schema(required = true)]
-    training_file: Option<String>,
-    /// The file that the validation data came from.
-    #[schema(required = true)]
-    validation_file: Option<String>,
-    /// Of every random choice.
-    seed: u64,
-    /// What the owner wrote.
-    #[schema(value_type = Object)]
-    metadata: Map<String, Value>,
-}
-
-impl From<JobInfo> for JobObject {
-    fn from(info: JobInfo) -> Self {
-        let JobInfo {
-            id,
-            name,
-            status,
-            step,
-            steps,
-            created_at,
-            started_at,
-            finished_at,
-            metrics,
-            result,
-            error,
-            spec,
-        } = info;
-        Self {
-            id,
-            object: "adapter.training_job",
-            name,
-            status: status.as_str(),
-            method: spec.method.name(),
-            step,
-            steps,
-            created_at,
-            started_at,
-            finished_at,
-            metrics,
-            result,
-            error,
-            // A struct of plain fields: it can be written.
-            hyperparameters: serde_json::to_value(&spec.hyperparameters).unwrap_or_default(),
-            scheme: spec.scheme,
-            grader: spec.grader.unwrap_or_default(),
-            init_from: spec.init_from,
-            training_file: spec.training_file,
-            validation_file: spec.validation_file,
-            seed: spec.seed,
-            metadata: spec.metadata,
-        }
-    }
-}
-
-/// A page of jobs.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct JobList {
-    /// `list`
-    object: &'static str,
-    /// The newest first.
-    data: Vec<JobObject>,
-    /// Are there more after the last one?
-    has_more: bool,
-}
-
-/// Something that happened to a job.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct EventObject {
-    /// 1, 2, ... without gaps; what `Last-Event-ID` and `after` name.
-    pub(super) id: u64,
-    /// `adapter.training_event`
-    pub(super) object: &'static str,
-    /// `status`, `step`, `checkpoint`, `notice`, `evaluation` or `result`.
-    pub(super) r#type: String,
-    /// `info`, `warn` or `error`.
-    pub(super) level: String,
-    /// In words.
-    pub(super) message: String,
-    /// In numbers: the metrics of a step, the new status, the result.
-    #[schema(value_type = Object)]
-    pub(super) data: Value,
-    /// Unix seconds.
-    pub(super) created_at: i64,
-}
-
-impl From<EventRecord> for EventObject {
-    fn from(record: EventRecord) -> Self {
-        Self {
-            id: record.seq,
-            object: "adapter.training_event",
-            r#type: record.kind,
-            level: record.level,
-            message: record.message,
-            data: serde_json::from_str(&record.data).unwrap_or_default(),
-            created_at: record.created_at,
-        }
-    }
-}
-
-/// A page of events.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct EventList {
-    /// `list`
-    object: &'static str,
-    /// The oldest first.
-    data: Vec<EventObject>,
-    /// Are there more after the last one, by now?
-    has_more: bool,
-}
-
-/// Where a run can go on from.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct CheckpointObject {
-    /// `adapter.training_checkpoint`
-    object: &'static str,
-    /// Steps done.
-    step: u64,
-    /// Of the step.
-    #[schema(value_type = Object)]
-    metrics: Value,
-    /// The numbers after it, rounded to bf16, in base64: they can be uploaded.
-    data: String,
-    /// What `model` names to run these numbers inside a request; null for a scheme other than the default one.
-    #[schema(required = true)]
-    model: Option<String>,
-    /// Unix seconds.
-    created_at: i64,
-}
-
-impl From<CheckpointInfo> for CheckpointObject {
-    fn from(info: CheckpointInfo) -> Self {
-        let CheckpointInfo { step, metrics, data, model, created_at } = info;
-        Self { object: "adapter.training_checkpoint", step, metrics, data, model, created_at }
-    }
-}
-
-/// The checkpoints that are kept.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct CheckpointList {
-    /// `list`
-    object: &'static str,
-    /// The newest first.
-    data: Vec<CheckpointObject>,
-    /// Always false: the list is whole.
-    has_more: bool,
-}
-
-/// Graded completions to look at.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct SamplesObject {
-    /// `adapter.training_samples`
-    object: &'static str,
-    /// After which step.
-    step: u64,
-    /// `training`, or of the evaluation: `zero`, `adapter`, `full_precision`.
-    phase: String,
-    /// `{"item", "line", "text", "reward", "parts", "tokens", "finished"}` each; in an evaluation `temperature` says which completions are greedy (0).
-    #[schema(value_type = Vec<Object>)]
-    samples: Value,
-    /// Unix seconds.
-    created_at: i64,
-}
-
-impl From<SamplesRecord> for SamplesObject {
-    fn from(record: SamplesRecord) -> Self {
-        Self {
-            object: "adapter.training_samples",
-            step: record.step,
-            phase: record.phase,
-            samples: serde_json::from_str(&record.samples).unwrap_or_default(),
-            created_at: record.created_at,
-        }
-    }
-}
-
-/// Samples of steps.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct SamplesList {
-    /// `list`
-    object: &'static str,
-    /// The newest step first.
-    data: Vec<SamplesObject>,
-    /// Are there more before the last one?
-    has_more: bool,
 }
 
 /// Which page.

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     adapter::{NumberType, codec},
     service::{Content, Error, ErrorKind, Upload},
-    store::{JobData, JobRecord, NewCheckpoint, OnConflict, Progress, Publication, StoreError},
+    store::{JobData, JobRecord, JobStatus, NewCheckpoint, OnConflict, Progress, Publication, StoreError},
     telemetry::JobLabels,
     tenant::{Caller, Role},
 };
@@ -114,6 +114,11 @@ pub(super) fn run(inner: &Arc<Inner>, job: JobRecord, stop: Stop) {
 }
 
 fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Leave> {
+    // An owner who stopped it between its claim and the worker's entry on the list found nobody to tell.
+    let now = inner.runtime.block_on(inner.store.job_status(&job.id)).map_err(lost)?;
+    if now != (JobStatus::Running, job.attempt) {
+        return Err(Leave::Lost);
+    }
     let spec: JobSpec = serde_json::from_str(&job.spec).map_err(Error::internal)?;
     if spec.fingerprint != inner.base.fingerprint.to_string() {
         let message = format!(
