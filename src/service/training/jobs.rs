@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{
     DataSource, JobSpec, PolicySource, TrainRequest, Training, TrainingConfig,
-    prepare::{build_described, inline_bytes, prepare},
+    prepare::{build_described, check_sizes, inline_bytes, prepare},
     report::event,
     spec::{Checked, hyper_error},
     worker::Saved,
@@ -210,10 +210,7 @@ impl Service {
                 (file, data)
             }
         };
-        if bytes.len() > config.data.bytes {
-            let message = format!("'{name}' has {} bytes; this server takes {}.", bytes.len(), config.data.bytes);
-            return Err(Error::invalid(name, message));
-        }
+        check_sizes(name, &bytes, config.data)?;
         Ok(Some(bytes))
     }
 

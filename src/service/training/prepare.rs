@@ -144,6 +144,29 @@ pub(super) fn inline_bytes(name: &str, value: Value, limits: Limits) -> Result<V
     }
 }
 
+/// The sizes of data and of its lines: what can be said at once, however much it is.
+///
+/// # Errors
+/// 400 that names the line.
+pub(super) fn check_sizes(name: &str, bytes: &[u8], limits: Limits) -> Result<(), Error> {
+    if bytes.len() > limits.bytes {
+        let message = format!("'{name}' has {} bytes; this server takes {}.", bytes.len(), limits.bytes);
+        return Err(Error::invalid(name, message));
+    }
+    if bytes.trim_ascii_start().first() == Some(&b'[') {
+        return Ok(()); // one list: its items' sizes were looked at where they came from, or are when it is read
+    }
+    let long = bytes.split(|&byte| byte == b'\n').enumerate().find(|(_, line)| line.len() > limits.line_bytes);
+    match long {
+        None => Ok(()),
+        Some((index, line)) => {
+            let (number, size, most) = (index + 1, line.len(), limits.line_bytes);
+            let message = format!("'{name}': line {number}: holds {size} bytes; a line has at most {most}.");
+            Err(Error::invalid(name, message))
+        }
+    }
+}
+
 /// Checks a file line by line before it is known what it will be used for: it must be readable either for reinforcement or as demonstrations. Items
 /// without `messages` may get their prompt from a job's template.
 ///
