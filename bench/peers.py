@@ -113,11 +113,12 @@ class Runner:
     # Servers
 
     def llama_servers(self, clients: int, context: int = 256) -> list[LlamaServer]:
-        """A llama-server for each format, with as many slots as clients and a LoRA for each."""
+        """Two llama-servers for each format, with as many slots as clients: one for the base alone, one with a LoRA for each client."""
         made = []
         for fmt in self.args.formats if self.llama else []:
-            log = self.logs / f"llama-server-{fmt}-{clients}.log"
-            made.append(LlamaServer(self.llama, fmt, self.formats[fmt], self.loras[:clients], clients, context, self.args.threads, log))
+            for loras in ([], self.loras[:clients]):
+                log = self.logs / f"llama-server-{fmt}-{clients}-{len(loras)}.log"
+                made.append(LlamaServer(self.llama, fmt, self.formats[fmt], loras, clients, context, self.args.threads, log))
         return made
 
     def mote_server(self, name: str = "mote", flags: tuple[str, ...] = (), adapters: int = 0) -> MoteServer:
@@ -177,7 +178,7 @@ class Runner:
     def forward(self) -> None:
         """Loads (b): batch-1 decode and prefill, with the tools and over HTTP; batch 32 at context 512."""
         args = self.args
-        servers: list[Server] = self.llama_servers(1, 1024)
+        servers: list[Server] = [server for server in self.llama_servers(1, 1024) if not server.adapters]
         variants = [("mote", [])] + ([("mote fast", args.mote_decode_flags)] if args.mote_decode_flags else [])
         if "mote" in args.only:
             servers += [self.mote_server(name, tuple(flags)) for name, flags in variants]

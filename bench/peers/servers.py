@@ -30,6 +30,7 @@ class Server:
     name = "server"
     health = "/health"
     adapters = 0  # how many can be named in a request: 0 .. adapters
+    base_apart = False  # whether another server, without adapters, measures the base
 
     def __init__(self, name: str, command: list, log: Path):
         self.name, self.log = name, log
@@ -96,6 +97,8 @@ class Server:
 
 class LlamaServer(Server):
     """llama-server with `loras` loaded and not applied; a request names the ones it wants."""
+
+    base_apart = True
 
     def __init__(self, llama, fmt: str, model: Path, loras: list[Path], slots: int, context: int, threads: int, log: Path):
         self.port = free_port()

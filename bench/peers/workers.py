@@ -16,6 +16,8 @@ from .rounds import Case
 class Worker:
     """One such process. It is stopped (SIGSTOP) between measurements. `batched`: whether it takes more than one row."""
 
+    base_apart = False
+
     def __init__(self, name: str, python: Path, arguments: list, adapters: int, batched: bool, logs: Path):
         self.name, self.adapters, self.batched = name, adapters, batched
         script = Path(__file__).with_name(f"worker_{arguments[0]}.py")

@@ -102,39 +102,29 @@ impl Weights {
 
     /// The last member of that set.
     fn nucleus(&mut self, scans: Scans, share: f64) -> (u32, f32) {
-        /// So few candidates are sorted sooner than scanned once more.
-        const FEW: usize = 512;
         /// More than any weight.
         const ABOVE_ALL: f32 = f32::from_bits(1f32.to_bits() + 1);
-        let Self { weights, maxima, sums, candidates: found } = self;
+        let Self { weights, maxima, sums, candidates } = self;
         let goal = share * sums.iter().sum::<f64>();
-        let mass_from = |bound: f32| scans.mass_from(weights, maxima, bound);
         // The weights from `high` on are too few, those from `low` on are enough. Most of the mass is usually in few weights, so this begins above.
-        let (mut high, mut above) = (ABOVE_ALL, (0.0, 0));
-        let (mut low, mut enough) = (0.25f32, mass_from(0.25));
-        while enough.0 < goal && low > 1e-12 {
-            (high, above) = (low, enough);
-            low *= 0.0625;
-            enough = mass_from(low);
-        }
-        if enough.0 < goal {
-            (high, above) = (ABOVE_ALL, (0.0, 0));
-            low = f32::MIN_POSITIVE;
-            enough = mass_from(low);
-        }
-        // Positive floats lie as their bits do: this halves the number of floats between the two.
-        while enough.1 - above.1 > FEW && high.to_bits() - low.to_bits() > 1 {
-            let middle = f32::from_bits(low.to_bits().midpoint(high.to_bits()));
-            let mass = mass_from(middle);
-            if mass.0 >= goal {
-                (low, enough) = (middle, mass);
-            } else {
-                (high, above) = (middle, mass);
+        let (mut high, mut above) = (ABOVE_ALL, 0.0);
+        let mut low = 0.25f32;
+        loop {
+            let mass = scans.mass_from(weights, maxima, low);
+            if mass >= goal {
+                break;
             }
+            if low < 1e-12 {
+                // Rounding, or a goal of nearly all.
+                (low, high, above) = (f32::MIN_POSITIVE, ABOVE_ALL, 0.0);
+                break;
+            }
+            (high, above) = (low, mass);
+            low *= 0.0625;
         }
-        found.clear();
-        scans.collect(weights, maxima, low, high, found);
-        last_within(found, goal - above.0)
+        candidates.clear();
+        scans.collect(weights, maxima, low, high, candidates);
+        last_within(candidates, low, high, goal - above)
     }
 
     /// The index at which the running sum of the weights passes `u` of the total, 0 <= u < 1. Never one of weight 0.
@@ -161,29 +151,35 @@ impl Weights {
     }
 }
 
-/// Of these (index, weight), in [`rank`] order, the one at which the running sum reaches the goal. Reorders them.
-fn last_within(found: &mut [(u32, f32)], mut goal: f64) -> (u32, f32) {
-    // Quickselect by weight: halve the part in which the border lies.
-    let mut rest = found;
-    while rest.len() > 32 {
-        let middle = rest.len() / 2;
-        rest.select_nth_unstable_by(middle, rank);
-        let (upper, lower) = rest.split_at_mut(middle);
-        let sum: f64 = upper.iter().map(|&(_, w)| f64::from(w)).sum();
-        rest = if sum >= goal {
-            upper
-        } else {
-            goal -= sum;
-            lower
-        };
+/// Of these (index, weight), in [`rank`] order, the one at which the running sum reaches the goal, or else the last. All weights are from `low` up to but
+/// without `high`. Forgets some of the others.
+fn last_within(candidates: &mut Vec<(u32, f32)>, low: f32, high: f32, mut goal: f64) -> (u32, f32) {
+    /// So few are sorted at once.
+    const FEW: usize = 64;
+    const BUCKETS: usize = 256;
+    if candidates.len() > FEW {
+        // Positive floats lie as their bits do: buckets of equal numbers of floats, and then only the one in which the border lies.
+        let width = (high.to_bits() - low.to_bits()).div_ceil(BUCKETS as u32);
+        let bucket = |weight: f32| ((weight.to_bits() - low.to_bits()) / width) as usize;
+        let mut masses = [0f64; BUCKETS];
+        candidates.iter().for_each(|&(_, weight)| masses[bucket(weight)] += f64::from(weight));
+        let mut border = 0;
+        for (at, &mass) in masses.iter().enumerate().rev().filter(|&(_, &mass)| mass > 0.0) {
+            border = at;
+            if mass >= goal {
+                break;
+            }
+            goal -= mass;
+        }
+        candidates.retain(|&(_, weight)| bucket(weight) == border);
     }
-    rest.sort_unstable_by(rank);
+    candidates.sort_unstable_by(rank);
     let mut sum = 0.0;
-    let border = rest.iter().position(|&(_, w)| {
-        sum += f64::from(w);
+    let border = candidates.iter().position(|&(_, weight)| {
+        sum += f64::from(weight);
         sum >= goal
     });
-    rest[border.unwrap_or(rest.len() - 1)]
+    candidates[border.unwrap_or(candidates.len() - 1)]
 }
 
 #[cfg(test)]

@@ -16,8 +16,8 @@ use super::{
     extract::{ApiPath, ApiQuery, parse_json, read_body, require_media_type},
     job_events,
     job_objects::{
-        CheckpointList, CheckpointObject, EventList, EventObject, HyperparametersSchema, JobList, JobObject, SamplesList,
-        SamplesObject,
+        CheckpointList, CheckpointObject, EventList, EventObject, HyperparametersSchema, JobList, JobObject,
+        SamplesList, SamplesObject,
     },
     state::AppState,
 };

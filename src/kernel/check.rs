@@ -13,7 +13,7 @@ pub(super) fn ensure(condition: bool, message: impl FnOnce() -> String) -> Resul
 }
 
 /// Facts about a batch that passed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct BatchFacts {
     /// Rank of the cores; None when the batch has none.
     pub(super) rank: Option<usize>,
@@ -31,8 +31,8 @@ pub(super) struct BatchFacts {
 
 /// Checks a batch once, so that no later operation of the step can go out of bounds because of it.
 ///
-/// Besides sizes this makes sure that no KV block is written by two sequences (or twice by one): two threads could write one slot.
-pub(super) fn check_batch(batch: &StepBatch) -> Result<BatchFacts, KernelError> {
+/// `written` is room that it uses. Besides sizes this makes sure that no KV block is written by two sequences (or twice by one): two threads could write one slot.
+pub(super) fn check_batch(batch: &StepBatch, written: &mut Vec<u32>) -> Result<BatchFacts, KernelError> {
     let rows = batch.rows();
     let per_row = |name: &str, len: usize| ensure(len == rows, || format!("{name}: {len} entries for {rows} rows"));
     per_row("positions", batch.positions.len())?;
@@ -43,7 +43,7 @@ pub(super) fn check_batch(batch: &StepBatch) -> Result<BatchFacts, KernelError> 
         })?;
     }
     let (rank, sites) = check_cores(batch)?;
-    let block_limit = check_sequences(batch)?;
+    let block_limit = check_sequences(batch, written)?;
     for (i, &row) in batch.logits_rows.iter().enumerate() {
         ensure((row as usize) < rows, || format!("logits_rows: row {row} of {rows}"))?;
         ensure(i == 0 || batch.logits_rows[i - 1] < row, || format!("logits_rows: not ascending at entry {i}"))?;
@@ -71,9 +71,9 @@ fn check_cores(batch: &StepBatch) -> Result<(Option<usize>, usize), KernelError>
 }
 
 /// Returns one more than the largest block number.
-fn check_sequences(batch: &StepBatch) -> Result<usize, KernelError> {
+fn check_sequences(batch: &StepBatch, written: &mut Vec<u32>) -> Result<usize, KernelError> {
     let mut next_row = 0;
-    let mut written = Vec::new();
+    written.clear();
     for (i, sequence) in batch.sequences.iter().enumerate() {
         ensure(sequence.first_row == next_row && sequence.rows > 0, || {
             format!(

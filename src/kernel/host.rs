@@ -92,8 +92,8 @@ scans! {
     /// `weights[i] = e^((values[i] - largest) * scale)`, and 0 for those under `floor`; with the maximum of every [`TILE`] and the sum of every
     /// [`STRETCH`] of them. The largest weight is 1.
     fn weigh(values: &[f32], largest: f32, scale: f32, floor: f32, weights: &mut [f32], maxima: &mut [f32], sums: &mut [f64]) = weigh;
-    /// The sum and the number of the weights that are at least `bound`, which is positive; `maxima` are those of [`Scans::weigh`].
-    fn mass_from(weights: &[f32], maxima: &[f32], bound: f32) -> (f64, usize) = mass_from;
+    /// The sum of the weights that are at least `bound`; `maxima` are those of [`Scans::weigh`].
+    fn mass_from(weights: &[f32], maxima: &[f32], bound: f32) -> f64 = mass_from;
     /// Adds (index, weight) of the weights from `low` up to but without `high`, in order.
     fn collect(weights: &[f32], maxima: &[f32], low: f32, high: f32, found: &mut Vec<(u32, f32)>) = collect;
     /// Sets to 0 every weight under `bound` and those after `index` that are equal to it; `sums` become those of what is left.
@@ -218,19 +218,16 @@ fn weigh(
 }
 
 #[inline(always)]
-fn mass_from(weights: &[f32], maxima: &[f32], bound: f32) -> (f64, usize) {
-    let (mut total, mut count) = (0.0, 0);
+fn mass_from(weights: &[f32], maxima: &[f32], bound: f32) -> f64 {
+    let mut total = 0.0;
     let mut kept = [0f32; TILE];
     for (tile, _) in weights.chunks(TILE).zip(maxima).filter(|&(_, &maximum)| maximum >= bound) {
-        let mut here = 0u32;
         for (kept, &weight) in kept.iter_mut().zip(tile) {
             *kept = if weight >= bound { weight } else { 0.0 };
-            here += u32::from(weight >= bound);
         }
         total += sum(&kept[..tile.len()]);
-        count += here as usize;
     }
-    (total, count)
+    total
 }
 
 #[inline(always)]
@@ -322,8 +319,7 @@ mod tests {
         wide.extend(&sums);
         let mut narrow = [tops, weights.clone(), maxima.clone()].concat();
         for bound in [1.0, 0.25, 1e-3, 1e-12] {
-            let (mass, count) = scans.mass_from(&weights, &maxima, bound);
-            wide.extend([mass, count as f64]);
+            wide.push(scans.mass_from(&weights, &maxima, bound));
             let mut found = Vec::new();
             scans.collect(&weights, &maxima, bound, 2.0 * bound, &mut found);
             narrow.extend(found.iter().flat_map(|&(at, weight)| [at as f32, weight]));
@@ -375,8 +371,7 @@ mod tests {
             let (bound, before) = (weights[last], weights.clone());
             let from = |bound: f32| before.iter().copied().enumerate().filter(move |&(_, weight)| weight >= bound);
             let naive: f64 = from(bound).map(|(_, weight)| f64::from(weight)).sum();
-            let (mass, count) = scans.mass_from(&weights, &maxima, bound);
-            prop_assert!((mass - naive).abs() <= 1e-12 * naive && count == from(bound).count());
+            prop_assert!((scans.mass_from(&weights, &maxima, bound) - naive).abs() <= 1e-12 * naive);
             let mut found = Vec::new();
             scans.collect(&weights, &maxima, bound, 0.7, &mut found);
             prop_assert!(found.iter().copied().eq(from(bound).filter(|&(_, w)| w < 0.7).map(|(at, w)| (at as u32, w))));

@@ -131,7 +131,7 @@ impl Backend for ReferenceBackend {
     }
 
     fn begin(&mut self, batch: &StepBatch) -> Result<StepBatch, KernelError> {
-        check_batch(batch)?;
+        check_batch(batch, &mut Vec::new())?;
         Ok(batch.clone())
     }
 
@@ -162,7 +162,7 @@ impl Backend for ReferenceBackend {
         epilogue: Epilogue,
         out: &mut ReferenceBuffer,
     ) -> Result<(), KernelError> {
-        let facts = check_batch(step)?;
+        let facts = check_batch(step, &mut Vec::new())?;
         ensure(x.width == linear.inputs, || format!("product: {} inputs, the linear has {}", x.width, linear.inputs))?;
         ensure(x.rows == step.rows(), || format!("product: {} rows of a step of {}", x.rows, step.rows()))?;
         let widths: Vec<usize> = linear.parts.iter().map(|part| part.outputs).collect();
@@ -209,7 +209,7 @@ impl Backend for ReferenceBackend {
         kv: &mut ReferenceKv,
         out: &mut ReferenceBuffer,
     ) -> Result<(), KernelError> {
-        let facts = check_batch(step)?;
+        let facts = check_batch(step, &mut Vec::new())?;
         let (heads, kv_heads, head_dim) = (attention.heads, attention.kv_heads, attention.head_dim);
         check_attend(&facts, attention, &kv.shape, layer, qkv.width, out.width)?;
         ensure(qkv.rows == step.rows(), || format!("attend: {} rows of a step of {}", qkv.rows, step.rows()))?;

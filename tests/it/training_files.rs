@@ -187,7 +187,8 @@ async fn supervised_as_openais_client_asks_for_it() {
     let tuned = done["fine_tuned_model"].as_str().unwrap().to_owned();
     assert!(tuned.starts_with("ft-"));
     // Going on from it; and as older clients write it, without a method.
-    let older = json!({"model": tuned, "training_file": file, "hyperparameters": {"n_epochs": 1, "max_completion_tokens": 16}});
+    let older =
+        json!({"model": tuned, "training_file": file, "hyperparameters": {"n_epochs": 1, "max_completion_tokens": 16}});
     let next = app.ok("/v1/fine_tuning/jobs", older).await;
     let next = app.ended(next["id"].as_str().unwrap()).await;
     assert_eq!((&next["status"], &next["init_from"]), (&json!("succeeded"), &json!(tuned)), "{next}");

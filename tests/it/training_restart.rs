@@ -84,7 +84,12 @@ async fn a_job_that_is_killed_anywhere_ends_as_one_that_was_not() {
             app.state.service.store.close().await;
             deaths += 1;
             app = start(&toy, Some(folder)).await;
-            while toy.calls.load(Ordering::SeqCst) < calls && app.job(&id).await["status"] != "succeeded" {
+            while toy.calls.load(Ordering::SeqCst) < calls {
+                let job = app.job(&id).await;
+                assert_ne!(job["status"], "failed", "{method}: {job}");
+                if job["status"] == "succeeded" {
+                    break;
+                }
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
@@ -178,7 +183,8 @@ async fn kill_9_changes_nothing() {
     });
     let wait = async |app: &support::TestApp, id: &str, until: &dyn Fn(&Value) -> bool| loop {
         let (_, job) = app.get(&format!("/adapters/train/{id}")).await;
-        if until(&job) || job["status"] == "failed" {
+        assert_ne!(job["status"], "failed", "{job}");
+        if until(&job) {
             return job;
         }
         tokio::time::sleep(Duration::from_millis(2)).await;

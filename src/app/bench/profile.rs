@@ -190,6 +190,9 @@ impl User {
         }
         let account = Account::between(&before, &self.reading());
         drop(sequences); // which cancels them
+        if account.steps == 0 {
+            return Err(AppError::Bench("the steps were over before they were measured: ask for more --steps".into()));
+        }
         while self.engine.stats().running.get() > 0 {
             std::thread::sleep(Duration::from_millis(1));
         }

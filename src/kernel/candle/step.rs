@@ -50,7 +50,7 @@ fn cache_slot(blocks: &[u32], position: usize) -> u32 {
 impl CandleStep {
     /// Checks a batch and copies it to the device.
     pub(super) fn new(batch: &StepBatch, device: &Device) -> Result<Self, KernelError> {
-        let facts = check_batch(batch)?;
+        let facts = check_batch(batch, &mut Vec::new())?;
         let data = if batch.rows() == 0 { None } else { Some(Rows::new(batch, &facts, device)?) };
         Ok(Self { facts, rows: batch.rows(), logits: batch.logits_rows.len(), data })
     }

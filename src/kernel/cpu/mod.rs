@@ -39,7 +39,6 @@ use self::{
     memory::{Arena, Shared},
     pool::Pool,
     product::{PrepareJob, ProductJob, RowScratch},
-    step::Mixing,
 };
 pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use super::{
@@ -56,8 +55,8 @@ pub struct CpuBackend {
     arena: Arena,
     /// The rows of a product, cut.
     tiles: Vec<Tile>,
-    /// Cores of the last step.
-    mixing: Arc<Mixing>,
+    /// The last step: its vectors serve the next one.
+    step: Arc<CpuStep>,
     /// Queries of an attention, turned and scaled.
     queries: Vec<f32>,
     /// One a thread.
@@ -98,7 +97,7 @@ impl CpuBackend {
             pool,
             arena: Arena::default(),
             tiles: Vec::new(),
-            mixing: Arc::default(),
+            step: Arc::default(),
             queries: Vec::new(),
             threads,
         })
@@ -166,7 +165,7 @@ impl Backend for CpuBackend {
     type Attention = AttentionSpec;
     type Kv = CpuKv;
     type Buffer = CpuBuffer;
-    type Step = CpuStep;
+    type Step = Arc<CpuStep>;
 
     fn linear(&self, parts: &[LinearPart<'_>], precision: Precision) -> Result<CpuLinear, KernelError> {
         CpuLinear::pack(&self.arena, parts, precision)
@@ -200,11 +199,17 @@ impl Backend for CpuBackend {
         Ok(CpuBuffer { width, rows: 0, data: Vec::new() })
     }
 
-    fn begin(&mut self, batch: &StepBatch) -> Result<CpuStep, KernelError> {
-        CpuStep::new(batch, &mut self.mixing)
+    fn begin(&mut self, batch: &StepBatch) -> Result<Arc<CpuStep>, KernelError> {
+        if Arc::get_mut(&mut self.step).is_none() {
+            self.step = Arc::default(); // somebody still holds the last one
+        }
+        if let Some(step) = Arc::get_mut(&mut self.step) {
+            step.fill(batch)?;
+        }
+        Ok(Arc::clone(&self.step))
     }
 
-    fn embed(&mut self, step: &CpuStep, table: &CpuTable, out: &mut CpuBuffer) -> Result<(), KernelError> {
+    fn embed(&mut self, step: &Arc<CpuStep>, table: &CpuTable, out: &mut CpuBuffer) -> Result<(), KernelError> {
         let width = table.width;
         ensure(out.width == width, || format!("embed: width {width} into {}", out.width))?;
         ensure(step.facts.token_limit <= table.vocab, || {
@@ -225,7 +230,7 @@ impl Backend for CpuBackend {
 
     fn product(
         &mut self,
-        step: &CpuStep,
+        step: &Arc<CpuStep>,
         linear: &CpuLinear,
         rows: Rows,
         norm: Option<&CpuNorm>,
@@ -261,7 +266,7 @@ impl Backend for CpuBackend {
         let (x, kernels, tiles, width) = (x.used(), self.kernels, &self.tiles[..], linear.width(epilogue));
         let jobs = |(room, mixed)| {
             let norm = norm.map(|norm| (&norm.weight[..], norm.epsilon));
-            let (mixing, slots) = (adapted.then_some(&*step.mixing), &step.slots[..]);
+            let (mixing, slots) = (adapted.then_some(&step.mixing), &step.slots[..]);
             let active = if adapted { &active[..] } else { &[] };
             let prepare = PrepareJob { kernels, linear, x, chosen, norm, tiles, room, mixing, slots, active, mixed };
             (prepare, ProductJob { kernels, linear, tiles, room, mixed, active, epilogue, out, width })
@@ -301,7 +306,7 @@ impl Backend for CpuBackend {
 
     fn attend(
         &mut self,
-        step: &CpuStep,
+        step: &Arc<CpuStep>,
         attention: &AttentionSpec,
         layer: usize,
         qkv: &CpuBuffer,

@@ -233,6 +233,13 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
             }
             // The panels of the next units follow at once: the first tile asks for them while it reads these.
             let ahead = if first + at_once < units.end { at_once * weights.panel_bytes() } else { 0 };
+            if ahead > 0 && !job.active.is_empty() {
+                let next = at_once.min(units.end - first - at_once);
+                for i in 0..job.panels_per_unit() * next {
+                    let up = job.linear.up.as_ptr().wrapping_add(job.linear.info[job.panel(first + at_once, i)].up);
+                    (0..KEPT).for_each(|row| T::Lanes::prefetch(up.wrapping_add(row * LANES).cast()));
+                }
+            }
             for (number, &tile) in tiles.iter().enumerate() {
                 let out = Tiles { data: tile_out.as_mut_ptr(), panel_stride: MAX_HEIGHT * LANES, add: false };
                 // SAFETY: at most four panels by twelve rows fit `tile_out`; the epilogue stays in these units' columns.
@@ -319,9 +326,12 @@ impl<'a, L: Lanes> Ending<'a, L> {
         unsafe {
             let up = &linear.up[info.up..info.up + info.rank * LANES];
             let mut kept = [L::splat(0.0); KEPT];
-            for (i, kept) in kept.iter_mut().enumerate() {
-                if i < info.rank {
-                    *kept = L::load(up[i * LANES..(i + 1) * LANES].as_ptr());
+            // A step of the base alone does not touch U: a line that is not in the cache costs more than the panel's end.
+            if !job.active.is_empty() {
+                for (i, kept) in kept.iter_mut().enumerate() {
+                    if i < info.rank {
+                        *kept = L::load(up[i * LANES..(i + 1) * LANES].as_ptr());
+                    }
                 }
             }
             let biased = !linear.bias.is_empty();

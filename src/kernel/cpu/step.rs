@@ -54,13 +54,14 @@ impl Mixing {
     }
 }
 
-/// A checked batch.
+/// A checked batch. Its vectors are filled anew step after step, and grow to the largest.
+#[derive(Default)]
 pub struct CpuStep {
     pub(super) facts: BatchFacts,
     pub(super) tokens: Vec<TokenId>,
     pub(super) positions: Vec<u32>,
     pub(super) slots: Vec<u32>,
-    pub(super) mixing: Arc<Mixing>,
+    pub(super) mixing: Mixing,
     pub(super) logits_rows: Vec<u32>,
     /// For every row [`Cores::active`] of its adapter, 0 on the base.
     pub(super) active: Vec<u32>,
@@ -75,49 +76,44 @@ pub struct CpuStep {
     pub(super) last: Vec<bool>,
     /// No sequence has more rows than a chunk: then no chunk needs the keys of another.
     pub(super) chunks_are_sequences: bool,
+    /// Room for the check of the batch.
+    written: Vec<u32>,
 }
 
 impl CpuStep {
-    /// Checks a batch and copies what a step needs of it. `mixing` is what the last step used, to be filled anew if nobody holds it any more.
-    pub(super) fn new(batch: &StepBatch, mixing: &mut Arc<Mixing>) -> Result<Self, KernelError> {
-        let facts = check_batch(batch)?;
-        if facts.adapted {
-            if Arc::get_mut(mixing).is_none() {
-                *mixing = Arc::default();
-            }
-            if let Some(mixing) = Arc::get_mut(mixing) {
-                mixing.gather(&batch.cores, facts.sites);
-            }
+    /// Checks a batch and copies what a step needs of it.
+    pub(super) fn fill(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+        self.facts = check_batch(batch, &mut self.written)?;
+        if self.facts.adapted {
+            self.mixing.gather(&batch.cores, self.facts.sites);
         }
         let active = |&slot: &u32| if slot == BASE_SLOT { 0 } else { batch.cores[slot as usize].active as u32 };
-        let active: Vec<u32> = batch.slots.iter().map(active).collect();
-        let mut step = Self {
-            facts,
-            tokens: batch.tokens.clone(),
-            positions: batch.positions.clone(),
-            slots: batch.slots.clone(),
-            mixing: Arc::clone(mixing),
-            logits_rows: batch.logits_rows.clone(),
-            logits_active: batch.logits_rows.iter().map(|&row| active[row as usize]).collect(),
-            active,
-            blocks: Vec::new(),
-            chunks: Vec::new(),
-            row_blocks: Vec::with_capacity(batch.rows()),
-            last: vec![false; batch.rows()],
-            chunks_are_sequences: batch.sequences.iter().all(|sequence| sequence.rows <= CHUNK_ROWS),
-        };
+        self.active.clear();
+        self.active.extend(batch.slots.iter().map(active));
+        self.logits_active.clear();
+        self.logits_active.extend(batch.logits_rows.iter().map(|&row| self.active[row as usize]));
+        self.tokens.clone_from(&batch.tokens);
+        self.positions.clone_from(&batch.positions);
+        self.slots.clone_from(&batch.slots);
+        self.logits_rows.clone_from(&batch.logits_rows);
+        self.blocks.clear();
+        self.chunks.clear();
+        self.row_blocks.clear();
+        self.last.clear();
+        self.last.resize(batch.rows(), false);
+        self.chunks_are_sequences = batch.sequences.iter().all(|sequence| sequence.rows <= CHUNK_ROWS);
         for sequence in &batch.sequences {
-            let blocks = step.blocks.len()..step.blocks.len() + sequence.blocks.len();
-            step.blocks.extend_from_slice(&sequence.blocks);
+            let blocks = self.blocks.len()..self.blocks.len() + sequence.blocks.len();
+            self.blocks.extend_from_slice(&sequence.blocks);
             for first in (0..sequence.rows).step_by(CHUNK_ROWS) {
                 let rows = CHUNK_ROWS.min(sequence.rows - first);
-                step.chunks.push(Chunk { first_row: sequence.first_row + first, rows, blocks: blocks.clone() });
+                self.chunks.push(Chunk { first_row: sequence.first_row + first, rows, blocks: blocks.clone() });
             }
             let positions = sequence.start..sequence.start + sequence.rows;
-            step.last[sequence.first_row + sequence.rows - 1] = true;
-            step.row_blocks.extend(positions.map(|position| sequence.blocks[position / BLOCK_TOKENS]));
+            self.last[sequence.first_row + sequence.rows - 1] = true;
+            self.row_blocks.extend(positions.map(|position| sequence.blocks[position / BLOCK_TOKENS]));
         }
-        Ok(step)
+        Ok(())
     }
 
     /// Rows of the step.

@@ -206,3 +206,33 @@ fn exp_is_within_two_ulp_and_keeps_nan() {
         assert_eq!(exp([0.0; 16])[0], 1.0, "{isa}");
     }
 }
+
+#[test]
+fn a_step_allocates_nothing_once_there_has_been_one_as_large() {
+    for precision in suite::PRECISIONS {
+        let mut backend = backend(Isa::available()[0], 1);
+        let group = Group { precision, ..groups().remove(0) };
+        let case = AttentionCase { heads: 4, kv_heads: 2, head_dim: 16, norms: true, precision, lengths: Vec::new() };
+        let (linear, attention) = (group.pack(&backend, 1), backend.attention(&case.spec()).unwrap());
+        let norm = backend.norm(&[0.5; 64], 1e-5).unwrap();
+        let weight = Weight::from_f32(41, 64, Random(3).units(41 * 64)).unwrap();
+        let table = backend.table(&weight, precision).unwrap();
+        let mut kv = backend.kv(KvShape { layers: 1, blocks: 41, kv_heads: 2, head_dim: 16 }, precision).unwrap();
+        let [mut x, mut qkv, mut out] = [64, 128, 64].map(|width| backend.buffer(width).unwrap());
+        let batch = rows_batch(&mixed_rows(41), vec![cores(7, 2, 3), cores(8, 2, 3)]);
+        let mut values = Vec::new();
+        let mut run = || {
+            let step = backend.begin(&batch).unwrap();
+            backend.embed(&step, &table, &mut x).unwrap();
+            let (all, store) = (Rows::All, Epilogue::Store);
+            backend.product(&step, &linear, all, Some(&norm), &x, store, &mut qkv).unwrap();
+            backend.attend(&step, &attention, 0, &qkv, &mut kv, &mut out).unwrap();
+            backend.read(&mut out, &mut values).unwrap();
+            values.len()
+        };
+        assert_eq!((run(), run()), (41 * 64, 41 * 64));
+        let before = crate::kernel::counting::allocations();
+        run();
+        assert_eq!(crate::kernel::counting::allocations(), before, "{precision:?}");
+    }
+}

@@ -125,9 +125,9 @@ impl Lanes for Portable {
     unsafe fn dot_pairs(self, weights: [u32; LANES], x: u32) -> Self {
         let (first, second) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
         let mut out = self;
-        for i in 0..LANES {
-            let sum = multiply_add(f32::from_bits(weights[i] << 16), first, out.0[i]);
-            out.0[i] = multiply_add(f32::from_bits(weights[i] & 0xffff_0000), second, sum);
+        for (sum, pair) in out.0.iter_mut().zip(weights) {
+            let one = multiply_add(f32::from_bits(pair << 16), first, *sum);
+            *sum = multiply_add(f32::from_bits(pair & 0xffff_0000), second, one);
         }
         out
     }
