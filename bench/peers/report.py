@@ -153,7 +153,7 @@ def markdown(results: Results, warnings: list[str]) -> str:
             "llama.cpp's threads spin on barriers, so that a busy neighbour costs it far more than its share. "
             f"First: {warnings[0]}."
         )
-    else:
+    elif measured:
         parts.append(f"The machine was idle during each of {measured} measurements.")
     parts.append(_targets_table(target_rows(results)))
     parts.append("The peer of a row is the fastest of all peers and formats measured, whatever its precision.")

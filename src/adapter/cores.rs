@@ -27,6 +27,14 @@ pub enum ExpandError {
     /// A frame of another scheme or model than the adapter's.
     #[error("the adapter's singular vectors are not of this model and scheme")]
     Frame,
+    /// Derivatives of other cores than the basis has.
+    #[error("{actual} derivatives for cores of {expected} numbers")]
+    Cores {
+        /// What the cores have.
+        expected: usize,
+        /// What was given.
+        actual: usize,
+    },
     /// Adapters that are mixed must be numbers of one scheme, frame and base.
     #[error("adapters can only be mixed within one scheme and base")]
     Mix,
@@ -49,7 +57,7 @@ struct ProjectionKey {
 }
 
 /// Projections of every targeted site, `[n, u, r, r]`.
-type Projections = Arc<Vec<f32>>;
+pub(super) type Projections = Arc<Vec<f32>>;
 
 /// Recently used projections, bounded by the values they hold: clients may send any number of schemes.
 #[derive(Debug, Default)]
@@ -87,9 +95,9 @@ impl ProjectionCache {
 /// Expands adapters on one model and basis.
 #[derive(Debug)]
 pub struct Expander {
-    sites: Sites,
-    basis: Arc<Basis>,
-    served: usize,
+    pub(super) sites: Sites,
+    pub(super) basis: Arc<Basis>,
+    pub(super) served: usize,
     projections: Mutex<ProjectionCache>,
 }
 
@@ -163,14 +171,7 @@ impl Expander {
                 None => core.copy_from_slice(of_group),
                 Some(p) => mix(of_group, &p[at.layer_idx * size * r * r..(at.layer_idx + 1) * size * r * r], &mut core),
             }
-            let s = &self.basis.sites[at.site].s;
-            for (entry, value) in core.iter_mut().enumerate() {
-                let (s_i, s_j) = (f64::from(s[entry / r]), f64::from(s[entry % r]));
-                *value *= match scheme.convention {
-                    Convention::Peft => s_i.sqrt() * s_j.sqrt(),
-                    Convention::Paper | Convention::LoraXs => s_i,
-                };
-            }
+            core.iter_mut().enumerate().for_each(|(entry, value)| *value *= self.stretch(scheme, at.site, entry));
             let out = &mut data[at.site * rank * rank..(at.site + 1) * rank * rank];
             match frame {
                 None => (0..r * r).for_each(|entry| out[entry / r * rank + entry % r] = core[entry] as f32),
@@ -184,8 +185,18 @@ impl Expander {
         Cores::new(rank, data)
     }
 
+    /// What singular values make of an entry (row-major, of `r * r`) of a site's core.
+    pub(super) fn stretch(&self, scheme: &Scheme, site: usize, entry: usize) -> f64 {
+        let s = &self.basis.sites[site].s;
+        let (s_i, s_j) = (f64::from(s[entry / scheme.rank]), f64::from(s[entry % scheme.rank]));
+        match scheme.convention {
+            Convention::Peft => s_i.sqrt() * s_j.sqrt(),
+            Convention::Paper | Convention::LoraXs => s_i,
+        }
+    }
+
     /// Drawn outside the lock: two threads may draw the same values, none waits for another's.
-    fn projections(&self, scheme: &Scheme) -> Option<Projections> {
+    pub(super) fn projections(&self, scheme: &Scheme) -> Option<Projections> {
         if scheme.convention == Convention::LoraXs {
             return None;
         }

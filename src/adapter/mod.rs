@@ -15,6 +15,7 @@ pub(crate) mod fixtures;
 mod frame;
 pub mod peft;
 mod projection;
+mod pullback;
 pub mod reference;
 mod registry;
 mod scheme;

@@ -51,6 +51,10 @@ pub(super) struct Prepared {
 
 /// Resolves and loads the files, and finds the basis.
 pub(super) fn prepare(model: &ModelArgs) -> Result<Prepared, AppError> {
+    if let Some(threads) = model.threads {
+        // The basis, fingerprints and gradients run on rayon's threads, which are as many as the kernels'. An error: somebody made them before, and they stay.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global();
+    }
     let sources = Sources::from_env();
     let resolved = sources.resolve(&model.model)?;
     let loaded = load(&resolved.path)?;

@@ -1,8 +1,11 @@
 //! The seam between the model and the machine.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
-use super::{StepBatch, weight::Weight};
+use candle_core::{Device, Tensor};
+
+use super::{Cores, StepBatch, weight::Weight};
+use crate::types::TokenId;
 
 /// Something the backend could not do: out of memory, a device error, a shape that does not fit.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +108,28 @@ pub struct KvShape {
     pub head_dim: usize,
 }
 
+/// One linear of a group as the gradient needs it, beside its weights ([`Backend::dense`]). Tensors are f32 on [`Backend::device`].
+#[derive(Debug, Clone)]
+pub struct DensePart {
+    /// Outputs.
+    pub outputs: usize,
+    /// `[outputs]`.
+    pub bias: Option<Tensor>,
+    /// None: no adapter touches this linear.
+    pub factors: Option<DenseFactors>,
+}
+
+/// U and V of a site, with the numbers that [`Backend::product`] multiplies with.
+#[derive(Debug, Clone)]
+pub struct DenseFactors {
+    /// Number of the site.
+    pub site: usize,
+    /// `[outputs, r]`.
+    pub u: Tensor,
+    /// `[inputs, r]`.
+    pub v: Tensor,
+}
+
 /// A machine that runs the parts of a step. Associated types are the backend's own layouts; the model never looks inside.
 pub trait Backend: Send {
     /// A packed group of frozen linears that share their input: q|k|v, o, gate|up, down, head.
@@ -165,6 +190,24 @@ pub trait Backend: Send {
     /// Brings a buffer's rows (as many as the last operation wrote) to the host, row-major, replacing what `out` held. What the buffer
     /// holds afterwards is unspecified: a backend on the host exchanges the two instead of copying megabytes of logits.
     fn read(&mut self, buffer: &mut Self::Buffer, out: &mut Vec<f32>) -> Result<(), KernelError>;
+    /// Where the tensors of [`Backend::dense`] and its like live, and so where a gradient is computed.
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+    /// Rows `outputs` of a group's weights (its parts after one another) as [`Backend::product`] multiplies with them, in f32: `[outputs, inputs]`. Under `cores`
+    /// the update is in them: `W + U C V^T`, added in f32.
+    ///
+    /// # Errors
+    /// Rows that the group does not have, cores of another rank or of too few sites.
+    fn dense(&self, linear: &Self::Linear, outputs: Range<usize>, cores: Option<&Cores>)
+    -> Result<Tensor, KernelError>;
+    /// The linears of a group, in order.
+    fn parts(&self, linear: &Self::Linear) -> Result<Vec<DensePart>, KernelError>;
+    /// What [`Backend::embed`] gives these tokens: f32 `[tokens, width]`.
+    ///
+    /// # Errors
+    /// A token that the table does not have.
+    fn embedding(&self, table: &Self::Table, tokens: &[TokenId]) -> Result<Tensor, KernelError>;
     /// Runs `work(0)`, ..., `work(items - 1)` in any order, on the backend's threads if it has any: work on the host between steps, such as
     /// sampling, without a second pool that fights for the same processors.
     fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {

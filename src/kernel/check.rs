@@ -1,6 +1,9 @@
 //! Whether a batch makes sense: the checks that every backend's `begin` shares.
 
-use super::{AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Epilogue, KernelError, KvShape, LinearPart, StepBatch};
+use std::ops::Range;
+
+use super::{AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Cores, Epilogue, KernelError, KvShape, LinearPart, StepBatch};
+use crate::types::TokenId;
 
 /// A [`KernelError::Shape`] with this message.
 pub(super) fn shape(message: impl Into<String>) -> KernelError {
@@ -194,6 +197,46 @@ pub(super) fn check_factors(facts: &BatchFacts, rank: usize, site: usize) -> Res
     let Some(cores) = facts.rank else { return Ok(()) };
     ensure(cores == rank, || format!("cores: rank {cores}, the linear of site {site} was packed with rank {rank}"))?;
     ensure(site < facts.sites, || format!("cores: {} sites, the linear is site {site}", facts.sites))
+}
+
+/// Checks what [`super::Backend::dense`] is asked for: rows of a group with so many outputs, under cores that fit its sites (number and rank each).
+pub(super) fn check_dense(
+    outputs: usize,
+    wanted: &Range<usize>,
+    cores: Option<&Cores>,
+    mut sites: impl Iterator<Item = (usize, usize)>,
+) -> Result<(), KernelError> {
+    ensure(wanted.start <= wanted.end && wanted.end <= outputs, || format!("dense: rows {wanted:?} of {outputs}"))?;
+    let Some(cores) = cores else { return Ok(()) };
+    sites.try_for_each(|(site, rank)| {
+        ensure(cores.rank == rank, || {
+            format!("cores: rank {}, the linear of site {site} has rank {rank}", cores.rank)
+        })?;
+        let size = rank * rank;
+        ensure((site + 1) * size <= cores.data.len(), || {
+            format!("cores: {} sites, the linear is site {site}", cores.data.len() / size.max(1))
+        })
+    })
+}
+
+/// Checks tokens that are to be embedded.
+pub(super) fn check_tokens(tokens: &[TokenId], vocab: usize) -> Result<(), KernelError> {
+    match tokens.iter().find(|&&token| token as usize >= vocab) {
+        Some(token) => Err(shape(format!("tokens: {token} is not below {vocab}"))),
+        None => Ok(()),
+    }
+}
+
+/// Adds an adapter's update to one row of a frozen matrix: `row += sum_j (sum_i u_i C_ij) v_j`, where `v` holds the `rank` vectors V^T one after another.
+pub(super) fn add_update(row: &mut [f32], u: impl Fn(usize) -> f32, core: &[f32], v: &[f32]) {
+    let rank = core.len().isqrt();
+    for (j, v) in v.chunks_exact(row.len()).enumerate() {
+        let factor: f64 = (0..rank).map(|i| f64::from(u(i)) * f64::from(core[i * rank + j])).sum();
+        if factor != 0.0 {
+            let factor = factor as f32;
+            row.iter_mut().zip(v).for_each(|(row, v)| *row += factor * v);
+        }
+    }
 }
 
 /// Checks that a step fits the attention of a layer and its cache.

@@ -84,6 +84,8 @@ macro_rules! scans {
     };
 }
 
+mod rows;
+
 scans! {
     /// The maximum of every [`TILE`] values, and of all. None if one of them is NaN or plus infinity, or if there is none. `tiles` has one place a tile.
     fn maxima(values: &[f32], tiles: &mut [f32]) -> Option<f32> = maxima;

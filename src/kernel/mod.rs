@@ -19,6 +19,7 @@ mod check;
 pub(crate) mod counting;
 pub mod cpu;
 pub mod host;
+mod matmul;
 pub mod reference;
 mod rounding;
 #[cfg(test)]
@@ -26,7 +27,11 @@ mod suite;
 mod timed;
 mod weight;
 
-pub use backend::{AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors};
+pub use backend::{
+    AttentionSpec, Backend, DenseFactors, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows,
+    SiteFactors,
+};
+pub use matmul::{Threads, matmul};
 pub use timed::{Clock, Part, Timed};
 pub use weight::Weight;
 

@@ -3,13 +3,20 @@
 //! Its numbers are what the other backends are held to. It rounds weights and cached keys and values exactly as the precision says,
 //! so that only the order and width of sums differ from a fast backend.
 
+use std::ops::Range;
+
+use candle_core::{Device, Tensor};
+
 use super::{
-    AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows,
-    StepBatch,
-    check::{check_attend, check_batch, check_factors, check_product, ensure, shape},
+    AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Backend, Cores, DenseFactors, DensePart, Epilogue, KernelError, KvShape,
+    LinearPart, Precision, Rows, StepBatch,
+    check::{
+        add_update, check_attend, check_batch, check_dense, check_factors, check_product, check_tokens, ensure, shape,
+    },
     rounding::{Layout, from_q4, from_q8, round_activations, round_bf16, round_kv, round_weights},
     weight::Weight,
 };
+use crate::types::TokenId;
 
 /// See the module.
 #[derive(Debug, Clone, Copy, Default)]
@@ -253,6 +260,53 @@ impl Backend for ReferenceBackend {
     fn read(&mut self, buffer: &mut ReferenceBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
         out.clone_from(&buffer.data);
         Ok(())
+    }
+
+    fn dense(
+        &self,
+        linear: &ReferenceLinear,
+        outputs: Range<usize>,
+        cores: Option<&Cores>,
+    ) -> Result<Tensor, KernelError> {
+        let all = linear.parts.iter().map(|part| part.outputs).sum();
+        let factors = linear.parts.iter().filter_map(|part| part.factors.as_ref());
+        check_dense(all, &outputs, cores, factors.map(|factors| (factors.site, factors.rank)))?;
+        let mut rows = Vec::new();
+        for part in &linear.parts {
+            for (output, weight) in part.weight.chunks(linear.inputs).enumerate() {
+                let mut row = weight.to_vec();
+                if let (Some(factors), Some(cores)) = (&part.factors, cores) {
+                    let u = |i| factors.u[output * factors.rank + i];
+                    add_update(&mut row, u, cores.site(factors.site), &factors.v);
+                }
+                rows.push(row);
+            }
+        }
+        let count = outputs.len();
+        Ok(Tensor::from_vec(rows[outputs].concat(), (count, linear.inputs), &Device::Cpu)?)
+    }
+
+    fn parts(&self, linear: &ReferenceLinear) -> Result<Vec<DensePart>, KernelError> {
+        let tensor = |values: &[f32], shape: (usize, usize)| Tensor::from_slice(values, shape, &Device::Cpu);
+        let of = |part: &Part| {
+            let factors = match &part.factors {
+                Some(Factors { site, rank, u, v }) => {
+                    let v = tensor(v, (*rank, linear.inputs))?.t()?.contiguous()?;
+                    Some(DenseFactors { site: *site, u: tensor(u, (part.outputs, *rank))?, v })
+                }
+                None => None,
+            };
+            let bias = part.bias.as_ref().map(|bias| Tensor::new(&bias[..], &Device::Cpu)).transpose()?;
+            Ok(DensePart { outputs: part.outputs, bias, factors })
+        };
+        linear.parts.iter().map(of).collect()
+    }
+
+    fn embedding(&self, table: &ReferenceTable, tokens: &[TokenId]) -> Result<Tensor, KernelError> {
+        check_tokens(tokens, table.vocab)?;
+        let row = |&token: &TokenId| &table.data[token as usize * table.width..][..table.width];
+        let rows: Vec<f32> = tokens.iter().flat_map(row).copied().collect();
+        Ok(Tensor::from_vec(rows, (tokens.len(), table.width), &Device::Cpu)?)
     }
 }
 

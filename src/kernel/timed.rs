@@ -1,6 +1,7 @@
 //! A backend that adds up how long each part of a step takes, for profiles.
 
 use std::{
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -8,9 +9,13 @@ use std::{
     time::Instant,
 };
 
+use candle_core::{Device, Tensor};
+
 use super::{
-    AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch, weight::Weight,
+    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
+    weight::Weight,
 };
+use crate::types::TokenId;
 
 /// The parts of a step, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -199,6 +204,22 @@ impl<B: Backend> Backend for Timed<B> {
         self.inner.read(buffer, out)?;
         self.ended(Part::Read, since);
         Ok(())
+    }
+
+    fn device(&self) -> Device {
+        self.inner.device()
+    }
+
+    fn dense(&self, linear: &B::Linear, outputs: Range<usize>, cores: Option<&Cores>) -> Result<Tensor, KernelError> {
+        self.inner.dense(linear, outputs, cores)
+    }
+
+    fn parts(&self, linear: &B::Linear) -> Result<Vec<DensePart>, KernelError> {
+        self.inner.parts(linear)
+    }
+
+    fn embedding(&self, table: &B::Table, tokens: &[TokenId]) -> Result<Tensor, KernelError> {
+        self.inner.embedding(table, tokens)
     }
 
     fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {

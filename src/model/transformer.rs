@@ -1,14 +1,20 @@
 //! One forward pass for the Llama and Qwen families, in terms of a [`Backend`].
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
-use super::{LayerWeights, Model, ModelError, ModelSpec, ModelWeights, rope};
+use candle_core::{Device, Tensor};
+
+use super::{
+    GradientJob, GradientTask, LayerWeights, Model, ModelError, ModelSpec, ModelWeights, Progress, gradient::Group,
+    rope,
+};
 use crate::{
     adapter::Basis,
     kernel::{
-        AttentionSpec, BLOCK_TOKENS, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, SiteFactors,
-        StepBatch, Weight,
+        AttentionSpec, BLOCK_TOKENS, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision,
+        Rows, SiteFactors, StepBatch, Weight,
     },
+    types::TokenId,
 };
 
 /// How to run a model.
@@ -63,9 +69,13 @@ pub struct Transformer<B: Backend> {
     backend: B,
     spec: ModelSpec,
     kv_blocks: usize,
+    max_positions: usize,
+    adaptable: bool,
     table: B::Table,
     layers: Vec<Layer<B>>,
     final_norm: B::Norm,
+    /// The same, for the gradient.
+    final_norm_values: Vec<f32>,
     head: B::Linear,
     kv: B::Kv,
     buffers: Buffers<B>,
@@ -79,6 +89,9 @@ struct Layer<B: Backend> {
     post_norm: B::Norm,
     gate_up: B::Linear,
     down: B::Linear,
+    /// Norms and attention as they were given: the gradient's own pass needs them.
+    norms: [Vec<f32>; 2],
+    attention_spec: AttentionSpec,
 }
 
 /// Activations of a step, reused.
@@ -132,6 +145,9 @@ impl<B: Backend> Transformer<B> {
         Ok(Self {
             kv: backend.kv(shape, kv_precision(precision))?,
             final_norm: backend.norm(&final_norm, spec.rms_eps)?,
+            final_norm_values: final_norm,
+            adaptable: factors.first().is_some_and(|factors| factors.rank > 0),
+            max_positions,
             head: packed_head,
             layers: packed,
             table,
@@ -211,6 +227,8 @@ impl<B: Backend> Layer<B> {
             post_norm: backend.norm(&weights.post_norm, spec.rms_eps)?,
             gate_up: group(4..6)?,
             down: group(6..7)?,
+            attention_spec: attention,
+            norms: [weights.input_norm, weights.post_norm],
         })
     }
 }
@@ -247,7 +265,76 @@ impl<B: Backend> Model for Transformer<B> {
         Ok(())
     }
 
+    fn begin_gradient(&self, job: GradientJob) -> Result<GradientTask, ModelError> {
+        GradientTask::new(self, job, self.max_positions)
+    }
+
+    fn advance_gradient(&mut self, task: &mut GradientTask, budget: u64) -> Result<Progress, ModelError> {
+        task.advance(self, budget)
+    }
+
     fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {
         self.backend.parallel(items, work);
+    }
+}
+
+/// The frozen numbers of a model, as the gradient's pass reads them; tensors are f32 on its device.
+pub(super) trait Frozen {
+    fn spec(&self) -> &ModelSpec;
+    fn device(&self) -> Device;
+    /// There are sites with U and V.
+    fn is_adaptable(&self) -> bool;
+    /// The norms before attention and before the MLP, and attention.
+    fn layer(&self, layer: usize) -> (&[f32], &[f32], &AttentionSpec);
+    /// A product's weights under an adapter, `[outputs, inputs]`, and its linears.
+    fn product(&self, layer: usize, group: Group, cores: &Cores) -> Result<(Tensor, Vec<DensePart>), KernelError>;
+    fn embedding(&self, tokens: &[TokenId]) -> Result<Tensor, KernelError>;
+    fn final_norm(&self) -> &[f32];
+    /// Rows of the head, `[rows, hidden]`.
+    fn head(&self, rows: Range<usize>) -> Result<Tensor, KernelError>;
+}
+
+impl<B: Backend> Frozen for Transformer<B> {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn device(&self) -> Device {
+        self.backend.device()
+    }
+
+    fn is_adaptable(&self) -> bool {
+        self.adaptable
+    }
+
+    fn layer(&self, layer: usize) -> (&[f32], &[f32], &AttentionSpec) {
+        let Layer { norms: [input, post], attention_spec, .. } = &self.layers[layer];
+        (input, post, attention_spec)
+    }
+
+    fn product(&self, layer: usize, group: Group, cores: &Cores) -> Result<(Tensor, Vec<DensePart>), KernelError> {
+        let layer = &self.layers[layer];
+        let linear = match group {
+            Group::Qkv => &layer.qkv,
+            Group::O => &layer.o,
+            Group::GateUp => &layer.gate_up,
+            Group::Down => &layer.down,
+        };
+        let parts = self.backend.parts(linear)?;
+        let outputs = parts.iter().map(|part| part.outputs).sum();
+        let cores = self.adaptable.then_some(cores);
+        Ok((self.backend.dense(linear, 0..outputs, cores)?, parts))
+    }
+
+    fn embedding(&self, tokens: &[TokenId]) -> Result<Tensor, KernelError> {
+        self.backend.embedding(&self.table, tokens)
+    }
+
+    fn final_norm(&self) -> &[f32] {
+        &self.final_norm_values
+    }
+
+    fn head(&self, rows: Range<usize>) -> Result<Tensor, KernelError> {
+        self.backend.dense(&self.head, rows, None)
     }
 }

@@ -1,11 +1,13 @@
 //! A group of linears as one product, and its adapters as three small ones.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::{step::CandleStep, upload};
 use crate::kernel::{
-    KernelError, LinearPart, Precision,
-    check::{check_factors, shape},
+    Cores, DenseFactors, DensePart, KernelError, LinearPart, Precision,
+    check::{check_dense, check_factors, shape},
 };
 
 /// A packed group of linears.
@@ -106,5 +108,53 @@ impl CandleLinear {
             });
         }
         y + Tensor::cat(&deltas, 1)?
+    }
+
+    /// See [`crate::kernel::Backend::dense`].
+    pub(super) fn dense(&self, outputs: Range<usize>, cores: Option<&Cores>) -> Result<Tensor, KernelError> {
+        let factors = self.parts.iter().filter_map(|part| part.factors.as_ref());
+        check_dense(self.outputs.iter().sum(), &outputs, cores, factors.map(|factors| (factors.site, factors.rank)))?;
+        let (mut pieces, mut first) = (Vec::new(), 0);
+        for part in &self.parts {
+            let range = outputs.start.max(first)..outputs.end.min(first + part.outputs);
+            if !range.is_empty() {
+                let weight = self.weight.narrow(0, range.start, range.len())?.to_dtype(DType::F32)?;
+                pieces.push(match (&part.factors, &self.down, cores) {
+                    (Some(factors), Some(down), Some(cores)) => {
+                        let rank = factors.rank;
+                        let core = Tensor::from_slice(cores.site(factors.site), (rank, rank), weight.device())?;
+                        let u = factors.up.narrow(1, range.start - first, range.len())?.t()?.contiguous()?;
+                        let v = down.narrow(1, factors.first, rank)?.t()?.contiguous()?;
+                        (weight + u.matmul(&core)?.matmul(&v)?)?
+                    }
+                    _ => weight,
+                });
+            }
+            first += part.outputs;
+        }
+        if pieces.is_empty() {
+            return Ok(Tensor::zeros((0, self.inputs), DType::F32, self.weight.device())?);
+        }
+        Ok(Tensor::cat(&pieces, 0)?)
+    }
+
+    /// See [`crate::kernel::Backend::parts`].
+    pub(super) fn dense_parts(&self) -> Result<Vec<DensePart>, KernelError> {
+        let mut first = 0;
+        let of = |part: &Part| {
+            let outputs = part.outputs;
+            let bias = self.bias.as_ref().map(|bias| bias.narrow(0, first, outputs)).transpose()?;
+            let factors = match (&part.factors, &self.down) {
+                (Some(factors), Some(down)) => Some(DenseFactors {
+                    site: factors.site,
+                    u: factors.up.t()?.contiguous()?,
+                    v: down.narrow(1, factors.first, factors.rank)?.contiguous()?,
+                }),
+                _ => None,
+            };
+            first += outputs;
+            Ok(DensePart { outputs, bias, factors })
+        };
+        self.parts.iter().map(of).collect()
     }
 }

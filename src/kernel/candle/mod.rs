@@ -10,6 +10,8 @@ mod step;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 pub use self::{
@@ -18,9 +20,11 @@ pub use self::{
     step::CandleStep,
 };
 use super::{
-    AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch, Weight,
-    check::{check_product, ensure},
+    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
+    Weight,
+    check::{check_product, check_tokens, ensure},
 };
+use crate::types::TokenId;
 
 /// See the module.
 pub struct CandleBackend {
@@ -193,5 +197,28 @@ impl Backend for CandleBackend {
             out.extend(data.flatten_all()?.to_vec1::<f32>()?);
         }
         Ok(())
+    }
+
+    fn device(&self) -> Device {
+        self.device.clone()
+    }
+
+    fn dense(
+        &self,
+        linear: &CandleLinear,
+        outputs: Range<usize>,
+        cores: Option<&Cores>,
+    ) -> Result<Tensor, KernelError> {
+        linear.dense(outputs, cores)
+    }
+
+    fn parts(&self, linear: &CandleLinear) -> Result<Vec<DensePart>, KernelError> {
+        linear.dense_parts()
+    }
+
+    fn embedding(&self, table: &CandleTable, tokens: &[TokenId]) -> Result<Tensor, KernelError> {
+        check_tokens(tokens, table.vocab)?;
+        let tokens = Tensor::new(tokens, &self.device)?;
+        Ok(table.data.index_select(&tokens, 0)?.to_dtype(DType::F32)?)
     }
 }

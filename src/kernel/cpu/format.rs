@@ -208,7 +208,7 @@ pub(super) trait Groups {
 impl Q8 {
     /// Where the integers begin.
     #[inline(always)]
-    fn integers(inputs: usize) -> usize {
+    pub(super) fn integers(inputs: usize) -> usize {
         (inputs.div_ceil(GROUP) * LANES * 2).next_multiple_of(WORD_LINE)
     }
 }
@@ -255,9 +255,9 @@ impl Groups for Q8 {
 
 impl Q4 {
     /// Where the parts of a group begin.
-    const MINIMA: usize = LANES * 2;
-    const INTEGERS: usize = LANES * 4;
-    const GROUP_BYTES: usize = Self::INTEGERS + GROUP / 2 * LANES;
+    pub(super) const MINIMA: usize = LANES * 2;
+    pub(super) const INTEGERS: usize = LANES * 4;
+    pub(super) const GROUP_BYTES: usize = Self::INTEGERS + GROUP / 2 * LANES;
 }
 
 impl Groups for Q4 {

@@ -1,4 +1,5 @@
 //! Packing a group of frozen linears.
+#![allow(unsafe_code)]
 
 use super::{
     format::{pack_bf16, pack_f32, pack_q4, pack_q8},
@@ -75,6 +76,12 @@ impl Panels {
     /// Bytes of each.
     pub(super) fn panel_bytes(&self) -> usize {
         self.panel_bytes
+    }
+
+    /// All bytes of a panel.
+    pub(super) fn bytes(&self, panel: usize) -> &[u8] {
+        // SAFETY: the region holds every panel, written when it was taken and only read since.
+        unsafe { std::slice::from_raw_parts(self.panel(panel), self.panel_bytes) }
     }
 
     /// The first byte of a panel.

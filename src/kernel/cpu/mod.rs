@@ -9,6 +9,7 @@
 //! | `tile` | the register tile: one chain of additions an output |
 //! | `linear`, `product` | packing; norm, product, adapter and epilogue |
 //! | `attention` | the paged cache and the walk over it |
+//! | `unpack` | panels back to rows, for the gradient |
 //! | `memory`, `pool` | huge pages for weights; threads |
 #![allow(unsafe_code)]
 
@@ -27,9 +28,11 @@ mod step;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod unpack;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
+use candle_core::{Device, Tensor};
 use half::bf16;
 
 use self::{
@@ -42,9 +45,11 @@ use self::{
 };
 pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use super::{
-    AttentionSpec, Backend, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch, Weight,
-    check::{check_attend, check_factors, check_product, ensure, shape},
+    AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
+    Weight,
+    check::{check_attend, check_factors, check_product, check_tokens, ensure, shape},
 };
+use crate::types::TokenId;
 
 /// See the module.
 pub struct CpuBackend {
@@ -348,6 +353,28 @@ impl Backend for CpuBackend {
         out.truncate(buffer.rows * buffer.width);
         buffer.rows = 0;
         Ok(())
+    }
+
+    fn dense(&self, linear: &CpuLinear, outputs: Range<usize>, cores: Option<&Cores>) -> Result<Tensor, KernelError> {
+        linear.dense(outputs, cores)
+    }
+
+    fn parts(&self, linear: &CpuLinear) -> Result<Vec<DensePart>, KernelError> {
+        linear.dense_parts()
+    }
+
+    fn embedding(&self, table: &CpuTable, tokens: &[TokenId]) -> Result<Tensor, KernelError> {
+        check_tokens(tokens, table.vocab)?;
+        let width = table.width;
+        let mut rows = Vec::with_capacity(tokens.len() * width);
+        for token in tokens {
+            let at = *token as usize * width;
+            match &table.data {
+                TableData::F32(data) => rows.extend_from_slice(&data[at..at + width]),
+                TableData::Bf16(data) => rows.extend(data[at..at + width].iter().map(|value| value.to_f32())),
+            }
+        }
+        Ok(Tensor::from_vec(rows, (tokens.len(), width), &Device::Cpu)?)
     }
 
     fn parallel(&mut self, items: usize, work: &(dyn Fn(usize) + Sync)) {

@@ -2,6 +2,7 @@
 
 mod gguf_tokenizer;
 mod golden;
+mod gradient;
 mod invariants;
 mod loading;
 mod smollm2;

@@ -20,7 +20,7 @@ fn cases() -> Vec<Case> {
 }
 
 /// Pulls the model if it is not cached.
-fn model() -> LoadedModel {
+pub(super) fn model() -> LoadedModel {
     let resolved = Sources::from_env().resolve(DEFAULT_MODEL).unwrap();
     assert_eq!(resolved.name, "smollm2-135m");
     load(&resolved.path).unwrap()

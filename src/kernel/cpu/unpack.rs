@@ -1,0 +1,210 @@
+//! Panels back to rows: what the kernels multiply with, exactly, for the gradient.
+
+use std::ops::Range;
+
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::{
+    format::{GROUP_WORDS, Q4, Q8, WORD_LINE},
+    lanes::LANES,
+    linear::{CpuLinear, Panels},
+};
+use crate::kernel::{
+    Cores, DenseFactors, DensePart, KernelError,
+    check::{add_update, check_dense},
+    rounding::{GROUP, Layout},
+};
+
+/// A panel, the first of its outputs that are wanted, and where they go, row after row.
+type Piece<'a> = (usize, usize, &'a mut [f32]);
+
+impl CpuLinear {
+    /// See [`crate::kernel::Backend::dense`]. Panels are unpacked side by side on rayon's threads.
+    pub(super) fn dense(&self, outputs: Range<usize>, cores: Option<&Cores>) -> Result<Tensor, KernelError> {
+        let sites = self.parts.iter().map(|part| (part.site, part.rank));
+        check_dense(self.outputs.iter().sum(), &outputs, cores, sites)?;
+        let inputs = self.inputs;
+        let down = cores.map(|_| self.down_rows()).unwrap_or_default();
+        let mut rows = vec![0f32; outputs.len() * inputs];
+        let unpack = |(panel, lane, rows): Piece<'_>| {
+            unpack(&self.weights, panel, lane, inputs, rows);
+            let (info, Some(cores)) = (&self.info[panel], cores) else { return };
+            let adapted = self.parts.iter().find(|part| info.rank > 0 && part.mixed == info.mixed);
+            let Some(part) = adapted else { return };
+            let v = &down[part.mixed * inputs..(part.mixed + part.rank) * inputs];
+            for (lane, row) in (lane..).zip(rows.chunks_exact_mut(inputs)) {
+                add_update(row, |i| self.up[info.up + i * LANES + lane], cores.site(part.site), v);
+            }
+        };
+        self.pieces(&outputs, &mut rows).into_par_iter().for_each(unpack);
+        Ok(Tensor::from_vec(rows, (outputs.len(), inputs), &Device::Cpu)?)
+    }
+
+    /// See [`crate::kernel::Backend::parts`].
+    pub(super) fn dense_parts(&self) -> Result<Vec<DensePart>, KernelError> {
+        let (inputs, down) = (self.inputs, self.down_rows());
+        let mut adapted = self.parts.iter();
+        let mut panel = 0;
+        let mut of = |&outputs: &usize| {
+            let panels = panel..panel + outputs.div_ceil(LANES);
+            panel = panels.end;
+            let lanes = |width: usize| (0..outputs).map(move |output| (output / LANES, output % LANES * width));
+            let bias = (!self.bias.is_empty()).then(|| {
+                let bias = &self.bias[panels.start * LANES..];
+                lanes(1).map(|(panel, lane)| bias[panel * LANES + lane]).collect::<Vec<f32>>()
+            });
+            let rank = self.info[panels.start].rank;
+            let factors = match if rank > 0 { adapted.next() } else { None } {
+                Some(part) => {
+                    let row = |(panel, lane): (usize, usize)| {
+                        let up = self.info[panels.start + panel].up;
+                        (0..rank).map(move |i| self.up[up + i * LANES + lane])
+                    };
+                    let u: Vec<f32> = lanes(1).flat_map(row).collect();
+                    let v = down[part.mixed * inputs..(part.mixed + rank) * inputs].to_vec();
+                    Some(DenseFactors {
+                        site: part.site,
+                        u: Tensor::from_vec(u, (outputs, rank), &Device::Cpu)?,
+                        v: Tensor::from_vec(v, (rank, inputs), &Device::Cpu)?.t()?.contiguous()?,
+                    })
+                }
+                None => None,
+            };
+            let bias = bias.map(|bias| Tensor::new(bias, &Device::Cpu)).transpose()?;
+            Ok(DensePart { outputs, bias, factors })
+        };
+        self.outputs.iter().map(&mut of).collect()
+    }
+
+    /// V^T of all adapted parts, `[down_rows, inputs]`.
+    fn down_rows(&self) -> Vec<f32> {
+        let mut rows = vec![0f32; self.down_rows * self.inputs];
+        for (panel, rows) in rows.chunks_mut((LANES * self.inputs).max(1)).enumerate() {
+            unpack(&self.down, panel, 0, self.inputs, rows);
+        }
+        rows
+    }
+
+    /// Cuts room for some outputs at the borders of panels.
+    fn pieces<'a>(&self, outputs: &Range<usize>, mut room: &'a mut [f32]) -> Vec<Piece<'a>> {
+        let mut pieces = Vec::new();
+        for (panel, info) in self.info.iter().enumerate() {
+            let wanted = outputs.start.max(info.column)..outputs.end.min(info.column + info.columns);
+            if !wanted.is_empty() {
+                let (rows, rest) = std::mem::take(&mut room).split_at_mut(wanted.len() * self.inputs);
+                room = rest;
+                pieces.push((panel, wanted.start - info.column, rows));
+            }
+        }
+        pieces
+    }
+}
+
+/// Outputs `lane..` of a panel, as many as there is room for: the inverse of [`super::format`]'s packers.
+fn unpack(panels: &Panels, panel: usize, lane: usize, inputs: usize, rows: &mut [f32]) {
+    let bytes = panels.bytes(panel);
+    for (output, row) in (lane..).zip(rows.chunks_exact_mut(inputs)) {
+        match panels.layout {
+            Layout::F32 => {
+                let value = |at: usize| f32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+                row.iter_mut().enumerate().for_each(|(k, w)| *w = value(4 * (k * LANES + output)));
+            }
+            Layout::Bf16 => {
+                let value = |at: usize| bf16::from_bits(u16_at(bytes, at)).to_f32();
+                row.iter_mut().enumerate().for_each(|(k, w)| *w = value(2 * ((k / 2 * LANES + output) * 2 + k % 2)));
+            }
+            Layout::Q8 => unpack_q8(bytes, output, row),
+            Layout::Q4 => unpack_q4(bytes, output, row),
+        }
+    }
+}
+
+/// One output of a panel of 8-bit integers.
+fn unpack_q8(bytes: &[u8], output: usize, row: &mut [f32]) {
+    let (scales, integers) = bytes.split_at(Q8::integers(row.len()));
+    for (group, row) in row.chunks_mut(GROUP).enumerate() {
+        let scale = f16::from_bits(u16_at(scales, 2 * (group * LANES + output))).to_f32();
+        let words = &integers[group * GROUP_WORDS * WORD_LINE..][..GROUP_WORDS * WORD_LINE];
+        for (word, fours) in row.chunks_mut(4).enumerate() {
+            let ints = &words[word * WORD_LINE + 4 * output..][..4];
+            fours.iter_mut().zip(ints).for_each(|(w, int)| *w = scale * f32::from(i16::from(*int) - 128));
+        }
+    }
+}
+
+/// One output of a panel of 4-bit integers.
+fn unpack_q4(bytes: &[u8], output: usize, row: &mut [f32]) {
+    for (group, row) in row.chunks_mut(GROUP).enumerate() {
+        let bytes = &bytes[group * Q4::GROUP_BYTES..][..Q4::GROUP_BYTES];
+        let scale = f16::from_bits(u16_at(bytes, 2 * output)).to_f32();
+        let min = f16::from_bits(u16_at(bytes, Q4::MINIMA + 2 * output)).to_f32();
+        for (word, fours) in row.chunks_mut(4).enumerate() {
+            let ints = &bytes[Q4::INTEGERS + word / 2 * WORD_LINE + 4 * output..][..4];
+            let shift = 4 * (word % 2);
+            fours.iter_mut().zip(ints).for_each(|(w, int)| *w = scale * f32::from(int >> shift & 15) + min);
+        }
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_ne_bytes([bytes[at], bytes[at + 1]])
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::kernel::{
+        Backend, DensePart,
+        cpu::{CpuBackend, Isa},
+        reference::ReferenceBackend,
+        suite::{Group, PRECISIONS, cores, groups},
+    };
+
+    fn rows(tensor: &candle_core::Tensor) -> Vec<u32> {
+        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        values.into_iter().map(f32::to_bits).collect()
+    }
+
+    fn describe(part: &DensePart) -> (usize, Option<Vec<u32>>, Option<(usize, Vec<u32>, Vec<u32>)>) {
+        let factors = part.factors.as_ref().map(|factors| (factors.site, rows(&factors.u), rows(&factors.v)));
+        (part.outputs, part.bias.as_ref().map(rows), factors)
+    }
+
+    /// The reference holds what its product multiplies with as plain rows, and products of both are held to each other.
+    #[test]
+    fn panels_come_back_as_the_numbers_of_the_reference() {
+        let backend = CpuBackend::new(1, Some(Isa::Portable)).unwrap();
+        for (number, group) in groups().into_iter().enumerate() {
+            for precision in PRECISIONS {
+                let group = Group { precision, ..group.clone() };
+                let (linear, slow) =
+                    (group.pack(&backend, number as u64), group.pack(&ReferenceBackend, number as u64));
+                let all: usize = group.outputs.iter().sum();
+                let cores = (group.rank > 0).then(|| cores(5, group.rank, 3));
+                for outputs in [0..all, 0..0, all / 3..all, all / 2..all / 2 + 1, 0..all.min(17)] {
+                    for cores in [None, cores.as_deref()] {
+                        let ours = backend.dense(&linear, outputs.clone(), cores).unwrap();
+                        let theirs = ReferenceBackend.dense(&slow, outputs.clone(), cores).unwrap();
+                        assert_eq!(ours.dims(), [outputs.len(), group.inputs]);
+                        assert_eq!(rows(&ours), rows(&theirs), "{group:?} {outputs:?}");
+                    }
+                }
+                let (ours, theirs) = (backend.parts(&linear).unwrap(), ReferenceBackend.parts(&slow).unwrap());
+                let ours: Vec<_> = ours.iter().map(describe).collect();
+                assert_eq!(ours, theirs.iter().map(describe).collect::<Vec<_>>(), "{group:?}");
+                assert!(backend.dense(&linear, 0..all + 1, None).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn cores_that_do_not_fit_are_refused() {
+        let backend = CpuBackend::new(1, Some(Isa::Portable)).unwrap();
+        let linear = groups()[0].pack(&backend, 1);
+        let dense = |rank, sites| backend.dense(&linear, 0..1, Some(&cores(1, rank, sites))).map(|_| ());
+        assert!(dense(2, 3).is_ok());
+        assert!(dense(3, 3).unwrap_err().to_string().contains("rank 3"));
+        assert!(dense(2, 2).unwrap_err().to_string().contains("2 sites"));
+    }
+}
