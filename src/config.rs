@@ -68,6 +68,45 @@ pub struct ServeArgs {
     /// Where state lives.
     #[command(flatten)]
     pub state: StateArgs,
+    /// Limits of training.
+    #[command(flatten)]
+    pub training: TrainingArgs,
+}
+
+/// Limits of training.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Training")]
+pub struct TrainingArgs {
+    /// Training jobs that run at once; 0 turns training off.
+    #[arg(long, env = "MOTE_TRAIN_JOBS", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub train_jobs: u32,
+    /// Training jobs of one tenant that run at once.
+    #[arg(long, env = "MOTE_TRAIN_JOBS_PER_TENANT", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub train_jobs_per_tenant: u32,
+    /// Training jobs of one tenant under way (queued, running or paused); one more is answered 429.
+    #[arg(long, env = "MOTE_TRAIN_QUEUE_PER_TENANT", value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub train_queue_per_tenant: u32,
+    /// Training jobs of all tenants under way; one more is answered 429 queue_full.
+    #[arg(long, env = "MOTE_TRAIN_QUEUE", value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub train_queue: u32,
+    /// Steps of a training job at most.
+    #[arg(long, env = "MOTE_TRAIN_MAX_STEPS", value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub train_max_steps: u32,
+    /// Checkpoints of a training job that are kept.
+    #[arg(long, env = "MOTE_TRAIN_CHECKPOINTS", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub train_checkpoints: u32,
+    /// Largest data set (a file of /v1/files, or a job's own) in MiB; a line has at most 1 MiB.
+    #[arg(long, env = "MOTE_MAX_FILE_MB", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub max_file_mb: u32,
+    /// All files of a tenant together in MiB.
+    #[arg(long, env = "MOTE_MAX_FILES_MB_PER_TENANT", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub max_files_mb_per_tenant: u32,
+    /// Hosts that remote graders may be on, separated by commas: `grader.example.org`, `*.example.org`, `grader.example.org:8443`. Only https, and never a private address [default: none].
+    #[arg(long, env = "MOTE_GRADER_HOSTS", value_name = "HOSTS", value_delimiter = ',')]
+    pub grader_hosts: Vec<String>,
+    /// Calls of one job to a remote grader at once.
+    #[arg(long, env = "MOTE_GRADER_CONCURRENCY", value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub grader_concurrency: u16,
 }
 
 /// Which model, and on what.

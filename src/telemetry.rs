@@ -37,6 +37,13 @@ pub struct TokenLabels {
     pub kind: &'static str,
 }
 
+/// How a training job ended.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct JobLabels {
+    /// `succeeded`, `failed` or `cancelled`.
+    pub status: &'static str,
+}
+
 /// Counters of the server; the engine keeps its own and is asked on each scrape.
 #[derive(Debug)]
 pub struct Metrics {
@@ -50,6 +57,12 @@ pub struct Metrics {
     pub cached_tokens: Counter,
     /// `mote_time_to_first_text_seconds`
     pub first_text_seconds: Histogram,
+    /// `mote_training_jobs_total`: of jobs that a worker brought to their end.
+    pub train_jobs: Family<JobLabels, Counter>,
+    /// `mote_training_steps_total`
+    pub train_steps: Counter,
+    /// `mote_training_tokens_total`: of completions and demonstrations.
+    pub train_tokens: Counter,
 }
 
 fn seconds() -> Histogram {
@@ -64,6 +77,9 @@ impl Default for Metrics {
             tokens: Family::default(),
             cached_tokens: Counter::default(),
             first_text_seconds: seconds(),
+            train_jobs: Family::default(),
+            train_steps: Counter::default(),
+            train_tokens: Counter::default(),
         }
     }
 }
@@ -87,6 +103,13 @@ impl Metrics {
             "mote_time_to_first_text_seconds",
             "Time from the arrival of a completion to the first text for its client; without a stream that is all of it",
             self.first_text_seconds.clone(),
+        );
+        registry.register("mote_training_jobs", "Training jobs by how they ended", self.train_jobs.clone());
+        registry.register("mote_training_steps", "Steps of training jobs", self.train_steps.clone());
+        registry.register(
+            "mote_training_tokens",
+            "Tokens of completions and demonstrations in training",
+            self.train_tokens.clone(),
         );
     }
 }

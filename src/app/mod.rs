@@ -15,15 +15,21 @@ pub use state::{create_key, export_adapter, list_adapters, list_keys, open_store
 
 use crate::{
     adapter::BasisError,
-    config::{HttpArgs, ServeArgs},
+    config::{HttpArgs, ServeArgs, TrainingArgs},
     engine::{Handle, Health, StartError},
     http::{self, AppState, AuthMode, Limits},
     kernel::KernelError,
     model::ModelError,
-    service::Service,
+    service::{
+        Service,
+        training::{DataLimits, EnginePolicies, RemoteAccess, TrainingConfig},
+    },
     store::StoreError,
     text::{TemplateError, TokenizerError},
 };
+
+/// How long jobs have at least to write their checkpoints when the server stops.
+const JOB_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The program could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +89,8 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
         .map_err(|error| AppError::Flag(format!("loading the model failed: {error}")))??;
     let engine = base.engine.clone();
     let service = Arc::new(Service::open(base.info, base.basis, base.engine, store.clone()).await?);
+    let policies = EnginePolicies::new(engine.clone(), service.base.clone(), service.library.clone());
+    service.start_training(training_config(&args.training), Arc::new(policies)).await?;
     if !args.http.no_auth {
         state::first_admin_key(&store, args.http.admin_key.as_deref()).await?;
     }
@@ -106,9 +114,10 @@ async fn until_stopped(
     stop: impl Future<Output = ()> + Send + 'static,
     drain: Duration,
 ) -> Result<(), AppError> {
-    let lifecycle = state.lifecycle.clone();
+    let (lifecycle, service) = (state.lifecycle.clone(), state.service.clone());
     let draining = Arc::new(tokio::sync::Notify::new());
-    let (watched, begun) = (engine.clone(), draining.clone());
+    let left = Arc::new(tokio::sync::Notify::new());
+    let (watched, begun, leaving) = (engine.clone(), draining.clone(), left.clone());
     let shutdown = async move {
         tokio::select! {
             () = stop => tracing::info!("stopping: running requests have {} s", drain.as_secs()),
@@ -116,7 +125,17 @@ async fn until_stopped(
         }
         lifecycle.drain();
         begun.notify_one();
+        leaving.notify_one();
     };
+    // Jobs write their checkpoints while requests still run; who follows a job's events is sent home.
+    let jobs = tokio::spawn(async move {
+        left.notified().await;
+        if let Ok(training) = service.training()
+            && !training.stop(drain.max(JOB_PATIENCE)).await
+        {
+            tracing::warn!("a training job did not stop in time: it goes on from its last checkpoint");
+        }
+    });
     // Without this the first token of a stream waits for the client to acknowledge the headers: 40 ms on Linux.
     let listener = listener.tap_io(|stream| {
         if let Err(error) = stream.set_nodelay(true) {
@@ -134,6 +153,7 @@ async fn until_stopped(
         served = server => served.map_err(|error| AppError::Io("the HTTP server".into(), error))?,
         () = deadline => tracing::warn!("the drain deadline is over: open requests are cut off"),
     }
+    let _ = jobs.await; // it does not panic
     if engine.health() == Health::Dead {
         return Err(AppError::EngineDead);
     }
@@ -141,6 +161,23 @@ async fn until_stopped(
     let ended = tokio::task::spawn_blocking(move || engine.shutdown(Duration::ZERO)).await;
     tracing::info!(cut_off = !ended.unwrap_or(false), "stopped");
     Ok(())
+}
+
+/// The flags in the service's words.
+fn training_config(args: &TrainingArgs) -> TrainingConfig {
+    let default = TrainingConfig::default();
+    TrainingConfig {
+        running: args.train_jobs.into(),
+        running_of_tenant: args.train_jobs_per_tenant.into(),
+        most_of_tenant: args.train_queue_per_tenant.into(),
+        most: args.train_queue.into(),
+        steps: args.train_max_steps.into(),
+        checkpoints: args.train_checkpoints.into(),
+        data: DataLimits { bytes: mebibytes(args.max_file_mb), ..default.data },
+        files_of_tenant: mebibytes(args.max_files_mb_per_tenant) as u64,
+        remote: RemoteAccess::new(args.grader_hosts.clone(), args.grader_concurrency.into()),
+        ..default
+    }
 }
 
 /// Resolves when the engine can do no more.

@@ -13,12 +13,19 @@ mod completions;
 mod drain;
 pub mod error;
 pub mod extract;
+mod files;
+mod fine_tuning;
+mod fine_tuning_objects;
+mod graders;
+mod job_events;
+mod job_objects;
 mod messages;
 mod middleware;
 mod models;
 mod sse;
 mod state;
 mod system;
+mod training;
 mod upload;
 
 use axum::{Router, extract::DefaultBodyLimit, middleware::from_fn_with_state};
@@ -67,6 +74,26 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(adapters::read_weights))
         .routes(routes!(adapters::list_generations))
         .routes(routes!(adapters::rollback_adapter))
+        .routes(routes!(training::list_jobs, training::train))
+        .routes(routes!(training::show_job))
+        .routes(routes!(training::cancel_job))
+        .routes(routes!(training::pause_job))
+        .routes(routes!(training::resume_job))
+        .routes(routes!(training::list_events))
+        .routes(routes!(training::list_checkpoints))
+        .routes(routes!(training::list_samples))
+        .routes(routes!(files::list_files, files::upload_file))
+        .routes(routes!(files::show_file, files::delete_file))
+        .routes(routes!(files::read_file))
+        .routes(routes!(fine_tuning::list_jobs, fine_tuning::create_job))
+        .routes(routes!(fine_tuning::show_job))
+        .routes(routes!(fine_tuning::cancel_job))
+        .routes(routes!(fine_tuning::pause_job))
+        .routes(routes!(fine_tuning::resume_job))
+        .routes(routes!(fine_tuning::list_events))
+        .routes(routes!(fine_tuning::list_checkpoints))
+        .routes(routes!(graders::run_grader))
+        .routes(routes!(graders::validate_grader))
         .routes(routes!(admin::list_tenants, admin::create_tenant))
         .routes(routes!(admin::show_tenant, admin::delete_tenant))
         .routes(routes!(admin::list_keys, admin::create_key))

@@ -384,6 +384,11 @@ pub(super) fn store_error(error: StoreError, name: &str) -> Error {
         StoreError::PublicNameTaken => conflict(format!("Another tenant has a public adapter named '{name}'."))
             .with_code("name_taken")
             .with_param("name"),
+        StoreError::NameReserved => conflict(format!(
+            "A training job of yours will publish an adapter named '{name}'; it has reserved the name."
+        ))
+        .with_code("name_taken")
+        .with_param("name"),
         StoreError::AdapterNotFound => Error::adapter_not_found(name, None),
         StoreError::GenerationMismatch { current } => {
             Error::new(ErrorKind::PreconditionFailed, format!("The current generation of '{name}' is {current}."))

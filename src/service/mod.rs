@@ -1,4 +1,4 @@
-//! Use cases, one file each: resolve an adapter, complete, manage adapters and tenants.
+//! Use cases, one file each: resolve an adapter, complete, train, manage adapters and tenants.
 
 mod adapters;
 mod chat;
@@ -14,9 +14,13 @@ mod resolve;
 mod salts;
 mod target;
 mod tenants;
+pub mod training;
 mod upload;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 pub use adapters::{AdapterInfo, GenerationInfo, Numbers, Retry, SchemeInfo, Uploaded};
 pub use chat::{ChatRequest, MAX_TOP_LOGPROBS, Message};
@@ -28,9 +32,13 @@ pub use models::Model;
 pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
 pub use resolve::MAX_MIX;
 pub use target::{AdapterField, Lease, Target};
+pub use training::Training;
 pub use upload::{Content, Upload};
 
-pub use crate::engine::FinishReason;
+pub use crate::{
+    engine::FinishReason,
+    store::{EventRecord, FileRecord, JobStatus, SamplesRecord},
+};
 
 use crate::{
     adapter::{Basis, Sites},
@@ -81,6 +89,8 @@ pub struct Service {
     pub library: Arc<Library>,
     /// Everything that survives.
     pub store: Store,
+    /// Set once training has started.
+    training: OnceLock<Training>,
 }
 
 impl Service {
@@ -101,6 +111,7 @@ impl Service {
             directory: Directory::new(Arc::new(store.clone())),
             library,
             store,
+            training: OnceLock::new(),
         })
     }
 }

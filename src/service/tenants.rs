@@ -35,13 +35,16 @@ impl Service {
         self.store.tenant(name).await.map_err(|error| words(error, name))
     }
 
-    /// Erases a tenant, its keys and its adapters.
+    /// Erases a tenant, its keys, adapters, jobs and files.
     ///
     /// # Errors
     /// 404; 409 for the built-in tenant.
     pub async fn delete_tenant(&self, name: &str) -> Result<(), Error> {
-        self.store.delete_tenant(name).await.map_err(|error| words(error, name))?;
+        let id = self.store.delete_tenant(name).await.map_err(|error| words(error, name))?;
         self.directory.forget_all();
+        if let Some(training) = self.training.get() {
+            training.interrupt_tenant(id);
+        }
         Ok(())
     }
 

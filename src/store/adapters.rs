@@ -58,7 +58,7 @@ impl Tx<'_> {
             let special = item.idempotency.is_some() || item.public == Some(true);
             let key = (item.tenant, item.name.clone());
             if special || names.contains(&key) {
-                self.put_round(std::mem::take(&mut round), &mut results).await?;
+                self.put_round(std::mem::take(&mut round), &mut results, None).await?;
                 names.clear();
             }
             if special {
@@ -68,7 +68,7 @@ impl Tx<'_> {
                 round.push(item);
             }
         }
-        self.put_round(round, &mut results).await?;
+        self.put_round(round, &mut results, None).await?;
         Ok(results)
     }
 
@@ -88,10 +88,11 @@ impl Tx<'_> {
             return Ok(Err(StoreError::PublicNameTaken));
         }
         let mut results = Vec::with_capacity(1);
-        self.put_round(vec![item], &mut results).await?;
+        self.put_round(vec![item], &mut results, None).await?;
         let result = results.pop().unwrap_or(Err(StoreError::Closed));
         if let (Some(new), Ok(Stored::New { record, .. })) = (idempotency, &result) {
-            self.keep_answer(tenant, &new, (new.respond)(record)).await?;
+            let answer = (new.respond)(record);
+            self.keep_answer(tenant, new.route, &new.key, &new.request_hash, answer).await?;
         }
         Ok(result)
     }
@@ -106,13 +107,19 @@ impl Tx<'_> {
         Ok(row.is_some())
     }
 
-    /// Uploads of distinct names: the new ones are inserted together.
-    async fn put_round(&mut self, items: Vec<NewAdapter>, results: &mut PutResults) -> Result<()> {
+    /// Uploads of distinct names: the new ones are inserted together. A name that is reserved by a job other than `publisher` is taken.
+    pub(super) async fn put_round(
+        &mut self,
+        items: Vec<NewAdapter>,
+        results: &mut PutResults,
+        publisher: Option<&str>,
+    ) -> Result<()> {
         if items.is_empty() {
             return Ok(());
         }
         let tenants = self.tenant_names(&items).await?;
         let mut existing = self.existing(&items).await?;
+        let reserved = self.reserved_names(publisher).await?;
         let mut created: Vec<AdapterRecord> = Vec::new();
         let mut generations: Vec<NewGeneration> = Vec::new();
         for item in items {
@@ -121,6 +128,7 @@ impl Tx<'_> {
                 (None, ..) => Err(StoreError::TenantNotFound),
                 (_, Some(_), OnConflict::Error) => Err(StoreError::NameTaken),
                 (_, None, OnConflict::Replace(_)) => Err(StoreError::AdapterNotFound),
+                (_, None, _) if reserved.contains(&key) => Err(StoreError::NameReserved),
                 (_, Some(old), OnConflict::Replace(Some(expected))) if old.generation != expected => {
                     Err(StoreError::GenerationMismatch { current: old.generation })
                 }
@@ -158,6 +166,17 @@ impl Tx<'_> {
             updated_at: self.now,
             contents: item.contents,
         }
+    }
+
+    /// Names under which jobs will publish, but for `publisher`'s. They are few: jobs under way are limited.
+    async fn reserved_names(&mut self, publisher: Option<&str>) -> Result<HashSet<Key>> {
+        let rows = sqlx::query(
+            "SELECT tenant, name FROM jobs WHERE status IN ('validating', 'queued', 'running', 'paused') AND id <> $1",
+        )
+        .bind(publisher.unwrap_or(""))
+        .fetch_all(&mut *self.connection)
+        .await?;
+        rows.iter().map(|row| Ok((TenantId(row.try_get(0)?), row.try_get(1)?))).collect()
     }
 
     async fn tenant_names(&mut self, items: &[NewAdapter]) -> Result<HashMap<TenantId, Arc<str>>> {

@@ -40,6 +40,30 @@ pub enum StoreError {
     /// There is no such key.
     #[error("no such key")]
     KeyNotFound,
+    /// A job of the tenant's will publish under that name.
+    #[error("a job has reserved the name")]
+    NameReserved,
+    /// The tenant has no such job.
+    #[error("no such job")]
+    JobNotFound,
+    /// The job is no longer the worker's that writes: it ended, was paused, or another worker has it.
+    #[error("the job is no longer this worker's")]
+    JobLost,
+    /// A job in this status cannot do what was asked.
+    #[error("the job is {0}")]
+    JobStatus(super::JobStatus),
+    /// The tenant has as many jobs under way as it may.
+    #[error("the tenant has {0} jobs under way")]
+    TooManyJobs(u64),
+    /// All tenants together have as many jobs under way as the server takes.
+    #[error("the queue of jobs is full")]
+    JobsFull,
+    /// The tenant has no such file.
+    #[error("no such file")]
+    FileNotFound,
+    /// The tenant's files may not be larger together.
+    #[error("the tenant's files are as large as they may be")]
+    FilesFull,
     /// The idempotency key came before with another request.
     #[error("the idempotency key was used with another request")]
     IdempotencyMismatch,

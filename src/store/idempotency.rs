@@ -2,7 +2,7 @@
 
 use sqlx::{AnyConnection, Row as _};
 
-use super::{Idempotency, Result, Store, StoreError, decode, writer::Tx};
+use super::{Result, Store, StoreError, decode, writer::Tx};
 use crate::types::TenantId;
 
 /// How long an answer is kept, in seconds.
@@ -32,7 +32,14 @@ pub(super) async fn answer(
 
 impl Tx<'_> {
     /// Keeps an answer, and drops those that are old.
-    pub(super) async fn keep_answer(&mut self, tenant: TenantId, of: &Idempotency, response: String) -> Result<()> {
+    pub(super) async fn keep_answer(
+        &mut self,
+        tenant: TenantId,
+        route: &str,
+        key: &str,
+        request_hash: &[u8; 32],
+        response: String,
+    ) -> Result<()> {
         sqlx::query("DELETE FROM idempotency WHERE created_at < $1")
             .bind(self.now - KEEP)
             .execute(&mut *self.connection)
@@ -42,9 +49,9 @@ impl Tx<'_> {
              VALUES ($1, $2, $3, $4, $5, $6)",
         )
         .bind(tenant.0)
-        .bind(of.route)
-        .bind(&*of.key)
-        .bind(&of.request_hash[..])
+        .bind(route)
+        .bind(key)
+        .bind(&request_hash[..])
         .bind(response)
         .bind(self.now)
         .execute(&mut *self.connection)

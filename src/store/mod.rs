@@ -1,4 +1,4 @@
-//! The state that survives: tenants, keys, adapters with their generations, in SQLite or PostgreSQL.
+//! The state that survives: tenants, keys, adapters with their generations, training jobs and files, in SQLite or PostgreSQL.
 //!
 //! One connection writes ([`writer`]), a few read. A write is answered after its commit, and so survives kill -9 (with
 //! [`Sync::Full`] the loss of power too). Every changed row takes a number of one rising sequence, in the order of commits.
@@ -17,6 +17,7 @@ mod rows;
 mod tenants;
 #[cfg(test)]
 mod tests;
+mod training;
 mod writer;
 
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
@@ -26,6 +27,10 @@ pub use records::{
     OnConflict, Stored,
 };
 pub use tenants::NewKey;
+pub use training::{
+    CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
+    NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
+};
 
 use std::{
     sync::Arc,

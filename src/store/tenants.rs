@@ -112,6 +112,7 @@ impl Tx<'_> {
             let generations = of_name.iter().map(|(_, generation)| *generation).collect();
             self.changed(|| Change::Deleted { tenant: id, name: of_name[0].0.clone(), generations });
         }
+        self.erase_training(id).await?;
         for sql in ["DELETE FROM idempotency WHERE tenant = $1", "DELETE FROM keys WHERE tenant = $1"] {
             sqlx::query(sql).bind(id.0).execute(&mut *self.connection).await?;
         }
@@ -204,7 +205,7 @@ impl Store {
         self.writer.job(move |tx| Box::pin(tx.create_tenant(name))).await
     }
 
-    /// Erases a tenant with its keys and adapters; gives its number.
+    /// Erases a tenant with its keys, adapters, jobs and files; gives its number.
     ///
     /// # Errors
     /// [`StoreError::TenantNotFound`], [`StoreError::BuiltInTenant`].

@@ -12,7 +12,10 @@ use mote::{
     adapter::{Basis, SiteBasis, Sites},
     engine::{Engine, EngineConfig},
     http::{AppState, AuthMode, Limits},
-    service::{BaseInfo, Service},
+    service::{
+        BaseInfo, Service,
+        training::{EnginePolicies, PolicySource, TrainingConfig},
+    },
     store::{Location, NewKey, Store, StoreConfig},
     tenant::{ApiKey, Role},
     text::{ChatTemplate, Tokenizer},
@@ -39,6 +42,11 @@ pub(crate) struct Options {
     pub(crate) limits: Limits,
     pub(crate) template: Option<&'static str>,
     pub(crate) max_queue: usize,
+    pub(crate) training: TrainingConfig,
+    /// Where jobs get their policies; the engine when there is none.
+    pub(crate) policies: Option<Arc<dyn PolicySource>>,
+    /// The data directory of a server that was there before.
+    pub(crate) folder: Option<Arc<TempDir>>,
 }
 
 impl Default for Options {
@@ -50,6 +58,9 @@ impl Default for Options {
                 "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}",
             ),
             max_queue: 64,
+            training: TrainingConfig::default(),
+            policies: None,
+            folder: None,
         }
     }
 }
@@ -62,7 +73,8 @@ pub(crate) struct TestApp {
     pub(crate) script: Arc<[TokenId]>,
     /// Where the script has the end-of-sequence token. Its last token breaks the model.
     pub(crate) eos_at: usize,
-    _folder: TempDir,
+    /// The data directory; it goes with the last server on it.
+    pub(crate) folder: Arc<TempDir>,
 }
 
 impl TestApp {
@@ -106,11 +118,15 @@ impl TestApp {
         };
         let basis = basis(&base.sites);
         let engine = Engine::start(Box::new(model), config).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let service = Service::open(base, basis, engine, store(&folder).await).await.unwrap();
-        let state = AppState { auth: options.auth, limits: options.limits, ..AppState::new(Arc::new(service)) };
+        let folder = options.folder.unwrap_or_else(|| Arc::new(tempfile::tempdir().unwrap()));
+        let service = Arc::new(Service::open(base, basis, engine, store(&folder).await).await.unwrap());
+        let policies = options.policies.unwrap_or_else(|| {
+            Arc::new(EnginePolicies::new(service.engine.clone(), service.base.clone(), service.library.clone()))
+        });
+        service.start_training(options.training, policies).await.unwrap();
+        let state = AppState { auth: options.auth, limits: options.limits, ..AppState::new(service) };
         let router = mote::http::router(state.clone());
-        Self { router, state, watch, script, eos_at, _folder: folder }
+        Self { router, state, watch, script, eos_at, folder }
     }
 
     /// The text that follows a prompt of so many tokens.
@@ -138,6 +154,11 @@ impl TestApp {
             Request::get(path).header(header::AUTHORIZATION, format!("Bearer {KEY}")).body(Body::empty()).unwrap(),
         )
         .await
+    }
+
+    pub(crate) async fn delete(&self, path: &str) -> Answer {
+        let request = Request::delete(path).header(header::AUTHORIZATION, format!("Bearer {KEY}"));
+        self.send(request.body(Body::empty()).unwrap()).await
     }
 
     pub(crate) async fn post(&self, path: &str, body: Value) -> Answer {
@@ -189,6 +210,9 @@ fn basis(sites: &Sites) -> Basis {
 
 async fn store(folder: &TempDir) -> Store {
     let store = Store::open(StoreConfig::new(Location::Directory(folder.path().into()))).await.unwrap();
+    if store.tenant("acme").await.is_ok() {
+        return store;
+    }
     let key = NewKey {
         key: ApiKey::chosen(KEY).unwrap(),
         tenant: "acme".into(),

@@ -20,3 +20,8 @@ mod streams;
 mod support;
 mod system;
 mod tenants;
+mod toy;
+mod training;
+mod training_files;
+mod training_refusals;
+mod training_restart;

@@ -5,6 +5,7 @@ mod durability;
 mod keys;
 mod measure;
 mod opening;
+mod training;
 
 use std::{collections::HashMap, sync::Arc};
 

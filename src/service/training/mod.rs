@@ -1,0 +1,32 @@
+//! Training while serving: jobs from their request to the published adapter. The arithmetic is `mote-trainer`'s; here are the checks, the queue, the workers, and the seams to the
+//! engine and to remote graders.
+//!
+//! **Invariants.** The store knows where a job stands before anybody is told. A worker writes only under its own attempt, so a job that was cancelled, paused or taken over gets nothing more from it. An
+//! adapter is published in the transaction that ends its job, or not at all.
+
+mod address;
+mod config;
+mod encoder;
+mod files;
+mod graders;
+mod jobs;
+mod openai;
+mod policy;
+mod prepare;
+mod remote;
+mod report;
+mod spec;
+mod supervisor;
+mod worker;
+
+pub use config::TrainingConfig;
+pub use files::MAX_FILENAME;
+pub use graders::Graded;
+pub use jobs::{CheckpointInfo, JobInfo, JobRetry};
+pub use openai::FineTuningRequest;
+pub use policy::{EnginePolicies, PolicyRequest, PolicySource, Rollouts};
+pub use remote::RemoteAccess;
+pub use spec::{DataSource, JobSpec, Origin, TrainRequest};
+pub use supervisor::Training;
+
+pub use mote_trainer::{FIELDS as HYPERPARAMETERS, Field as Hyperparameter, Method, data::Limits as DataLimits};

@@ -1,0 +1,245 @@
+//! What a client asks for, and what of it is kept with the job.
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use mote_trainer::{HyperparameterError, Hyperparameters, Method};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::{
+    adapter::{NumberType, Scheme, codec},
+    service::{Error, Service, Upload, resolve::scheme_error, upload::Content},
+    tenant::Caller,
+};
+
+/// Which API a job was made with: the one whose words it speaks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// `POST /adapters/train`
+    #[default]
+    Adapters,
+    /// `POST /v1/fine_tuning/jobs`
+    FineTuning,
+}
+
+/// A data set as a client gives it: at most one of the two.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct DataSource {
+    /// A list of items, or a string of JSON lines.
+    pub inline: Option<Value>,
+    /// A file of `/v1/files`.
+    pub file: Option<String>,
+}
+
+/// What a client wants trained. Nothing is checked yet.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TrainRequest {
+    /// The adapter's name; None when the client gave none.
+    pub name: Option<String>,
+    /// `grpo` (the default), `es` or `sft`.
+    pub method: Option<String>,
+    /// `error` (the default) or `new_generation`.
+    pub on_conflict: Option<String>,
+    /// A scheme's name or description; None is that of `init_from`, or the default.
+    pub scheme: Option<Value>,
+    /// An adapter to go on from; None begins at the base.
+    pub init_from: Option<String>,
+    /// What to learn from.
+    pub training: DataSource,
+    /// What to measure on.
+    pub validation: DataSource,
+    /// A template for items without `messages`.
+    pub prompt: Option<Value>,
+    /// What gives a completion its reward.
+    pub grader: Option<Value>,
+    /// In our own names.
+    pub hyperparameters: Option<Value>,
+    /// Of every random choice; 0 by default.
+    pub seed: Option<u64>,
+    /// Also measure the adapter before it is rounded.
+    pub full_precision: bool,
+    /// Kept with job and adapter.
+    pub metadata: Option<Map<String, Value>>,
+    /// The API that it came by.
+    pub origin: Origin,
+}
+
+/// What is kept of a request: everything that a worker needs but the data.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// How it learns.
+    pub method: Method,
+    /// Must the name be free when the adapter is published?
+    pub name_must_be_free: bool,
+    /// The scheme's full description.
+    pub scheme: Value,
+    /// The base that the numbers are for; another base cannot go on with them.
+    pub fingerprint: String,
+    /// The adapter that it began with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<String>,
+    /// That adapter's numbers when the job was made: f32 in base64. None: zeros.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<String>,
+    /// The file that the data came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub training_file: Option<String>,
+    /// The file that the validation data came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_file: Option<String>,
+    /// A template for items without `messages`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<Value>,
+    /// What gives a completion its reward.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grader: Option<Value>,
+    /// As given.
+    pub hyperparameters: Hyperparameters,
+    /// Of every random choice.
+    pub seed: u64,
+    /// Also measure the adapter before it is rounded.
+    pub full_precision: bool,
+    /// Kept with the adapter.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub metadata: Map<String, Value>,
+    /// The API that it came by.
+    pub origin: Origin,
+}
+
+impl JobSpec {
+    /// The scheme.
+    ///
+    /// # Errors
+    /// A description that this program cannot have written.
+    pub(super) fn read_scheme(&self) -> Result<Scheme, Error> {
+        Scheme::from_json(&self.scheme).map_err(Error::internal)
+    }
+
+    /// The numbers to begin with, so many.
+    ///
+    /// # Errors
+    /// Bytes that this program cannot have written.
+    pub(super) fn initial(&self, numbers: usize) -> Result<Vec<f32>, Error> {
+        let Some(text) = &self.init else { return Ok(vec![0.0; numbers]) };
+        let bytes = STANDARD.decode(text).map_err(Error::internal)?;
+        codec::decode(&bytes, NumberType::F32, numbers).map_err(Error::internal)
+    }
+}
+
+/// A request whose fields are right, and the scheme it will train.
+pub(super) struct Checked {
+    pub(super) name: String,
+    pub(super) spec: JobSpec,
+}
+
+impl Service {
+    /// Checks everything of a request but its data.
+    ///
+    /// # Errors
+    /// 400, 403, 404, 409 or 422, each naming the field.
+    pub(super) fn check_training(&self, caller: &Caller, request: &TrainRequest) -> Result<Checked, Error> {
+        let method = method(request.method.as_deref())?;
+        let (scheme, init) = self.beginning(caller, request)?;
+        // Everything that the upload of the result will be checked for, with zeros for numbers.
+        let numbers = vec![0.0; scheme.numbers(&self.base.sites)];
+        let trial = Upload {
+            name: request.name.clone(),
+            content: Some(Content::Numbers(numbers)),
+            dtype: None,
+            scheme: Some(scheme.to_json()),
+            metadata: Some(published_metadata(&request.metadata.clone().unwrap_or_default(), &"0".repeat(38))),
+            public: None,
+            fingerprint: None,
+            force: false,
+            on_conflict: request.on_conflict.clone(),
+        };
+        let trial = self.prepare(caller, trial, None)?;
+        let hyperparameters = match &request.hyperparameters {
+            None | Some(Value::Null) => Hyperparameters::default(),
+            Some(value) => Hyperparameters::from_json(value).map_err(|error| hyper_error(&error))?,
+        };
+        for (source, inline, file) in
+            [(&request.training, "dataset", "training_file"), (&request.validation, "validation", "validation_file")]
+        {
+            if source.inline.is_some() && source.file.is_some() {
+                return Err(Error::invalid(inline, format!("Give '{inline}' or '{file}', not both.")));
+            }
+        }
+        if request.training == DataSource::default() {
+            return Err(Error::invalid("dataset", "'dataset' (or 'training_file') is required."));
+        }
+        let spec = JobSpec {
+            method,
+            name_must_be_free: trial.on_conflict == crate::store::OnConflict::Error,
+            scheme: scheme.to_full_json(),
+            fingerprint: self.base.fingerprint.to_string(),
+            init_from: request.init_from.clone(),
+            init,
+            training_file: request.training.file.clone(),
+            validation_file: request.validation.file.clone(),
+            prompt: request.prompt.clone().filter(|prompt| !prompt.is_null()),
+            grader: request.grader.clone().filter(|grader| !grader.is_null()),
+            hyperparameters,
+            seed: request.seed.unwrap_or(0),
+            full_precision: request.full_precision,
+            metadata: request.metadata.clone().unwrap_or_default(),
+            origin: request.origin,
+        };
+        Ok(Checked { name: trial.name, spec })
+    }
+
+    /// The scheme to train, and the numbers to begin with unless they are zeros.
+    fn beginning(&self, caller: &Caller, request: &TrainRequest) -> Result<(Scheme, Option<String>), Error> {
+        let given = match &request.scheme {
+            None | Some(Value::Null) => None,
+            Some(value) => Some(Scheme::from_json(value).map_err(|error| scheme_error(&error, ""))?),
+        };
+        let Some(name) = &request.init_from else {
+            let scheme = given.unwrap_or_default();
+            self.check_scheme(&scheme, "")?;
+            return Ok((scheme, None));
+        };
+        let found = self.library.registry.resolve(caller.tenant, name);
+        let adapter = found.ok_or_else(|| Error::adapter_not_found(name, Some("init_from")))?.adapter;
+        if !self.library.is_compatible(&adapter) {
+            let (theirs, ours) = (adapter.facts().fingerprint, self.library.fingerprint);
+            return Err(crate::service::resolve::incompatible(theirs, ours).with_param("init_from"));
+        }
+        let facts = adapter.facts();
+        if facts.frame.is_some() || facts.approximate {
+            let message = format!(
+                "'init_from': '{name}' was imported with singular vectors of its own, or is for another base; only adapters of this server's basis can be trained further."
+            );
+            return Err(Error::invalid("init_from", message));
+        }
+        if given.is_some_and(|given| given != facts.scheme) {
+            let message = format!("'scheme' is not that of '{name}'; leave it out to go on from that adapter.");
+            return Err(Error::invalid("scheme", message));
+        }
+        self.check_scheme(&facts.scheme, "")?;
+        let numbers: Vec<f32> = adapter.numbers().collect();
+        let bytes = codec::encode(&numbers, NumberType::F32).map_err(Error::internal)?;
+        Ok((facts.scheme.clone(), Some(STANDARD.encode(bytes))))
+    }
+}
+
+/// What the published adapter shows: the owner's words, and the job that made it.
+pub(super) fn published_metadata(own: &Map<String, Value>, job: &str) -> Map<String, Value> {
+    let mut metadata = own.clone();
+    metadata.insert("job".to_owned(), Value::String(job.to_owned()));
+    metadata
+}
+
+fn method(name: Option<&str>) -> Result<Method, Error> {
+    let Some(name) = name else { return Ok(Method::Grpo) };
+    let known = [Method::Grpo, Method::Es, Method::Sft].into_iter().find(|method| method.name() == name);
+    known.ok_or_else(|| Error::invalid("method", "'method' is 'grpo', 'es' or 'sft'."))
+}
+
+/// The trainer's words under the field's path.
+pub(super) fn hyper_error(error: &HyperparameterError) -> Error {
+    let param =
+        if error.field.is_empty() { "hyperparameters".to_owned() } else { format!("hyperparameters.{}", error.field) };
+    let message = format!("'{param}': {}.", error.message.trim_end_matches('.'));
+    Error::invalid(param, message)
+}

@@ -1,0 +1,349 @@
+//! A job from its claim to its end, on a thread of its own. What it has done is in the store before it goes on; what it loses when it dies, the next worker computes again to the same bits.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use mote_trainer::{
+    Checkpoint, EvalSettings, FinalReport, Metrics, NoGrader, Policy, PolicyError, Run, StepReport, Stop, TrainError,
+    data::Dataset, demonstration_loss, final_report, grader::Grader, round_to_bf16,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::{
+    PolicyRequest,
+    prepare::{Prepared, prepare},
+    report,
+    spec::{JobSpec, published_metadata},
+    supervisor::Inner,
+};
+use crate::{
+    adapter::{NumberType, codec},
+    service::{Content, Error, ErrorKind, Upload},
+    store::{JobData, JobRecord, JobStatus, NewCheckpoint, OnConflict, Progress, Publication, StoreError},
+    telemetry::JobLabels,
+    tenant::{Caller, Role},
+};
+
+/// Demonstrations whose loss is taken at once.
+const LOSS_BATCH: usize = 32;
+
+/// Why a worker lets go of its job.
+enum Leave {
+    /// Paused, cancelled, deleted, or the server stops: the store knows, and the job is no longer this worker's to end.
+    Lost,
+    /// It has failed.
+    Failed(Error),
+}
+
+impl From<Error> for Leave {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<PolicyError> for Leave {
+    fn from(error: PolicyError) -> Self {
+        TrainError::from(error).into()
+    }
+}
+
+impl From<TrainError> for Leave {
+    fn from(error: TrainError) -> Self {
+        let code = match error {
+            TrainError::Stopped => return Self::Lost,
+            TrainError::Policy(_) => "model_failed",
+            TrainError::Grader { .. } => "grader_failed",
+            _ => "training_failed",
+        };
+        Self::Failed(Error::new(ErrorKind::Invalid, sentence(&error.to_string())).with_code(code))
+    }
+}
+
+/// With a capital letter and a full stop.
+fn sentence(words: &str) -> String {
+    let mut letters = words.chars();
+    let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
+    let stop = if words.ends_with(['.', '?', '!']) { "" } else { "." };
+    format!("{first}{}{stop}", letters.as_str())
+}
+
+/// A checkpoint as it is kept: the run, and what is counted over the whole job.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Saved {
+    pub(super) run: Checkpoint,
+    /// Tokens of completions and demonstrations.
+    pub(super) tokens: u64,
+}
+
+/// A job in a worker's hands.
+struct Worker {
+    inner: Arc<Inner>,
+    job: JobRecord,
+    spec: JobSpec,
+    stop: Stop,
+    tokens: u64,
+}
+
+/// Runs a job that was claimed, as far as it goes.
+pub(super) fn run(inner: &Arc<Inner>, job: JobRecord, stop: Stop) {
+    let (id, attempt) = (job.id.clone(), job.attempt);
+    let outcome = catch_unwind(AssertUnwindSafe(|| attempt_job(inner, job, stop)));
+    let leave = outcome.unwrap_or_else(|_| {
+        tracing::error!(job = id, "a training job panicked");
+        Err(Leave::Failed(
+            Error::new(ErrorKind::Internal, "The server had an error while training.").with_code("internal_error"),
+        ))
+    });
+    match leave {
+        Ok(()) => tracing::info!(job = id, "training job succeeded"),
+        Err(Leave::Lost) => tracing::info!(job = id, "training job left"),
+        Err(Leave::Failed(error)) => {
+            tracing::info!(job = id, %error, "training job failed");
+            let value = report::error_value(&error, "training_failed");
+            let events = vec![report::failed_event(&value)];
+            let store = inner.store.clone();
+            let failed = inner.write(async move { store.fail_job(&id, attempt, value.to_string(), events).await });
+            if failed.is_ok() {
+                inner.metrics.train_jobs.get_or_create(&JobLabels { status: "failed" }).inc();
+            }
+        }
+    }
+}
+
+fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Leave> {
+    // An owner who stopped it between its claim and the worker's entry on the list found nobody to tell.
+    let now = inner.runtime.block_on(inner.store.job_status(&job.id)).map_err(lost)?;
+    if now != (JobStatus::Running, job.attempt) {
+        return Err(Leave::Lost);
+    }
+    let spec: JobSpec = serde_json::from_str(&job.spec).map_err(Error::internal)?;
+    if spec.fingerprint != inner.base.fingerprint.to_string() {
+        let message = format!(
+            "The job was made for the base {}, but this server serves {}.",
+            spec.fingerprint, inner.base.fingerprint
+        );
+        return Err(Leave::Failed(Error::new(ErrorKind::Incompatible, message).with_code("incompatible_adapter")));
+    }
+    let prepared = load(inner, &job, &spec)?;
+    let mut worker = Worker { inner: inner.clone(), job, spec, stop, tokens: 0 };
+    worker.train(prepared)
+}
+
+/// Reads and checks a job's data.
+pub(super) fn load(inner: &Inner, job: &JobRecord, spec: &JobSpec) -> Result<Prepared, Error> {
+    let data = |part| inner.runtime.block_on(inner.store.job_data(&job.id, part)).map_err(Error::internal);
+    let training = data(JobData::Training)?.ok_or_else(|| Error::internal("a job that has not ended has no data"))?;
+    let validation = data(JobData::Validation)?;
+    prepare(&inner.base, &inner.config, spec, &training, validation.as_deref())
+}
+
+impl Worker {
+    fn train(&mut self, prepared: Prepared) -> Result<(), Leave> {
+        let Prepared { settings, training, validation, grader, scheme, numbers } = prepared;
+        let request = PolicyRequest {
+            job: &self.job.id,
+            tenant: self.job.tenant,
+            method: self.spec.method,
+            scheme: &scheme,
+            numbers,
+            stop: &self.stop,
+        };
+        let mut policy = self.inner.policies.policy(&request)?;
+        let policy = policy.as_mut();
+        let no_grader = NoGrader;
+        let grading: &dyn Grader = grader.as_deref().unwrap_or(&no_grader);
+        let mut run = match self.saved()? {
+            Some(saved) => {
+                self.tokens = saved.tokens;
+                Run::resume(saved.run, &settings, training).map_err(|error| {
+                    Error::new(ErrorKind::Invalid, sentence(&error.to_string())).with_code("checkpoint_unusable")
+                })?
+            }
+            None => Run::new(settings, training, self.spec.initial(numbers)?)?,
+        };
+        while run.end().is_none() {
+            match run.step(policy, grading, &self.stop) {
+                Ok(step) => self.report(&run, &step)?,
+                Err(TrainError::Stopped) => return Err(self.leave(&run)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if let Some(end) = run.end().filter(|end| end.is_failure()) {
+            let error = Error::new(ErrorKind::Invalid, sentence(&end.to_string())).with_code("reward_never_varied");
+            return Err(Leave::Failed(error));
+        }
+        let validation = match validation {
+            None => Value::Null,
+            Some(data) => match self.evaluate(&run, policy, grader.as_deref(), &data) {
+                Err(Leave::Lost) => return Err(self.leave(&run)),
+                other => other?,
+            },
+        };
+        self.publish(&run, &validation)
+    }
+
+    /// The newest checkpoint.
+    fn saved(&self) -> Result<Option<Saved>, Error> {
+        let found = self.inner.runtime.block_on(self.inner.store.checkpoints(&self.job.id)).map_err(Error::internal)?;
+        found.first().map(|newest| serde_json::from_str(&newest.state).map_err(Error::internal)).transpose()
+    }
+
+    fn checkpoint(&self, run: &Run, metrics: String) -> Result<NewCheckpoint, Error> {
+        let saved = Saved { run: run.checkpoint(), tokens: self.tokens };
+        let state = serde_json::to_string(&saved).map_err(Error::internal)?;
+        Ok(NewCheckpoint { step: run.steps_done(), state, metrics, keep: self.inner.config.checkpoints })
+    }
+
+    /// A step and, when it is due, a checkpoint: both or neither.
+    fn report(&mut self, run: &Run, step: &StepReport) -> Result<(), Leave> {
+        self.tokens += step.metrics.tokens;
+        let metrics = report::step_metrics(step.step, &step.metrics, &step.timing);
+        let mut events = report::step_events(step, run.settings().steps, &metrics);
+        let checkpoint = match run.checkpoint_due() {
+            true => {
+                events.push(report::checkpoint_event(step.step));
+                Some(self.checkpoint(run, metrics.to_string())?)
+            }
+            false => None,
+        };
+        let progress = Progress {
+            step: step.step,
+            metrics: Some(metrics.to_string()),
+            events,
+            samples: vec![("training", report::samples(&step.samples))],
+            checkpoint,
+        };
+        self.write_progress(progress)?;
+        self.inner.metrics.train_steps.inc();
+        self.inner.metrics.train_tokens.inc_by(step.metrics.tokens);
+        Ok(())
+    }
+
+    fn write_progress(&self, progress: Progress) -> Result<(), Leave> {
+        let (store, id, attempt) = (self.inner.store.clone(), self.job.id.clone(), self.job.attempt);
+        self.inner.write(async move { store.report_progress(&id, attempt, progress).await }).map_err(lost)
+    }
+
+    /// Keeps where the run stands for whoever goes on with it.
+    fn leave(&self, run: &Run) -> Leave {
+        let (store, id, attempt) = (self.inner.store.clone(), self.job.id.clone(), self.job.attempt);
+        let empty = report::step_metrics(run.steps_done(), &Metrics::default(), &Default::default()).to_string();
+        let metrics = self.inner.runtime.block_on(store.job(self.job.tenant, &id)).ok().and_then(|job| job.metrics);
+        let written = self
+            .checkpoint(run, metrics.unwrap_or(empty))
+            .map(|checkpoint| self.inner.write(async move { store.leave_checkpoint(&id, attempt, checkpoint).await }));
+        if let Ok(Err(error)) = written
+            && !matches!(error, StoreError::JobLost | StoreError::JobNotFound | StoreError::Closed)
+        {
+            tracing::warn!(job = self.job.id, %error, "a job's last checkpoint was not written; it goes on from the one before");
+        }
+        Leave::Lost
+    }
+
+    /// Measures on held-out items: the base, the adapter as it will be published, and perhaps the one before rounding.
+    fn evaluate(
+        &self,
+        run: &Run,
+        policy: &mut dyn Policy,
+        grader: Option<&dyn Grader>,
+        data: &Dataset,
+    ) -> Result<Value, Leave> {
+        let end = run.end().cloned().unwrap_or(mote_trainer::End::Steps);
+        let event = report::evaluation_event(&end, data.len());
+        self.write_progress(Progress { step: run.steps_done(), events: vec![event], ..Progress::default() })?;
+        let mut parts = Map::new();
+        if let Some(grader) = grader {
+            let settings = EvalSettings::of(run.settings());
+            let found = final_report(
+                policy,
+                grader,
+                data,
+                run.numbers(),
+                self.spec.full_precision,
+                &settings,
+                &self.stop,
+                &mut |_| {},
+            )?;
+            let FinalReport { zero, adapter, full_precision, gain } = &found;
+            let mut samples = Vec::new();
+            for (name, one) in
+                [("zero", Some(zero)), ("adapter", Some(adapter)), ("full_precision", full_precision.as_ref())]
+            {
+                let Some(one) = one else { continue };
+                parts.insert(name.to_owned(), report::measured(one));
+                samples.push((name, report::evaluated(one, settings.temperature)));
+            }
+            parts.insert("gain".to_owned(), report::estimate(gain));
+            self.write_progress(Progress { step: run.steps_done(), samples, ..Progress::default() })?;
+        }
+        if data.examples.iter().all(|example| !example.target.is_empty()) {
+            let rounded = round_to_bf16(run.numbers());
+            let mut vectors = vec![("zero", vec![0.0; rounded.len()]), ("adapter", rounded)];
+            if self.spec.full_precision {
+                vectors.push(("full_precision", run.numbers().to_vec()));
+            }
+            for (name, numbers) in vectors {
+                let loss = demonstration_loss(policy, data, &numbers, LOSS_BATCH, &self.stop)?;
+                let part = parts.entry(name).or_insert_with(|| json!({"n": data.len()}));
+                part["loss"] = json!(loss);
+            }
+        }
+        Ok(Value::Object(parts))
+    }
+
+    /// Rounds once and publishes, through the checks of an upload.
+    fn publish(&self, run: &Run, validation: &Value) -> Result<(), Leave> {
+        let service = self.inner.service.upgrade().ok_or(Leave::Lost)?;
+        let bytes = codec::encode(run.numbers(), NumberType::Bf16).map_err(|error| {
+            Error::new(ErrorKind::Invalid, format!("The trained numbers cannot be published: {error}."))
+                .with_code("training_failed")
+        })?;
+        let upload = Upload {
+            name: Some(self.job.name.clone()),
+            content: Some(Content::Raw(bytes.into())),
+            dtype: Some(NumberType::Bf16.name().to_owned()),
+            scheme: Some(self.spec.scheme.clone()),
+            metadata: Some(published_metadata(&self.spec.metadata, &self.job.id)),
+            public: None,
+            fingerprint: Some(self.spec.fingerprint.clone()),
+            force: false,
+            on_conflict: None,
+        };
+        let caller =
+            Caller { tenant: self.job.tenant, tenant_name: self.job.owner.clone(), role: Role::Member, key: None };
+        let conflict = if self.spec.name_must_be_free { OnConflict::Error } else { OnConflict::NewGeneration };
+        let adapter = service.prepare(&caller, upload, Some(conflict))?;
+        let result = json!({
+            "adapter": self.job.name,
+            "generation": adapter.contents.generation.to_string(),
+            "steps": run.steps_done(),
+            "end": run.end(),
+            "trained_tokens": self.tokens,
+            "validation": validation,
+        });
+        let events = report::succeeded_events(&self.job.name, &result);
+        let publication = Publication { adapter, result: result.to_string(), events };
+        let (store, id, attempt) = (self.inner.store.clone(), self.job.id.clone(), self.job.attempt);
+        match self.inner.write(async move { store.publish_job(&id, attempt, publication).await }) {
+            Ok(_) => {
+                self.inner.metrics.train_jobs.get_or_create(&JobLabels { status: "succeeded" }).inc();
+                Ok(())
+            }
+            Err(error @ (StoreError::NameTaken | StoreError::PublicNameTaken | StoreError::NameReserved)) => {
+                Err(Leave::Failed(crate::service::adapters::store_error(error, &self.job.name)))
+            }
+            Err(error) => Err(lost(error)),
+        }
+    }
+}
+
+/// A write that failed: the job is another's, or the database does not answer (then the next start goes on from the last checkpoint).
+fn lost(error: StoreError) -> Leave {
+    if !matches!(error, StoreError::JobLost | StoreError::JobNotFound | StoreError::Closed) {
+        tracing::error!(%error, "a training job could not write to the store");
+    }
+    Leave::Lost
+}

@@ -1,0 +1,286 @@
+use super::*;
+
+fn job_id(number: u32) -> String {
+    format!("ftjob-{number:032x}")
+}
+
+fn event(kind: &'static str) -> NewEvent {
+    NewEvent { kind, level: EventLevel::Info, message: format!("{kind} happened"), data: "{}".into() }
+}
+
+fn job(number: u32, tenant: TenantId, name: &str) -> NewJob {
+    NewJob {
+        id: job_id(number),
+        tenant,
+        name: name.into(),
+        name_must_be_free: true,
+        status: JobStatus::Queued,
+        spec: r#"{"method":"grpo"}"#.into(),
+        steps: 10,
+        data: vec![(JobData::Training, b"train".to_vec()), (JobData::Validation, b"held out".to_vec())],
+        most_of_tenant: 3,
+        most: 5,
+        key: None,
+        event: event("made"),
+    }
+}
+
+async fn made(store: &Store, new: NewJob) -> JobRecord {
+    match store.create_job(new).await.unwrap() {
+        JobStored::New(job) => job,
+        JobStored::Before(job) => panic!("{} was there", job.id),
+    }
+}
+
+const FREE: StartLimits = StartLimits { running: 10, running_of_tenant: 10 };
+
+async fn claimed(store: &Store) -> JobRecord {
+    store.claim_job(FREE, "here", Vec::new()).await.unwrap().unwrap()
+}
+
+fn step(number: u64, checkpoint: bool) -> Progress {
+    let checkpoint = checkpoint.then(|| NewCheckpoint {
+        step: number,
+        state: format!("state {number}"),
+        metrics: "{}".into(),
+        keep: 2,
+    });
+    Progress {
+        step: number,
+        metrics: Some(format!("{{\"step\":{number}}}")),
+        events: vec![event("step")],
+        samples: vec![("training", "[]".into())],
+        checkpoint,
+    }
+}
+
+#[tokio::test]
+async fn a_job_is_made_run_and_published_in_one_piece_each() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let tenant = store.create_tenant("alice").await.unwrap().id;
+        let queued = made(&store, job(1, tenant, "a")).await;
+        assert_eq!((queued.status, queued.events, &*queued.owner), (JobStatus::Queued, 1, "alice"));
+        let running = claimed(&store).await;
+        assert_eq!((running.status, running.attempt, running.started_at.is_some()), (JobStatus::Running, 1, true));
+        assert!(store.claim_job(FREE, "here", Vec::new()).await.unwrap().is_none());
+        assert_eq!(store.job_data(&queued.id, JobData::Validation).await.unwrap().unwrap(), b"held out");
+        for number in 1..=5 {
+            store.report_progress(&queued.id, 1, step(number, number % 2 == 1)).await.unwrap();
+        }
+        let now = store.job(tenant, &queued.id).await.unwrap();
+        assert_eq!((now.step, now.events, now.metrics.as_deref()), (5, 7, Some("{\"step\":5}")));
+        let kept: Vec<u64> = store.checkpoints(&queued.id).await.unwrap().iter().map(|it| it.step).collect();
+        assert_eq!(kept, [5, 3], "the two newest");
+
+        let publication = Publication {
+            adapter: new(tenant, "a", 7),
+            result: r#"{"adapter":"a"}"#.into(),
+            events: vec![event("result"), event("status")],
+        };
+        // Another's upload does not get the name before the job has ended.
+        assert!(matches!(store.put_adapter(new(tenant, "a", 1)).await, Err(StoreError::NameReserved)));
+        assert!(matches!(store.publish_job(&queued.id, 2, publication.clone()).await, Err(StoreError::JobLost)));
+        assert!(store.own_adapter(tenant, "a").await.unwrap().is_none());
+        let done = store.publish_job(&queued.id, 1, publication).await.unwrap();
+        assert_eq!((done.status, done.finished_at.is_some()), (JobStatus::Succeeded, true));
+        assert_eq!(store.own_adapter(tenant, "a").await.unwrap().unwrap().contents, contents(7));
+        assert!(store.job_data(&queued.id, JobData::Training).await.unwrap().is_none(), "the data went with the end");
+        let seen = store.events_after(&queued.id, 0, 100).await.unwrap();
+        let numbers: Vec<u64> = seen.iter().map(|event| event.seq).collect();
+        assert_eq!(numbers, (1..=9).collect::<Vec<_>>());
+        let last = store.events_before(&queued.id, u64::MAX, 2).await.unwrap();
+        assert_eq!(last.iter().map(|event| event.seq).collect::<Vec<_>>(), [9, 8]);
+        assert!(matches!(store.report_progress(&queued.id, 1, step(6, true)).await, Err(StoreError::JobLost)));
+        assert_eq!(store.samples(&queued.id, Some(4), 10).await.unwrap().len(), 3);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_publication_that_fails_writes_nothing() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let tenant = store.create_tenant("alice").await.unwrap().id;
+        written(store.put_adapter(new(tenant, "a", 1)).await);
+        assert!(matches!(store.create_job(job(1, tenant, "a")).await, Err(StoreError::NameTaken)));
+        // The owner may replace an adapter under a job that will add a generation to it; the job then finds what is there.
+        let replacing = NewJob { name_must_be_free: false, ..job(1, tenant, "a") };
+        made(&store, replacing).await;
+        claimed(&store).await;
+        let adapter = new(tenant, "a", 7);
+        let publication = Publication { adapter, result: "{}".into(), events: vec![event("result")] };
+        let before = store.job(tenant, &job_id(1)).await.unwrap();
+        assert!(matches!(store.publish_job(&job_id(1), 1, publication).await, Err(StoreError::NameTaken)));
+        assert_eq!(store.job(tenant, &job_id(1)).await.unwrap(), before);
+        assert_eq!(store.own_adapter(tenant, "a").await.unwrap().unwrap().contents, contents(1));
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_step_is_reported_once_whoever_computes_it_again() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        made(&store, job(1, BUILT_IN_TENANT, "a")).await;
+        claimed(&store).await;
+        for number in 1..=3 {
+            store.report_progress(&job_id(1), 1, step(number, number == 2)).await.unwrap();
+        }
+        // The process dies; the next one goes on from step 2.
+        assert_eq!(store.requeue_jobs().await.unwrap(), 1);
+        assert_eq!(claimed(&store).await.attempt, 2);
+        assert!(matches!(store.report_progress(&job_id(1), 1, step(4, false)).await, Err(StoreError::JobLost)));
+        let before = store.job(BUILT_IN_TENANT, &job_id(1)).await.unwrap().events;
+        store.report_progress(&job_id(1), 2, step(3, true)).await.unwrap();
+        let again = store.job(BUILT_IN_TENANT, &job_id(1)).await.unwrap();
+        assert_eq!((again.events, again.step), (before, 3));
+        assert_eq!(store.checkpoints(&job_id(1)).await.unwrap()[0].step, 3, "its checkpoint is taken all the same");
+        store.report_progress(&job_id(1), 2, step(4, false)).await.unwrap();
+        let events = store.events_after(&job_id(1), 0, 100).await.unwrap();
+        assert_eq!(events.iter().filter(|event| event.kind == "step").count(), 4);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn owners_stop_jobs_whatever_their_worker_does() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let tenant = store.create_tenant("alice").await.unwrap().id;
+        for number in 1..=3 {
+            made(&store, job(number, tenant, &format!("a{number}"))).await;
+        }
+        let first = claimed(&store).await;
+        assert_eq!(first.id, job_id(1), "the oldest");
+        assert_eq!(store.pause_job(tenant, &first.id).await.unwrap().status, JobStatus::Paused);
+        assert_eq!(store.pause_job(tenant, &first.id).await.unwrap().status, JobStatus::Paused);
+        assert!(matches!(store.report_progress(&first.id, 1, step(1, true)).await, Err(StoreError::JobLost)));
+        let kept = step(1, true).checkpoint.unwrap();
+        store.leave_checkpoint(&first.id, 1, kept.clone()).await.unwrap();
+        assert_eq!(store.checkpoints(&first.id).await.unwrap().len(), 1);
+        assert_eq!(store.resume_job(tenant, &first.id).await.unwrap().status, JobStatus::Queued);
+        assert_eq!(claimed(&store).await.id, first.id, "who ran before goes first");
+        assert_eq!(store.cancel_job(tenant, &first.id).await.unwrap().status, JobStatus::Cancelled);
+        assert_eq!(store.cancel_job(tenant, &first.id).await.unwrap().status, JobStatus::Cancelled);
+        assert!(matches!(store.leave_checkpoint(&first.id, 2, kept).await, Err(StoreError::JobLost)));
+        assert!(matches!(store.resume_job(tenant, &first.id).await, Err(StoreError::JobStatus(JobStatus::Cancelled))));
+        assert!(matches!(store.pause_job(tenant, &first.id).await, Err(StoreError::JobStatus(JobStatus::Cancelled))));
+        assert!(
+            matches!(store.cancel_job(BUILT_IN_TENANT, &job_id(2)).await, Err(StoreError::JobNotFound)),
+            "not theirs"
+        );
+
+        let failing = claimed(&store).await;
+        let failed = store.fail_job(&failing.id, failing.attempt, "{\"code\":\"x\"}".into(), vec![]).await.unwrap();
+        assert_eq!((failed.status, failed.error.as_deref()), (JobStatus::Failed, Some("{\"code\":\"x\"}")));
+        assert!(matches!(store.cancel_job(tenant, &failing.id).await, Err(StoreError::JobStatus(JobStatus::Failed))));
+        // The names are free again.
+        written(store.put_adapter(new(tenant, "a1", 1)).await);
+        let ids: Vec<String> = store.jobs(tenant, None, 10).await.unwrap().into_iter().map(|job| job.id).collect();
+        assert_eq!(ids, [job_id(3), job_id(2), job_id(1)]);
+        assert_eq!(store.jobs(tenant, Some(&job_id(2)), 10).await.unwrap().len(), 1);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn places_are_shared_out_by_tenant_and_limited() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let (alice, bob) = (store.create_tenant("a").await.unwrap().id, store.create_tenant("b").await.unwrap().id);
+        for number in 1..=3 {
+            made(&store, job(number, alice, &format!("x{number}"))).await;
+        }
+        assert!(matches!(store.create_job(job(9, alice, "x9")).await, Err(StoreError::TooManyJobs(3))));
+        assert!(matches!(store.create_job(job(9, bob, "x3")).await, Ok(JobStored::New(_))), "names are a tenant's own");
+        made(&store, job(10, bob, "y")).await;
+        assert!(matches!(store.create_job(job(11, BUILT_IN_TENANT, "z")).await, Err(StoreError::JobsFull)));
+        let many = NewJob { most_of_tenant: 9, most: 9, ..job(12, alice, "x1") };
+        assert!(matches!(store.create_job(many).await, Err(StoreError::NameReserved)));
+
+        let limits = StartLimits { running: 3, running_of_tenant: 2 };
+        let next = |busy: Vec<String>| store.claim_job(limits, "here", busy);
+        assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(1));
+        assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(9), "whose tenant has fewer");
+        assert_eq!(next(vec![job_id(2)]).await.unwrap().unwrap().id, job_id(3), "a busy one is left out");
+        assert!(next(vec![]).await.unwrap().is_none(), "three run");
+        store.cancel_job(bob, &job_id(9)).await.unwrap();
+        assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(10), "alice has her two");
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn the_same_key_is_the_same_job() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let keyed = |number, hash| {
+            let key = JobKey { route: "POST /x", key: "k".into(), request_hash: [hash; 32] };
+            NewJob { key: Some(key), ..job(number, BUILT_IN_TENANT, "a") }
+        };
+        let first = made(&store, keyed(1, 1)).await;
+        assert_eq!(store.create_job(keyed(2, 1)).await.unwrap(), JobStored::Before(first));
+        assert!(matches!(store.create_job(keyed(3, 2)).await, Err(StoreError::IdempotencyMismatch)));
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn validation_in_the_background_ends_in_the_queue_or_in_failure() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        for number in 1..=3 {
+            let new = NewJob { status: JobStatus::Validating, ..job(number, BUILT_IN_TENANT, &format!("a{number}")) };
+            made(&store, new).await;
+        }
+        assert_eq!(store.validating_jobs().await.unwrap().len(), 3);
+        assert!(store.claim_job(FREE, "here", vec![]).await.unwrap().is_none());
+        let good = store.end_validation(&job_id(1), Ok(77)).await.unwrap();
+        assert_eq!((good.status, good.steps), (JobStatus::Queued, 77));
+        let bad = store.end_validation(&job_id(2), Err(("{}".into(), vec![]))).await.unwrap();
+        assert_eq!(bad.status, JobStatus::Failed);
+        store.cancel_job(BUILT_IN_TENANT, &job_id(3)).await.unwrap();
+        assert_eq!(store.end_validation(&job_id(3), Ok(5)).await.unwrap().status, JobStatus::Cancelled);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn files_are_kept_within_bounds_and_go_with_their_tenant() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let tenant = store.create_tenant("alice").await.unwrap().id;
+        let file = |number: u32, size: usize| NewFile {
+            id: format!("file-{number:032x}"),
+            tenant,
+            filename: "train.jsonl".into(),
+            purpose: "fine-tune".into(),
+            data: vec![b'x'; size],
+            most_of_tenant: 100,
+        };
+        let first = store.put_file(file(1, 60)).await.unwrap();
+        assert_eq!((first.bytes, &*first.filename), (60, "train.jsonl"));
+        assert!(matches!(store.put_file(file(2, 41)).await, Err(StoreError::FilesFull)));
+        let second = store.put_file(file(2, 40)).await.unwrap();
+        assert_eq!(store.files(tenant, None, 10).await.unwrap(), [second.clone(), first.clone()]);
+        assert_eq!(store.files(tenant, Some(&second.id), 10).await.unwrap(), std::slice::from_ref(&first));
+        assert_eq!(store.file_data(tenant, &first.id).await.unwrap().len(), 60);
+        assert!(matches!(store.file_data(BUILT_IN_TENANT, &first.id).await, Err(StoreError::FileNotFound)));
+        assert!(matches!(store.delete_file(BUILT_IN_TENANT, &first.id).await, Err(StoreError::FileNotFound)));
+        store.delete_file(tenant, &first.id).await.unwrap();
+        assert!(matches!(store.file(tenant, &first.id).await, Err(StoreError::FileNotFound)));
+        store.put_file(file(3, 60)).await.unwrap();
+
+        made(&store, job(1, tenant, "a")).await;
+        claimed(&store).await;
+        store.report_progress(&job_id(1), 1, step(1, true)).await.unwrap();
+        store.delete_tenant("alice").await.unwrap();
+        assert!(matches!(store.report_progress(&job_id(1), 1, step(2, true)).await, Err(StoreError::JobLost)));
+        assert!(matches!(store.job_status(&job_id(1)).await, Err(StoreError::JobNotFound)));
+        assert!(store.events_after(&job_id(1), 0, 10).await.unwrap().is_empty());
+        assert!(store.checkpoints(&job_id(1)).await.unwrap().is_empty());
+        assert!(store.files(tenant, None, 10).await.unwrap().is_empty());
+        store.close().await;
+    }
+}

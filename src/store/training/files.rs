@@ -1,0 +1,127 @@
+//! Files of `/v1/files`.
+
+use sqlx::Row as _;
+
+use super::{
+    FileRecord, NewFile,
+    decode::{self, signed},
+};
+use crate::{
+    store::{Result, Store, StoreError, writer::Tx},
+    types::TenantId,
+};
+
+impl Tx<'_> {
+    async fn put_file(&mut self, new: NewFile) -> Result<FileRecord> {
+        self.living(new.tenant).await?;
+        let row = sqlx::query("SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM files WHERE tenant = $1")
+            .bind(new.tenant.0)
+            .fetch_one(&mut *self.connection)
+            .await?;
+        let size = new.data.len() as u64;
+        if decode::count(&row, 0)?.saturating_add(size) > new.most_of_tenant {
+            return Err(StoreError::FilesFull);
+        }
+        let change = self.next_seq();
+        sqlx::query(
+            "INSERT INTO files (id, tenant, filename, purpose, bytes, created_at, change_seq, data) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        )
+        .bind(&*new.id)
+        .bind(new.tenant.0)
+        .bind(&*new.filename)
+        .bind(&*new.purpose)
+        .bind(signed(size))
+        .bind(self.now)
+        .bind(change)
+        .bind(new.data)
+        .execute(&mut *self.connection)
+        .await?;
+        Ok(FileRecord { id: new.id, filename: new.filename, purpose: new.purpose, bytes: size, created_at: self.now })
+    }
+
+    async fn delete_file(&mut self, tenant: TenantId, id: &str) -> Result<()> {
+        let done = sqlx::query("DELETE FROM files WHERE id = $1 AND tenant = $2")
+            .bind(id)
+            .bind(tenant.0)
+            .execute(&mut *self.connection)
+            .await?;
+        if done.rows_affected() == 0 {
+            return Err(StoreError::FileNotFound);
+        }
+        self.erased = true;
+        Ok(())
+    }
+
+    /// Fails for a tenant that is gone.
+    pub(super) async fn living(&mut self, tenant: TenantId) -> Result<()> {
+        let row = sqlx::query("SELECT id FROM tenants WHERE id = $1 AND deleted = 0")
+            .bind(tenant.0)
+            .fetch_optional(&mut *self.connection)
+            .await?;
+        row.map(|_| ()).ok_or(StoreError::TenantNotFound)
+    }
+}
+
+impl Store {
+    /// Keeps a file.
+    ///
+    /// # Errors
+    /// [`StoreError::FilesFull`], [`StoreError::TenantNotFound`].
+    pub async fn put_file(&self, new: NewFile) -> Result<FileRecord> {
+        self.writer.job(move |tx| Box::pin(tx.put_file(new))).await
+    }
+
+    /// A tenant's files, newest first: at most `limit` of those older than `after`.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn files(&self, tenant: TenantId, after: Option<&str>, limit: u32) -> Result<Vec<FileRecord>> {
+        // '~' is above every letter of an id.
+        let rows = sqlx::query(
+            "SELECT id, filename, purpose, bytes, created_at FROM files WHERE tenant = $1 AND id < $2 ORDER BY id DESC LIMIT $3",
+        )
+        .bind(tenant.0)
+        .bind(after.unwrap_or("~"))
+        .bind(i64::from(limit))
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(decode::file).collect()
+    }
+
+    /// A tenant's file.
+    ///
+    /// # Errors
+    /// [`StoreError::FileNotFound`].
+    pub async fn file(&self, tenant: TenantId, id: &str) -> Result<FileRecord> {
+        let row =
+            sqlx::query("SELECT id, filename, purpose, bytes, created_at FROM files WHERE id = $1 AND tenant = $2")
+                .bind(id)
+                .bind(tenant.0)
+                .fetch_optional(&self.pool)
+                .await?;
+        decode::file(&row.ok_or(StoreError::FileNotFound)?)
+    }
+
+    /// What is in a tenant's file.
+    ///
+    /// # Errors
+    /// [`StoreError::FileNotFound`].
+    pub async fn file_data(&self, tenant: TenantId, id: &str) -> Result<Vec<u8>> {
+        let row = sqlx::query("SELECT data FROM files WHERE id = $1 AND tenant = $2")
+            .bind(id)
+            .bind(tenant.0)
+            .fetch_optional(&self.pool)
+            .await?;
+        Ok(row.ok_or(StoreError::FileNotFound)?.try_get(0)?)
+    }
+
+    /// Erases a tenant's file. Jobs have their own copy.
+    ///
+    /// # Errors
+    /// [`StoreError::FileNotFound`].
+    pub async fn delete_file(&self, tenant: TenantId, id: &str) -> Result<()> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.delete_file(tenant, &id).await })).await
+    }
+}

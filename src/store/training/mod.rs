@@ -1,0 +1,13 @@
+//! Jobs, what they leave behind, and the files they are made of.
+
+mod decode;
+mod files;
+mod owner;
+mod read;
+mod records;
+mod worker;
+
+pub use records::{
+    CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
+    NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
+};

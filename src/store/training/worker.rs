@@ -1,0 +1,287 @@
+//! What workers do with jobs: take, report, end. A worker writes under the attempt that it took the job with; once the job is another's, ended or paused, it
+//! writes nothing.
+
+use std::collections::HashMap;
+
+use sqlx::Row as _;
+
+use super::{
+    JobRecord, JobStatus, NewCheckpoint, NewEvent, Progress, Publication, StartLimits,
+    decode::{any_job, count, signed},
+    owner::status_event,
+};
+use crate::store::{Result, Store, StoreError, Stored, writer::Tx};
+
+/// Steps whose samples are kept.
+const SAMPLE_STEPS: u64 = 64;
+
+impl Tx<'_> {
+    async fn claim_job(&mut self, limits: StartLimits, lease: &str, busy: &[String]) -> Result<Option<JobRecord>> {
+        let mut running: HashMap<i64, u64> = HashMap::new();
+        let rows = sqlx::query("SELECT tenant, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY tenant")
+            .fetch_all(&mut *self.connection)
+            .await?;
+        for row in &rows {
+            running.insert(row.try_get(0)?, count(row, 1)?);
+        }
+        if running.values().sum::<u64>() >= limits.running {
+            return Ok(None);
+        }
+        // Those that ran before go first, then the oldest.
+        let rows = sqlx::query(
+            "SELECT id, tenant, started_at FROM jobs WHERE status = 'queued' \
+             ORDER BY CASE WHEN started_at IS NULL THEN 1 ELSE 0 END, id",
+        )
+        .fetch_all(&mut *self.connection)
+        .await?;
+        let mut best: Option<(u64, String, bool)> = None;
+        for row in &rows {
+            let (id, tenant): (String, i64) = (row.try_get(0)?, row.try_get(1)?);
+            let load = running.get(&tenant).copied().unwrap_or(0);
+            let allowed = load < limits.running_of_tenant && !busy.contains(&id);
+            // Of tenants that have equally many, whoever came first.
+            if allowed && best.as_ref().is_none_or(|(least, ..)| load < *least) {
+                best = Some((load, id, row.try_get::<Option<i64>, _>(2)?.is_some()));
+            }
+        }
+        let Some((_, id, again)) = best else { return Ok(None) };
+        let now = self.now;
+        sqlx::query(
+            "UPDATE jobs SET attempt = attempt + 1, lease = $1, started_at = COALESCE(started_at, $2) WHERE id = $3",
+        )
+        .bind(lease)
+        .bind(now)
+        .bind(&*id)
+        .execute(&mut *self.connection)
+        .await?;
+        let words = if again { "The job goes on." } else { "The job has started." };
+        self.set_status(&id, JobStatus::Running, status_event(JobStatus::Running, words)).await.map(Some)
+    }
+
+    /// The job, if it is still this worker's.
+    async fn held_job(&mut self, id: &str, attempt: i64) -> Result<JobRecord> {
+        let job = match any_job(self.connection, id).await {
+            Err(StoreError::JobNotFound) => return Err(StoreError::JobLost),
+            other => other?,
+        };
+        if job.attempt == attempt && job.status == JobStatus::Running { Ok(job) } else { Err(StoreError::JobLost) }
+    }
+
+    async fn report_progress(&mut self, id: &str, attempt: i64, progress: Progress) -> Result<()> {
+        let job = self.held_job(id, attempt).await?;
+        let news = progress.step > job.step || progress.metrics.is_none();
+        if news {
+            sqlx::query(
+                "UPDATE jobs SET step = CASE WHEN step < $1 THEN $1 ELSE step END, metrics = COALESCE($2, metrics) WHERE id = $3",
+            )
+            .bind(signed(progress.step))
+            .bind(progress.metrics)
+            .bind(id)
+            .execute(&mut *self.connection)
+            .await?;
+            self.append_events(id, progress.events).await?;
+        }
+        for (phase, samples) in progress.samples {
+            self.put_samples(id, progress.step, phase, samples).await?;
+        }
+        if let Some(checkpoint) = progress.checkpoint {
+            self.put_checkpoint(id, checkpoint).await?;
+        }
+        Ok(())
+    }
+
+    async fn put_samples(&mut self, id: &str, step: u64, phase: &'static str, samples: String) -> Result<()> {
+        sqlx::query("DELETE FROM job_samples WHERE job = $1 AND phase = $2 AND step <= $3")
+            .bind(id)
+            .bind(phase)
+            .bind(signed(step) - signed(SAMPLE_STEPS))
+            .execute(&mut *self.connection)
+            .await?;
+        sqlx::query(
+            "INSERT INTO job_samples (job, step, phase, samples, created_at) VALUES ($1, $2, $3, $4, $5) \
+             ON CONFLICT (job, step, phase) DO UPDATE SET samples = excluded.samples",
+        )
+        .bind(id)
+        .bind(signed(step))
+        .bind(phase)
+        .bind(samples)
+        .bind(self.now)
+        .execute(&mut *self.connection)
+        .await?;
+        Ok(())
+    }
+
+    async fn put_checkpoint(&mut self, id: &str, new: NewCheckpoint) -> Result<()> {
+        sqlx::query(
+            "INSERT INTO job_checkpoints (job, step, state, metrics, created_at) VALUES ($1, $2, $3, $4, $5) \
+             ON CONFLICT (job, step) DO UPDATE SET state = excluded.state, metrics = excluded.metrics",
+        )
+        .bind(id)
+        .bind(signed(new.step))
+        .bind(new.state)
+        .bind(new.metrics)
+        .bind(self.now)
+        .execute(&mut *self.connection)
+        .await?;
+        sqlx::query(
+            "DELETE FROM job_checkpoints WHERE job = $1 AND step NOT IN \
+             (SELECT step FROM job_checkpoints WHERE job = $1 ORDER BY step DESC LIMIT $2)",
+        )
+        .bind(id)
+        .bind(signed(new.keep.max(1)))
+        .execute(&mut *self.connection)
+        .await?;
+        Ok(())
+    }
+
+    /// A checkpoint of a worker that lets go of its job: also when the owner has just paused it, or put it back into the queue.
+    async fn leave_checkpoint(&mut self, id: &str, attempt: i64, checkpoint: NewCheckpoint) -> Result<()> {
+        let job = any_job(self.connection, id).await?;
+        if job.attempt != attempt || job.status.is_final() {
+            return Err(StoreError::JobLost);
+        }
+        self.put_checkpoint(id, checkpoint).await
+    }
+
+    async fn fail_job(&mut self, id: &str, attempt: i64, error: String, events: Vec<NewEvent>) -> Result<JobRecord> {
+        self.held_job(id, attempt).await?;
+        self.end_job(id, JobStatus::Failed, None, Some(error), events).await
+    }
+
+    async fn publish_job(&mut self, id: &str, attempt: i64, publication: Publication) -> Result<JobRecord> {
+        self.held_job(id, attempt).await?;
+        let mut results = Vec::with_capacity(1);
+        self.put_round(vec![publication.adapter], &mut results, Some(id)).await?;
+        match results.pop().unwrap_or(Err(StoreError::Closed))? {
+            Stored::New { .. } | Stored::Replayed(_) => {
+                self.end_job(id, JobStatus::Succeeded, Some(publication.result), None, publication.events).await
+            }
+        }
+    }
+
+    async fn end_validation(
+        &mut self,
+        id: &str,
+        outcome: std::result::Result<u64, (String, Vec<NewEvent>)>,
+    ) -> Result<JobRecord> {
+        let job = any_job(self.connection, id).await?;
+        if job.status != JobStatus::Validating {
+            return Ok(job);
+        }
+        match outcome {
+            Ok(steps) => {
+                sqlx::query("UPDATE jobs SET steps = $1 WHERE id = $2")
+                    .bind(signed(steps))
+                    .bind(id)
+                    .execute(&mut *self.connection)
+                    .await?;
+                let event = status_event(JobStatus::Queued, "The data is valid; the job waits to start.");
+                self.set_status(id, JobStatus::Queued, event).await
+            }
+            Err((error, events)) => self.end_job(id, JobStatus::Failed, None, Some(error), events).await,
+        }
+    }
+
+    async fn release_job(&mut self, id: &str, attempt: i64) -> Result<()> {
+        if self.held_job(id, attempt).await.is_ok() {
+            let event = status_event(JobStatus::Queued, "The job was interrupted and waits to go on.");
+            self.set_status(id, JobStatus::Queued, event).await?;
+        }
+        Ok(())
+    }
+
+    async fn requeue_jobs(&mut self) -> Result<u64> {
+        let rows = sqlx::query("SELECT id FROM jobs WHERE status = 'running' ORDER BY id")
+            .fetch_all(&mut *self.connection)
+            .await?;
+        let change = self.next_seq();
+        for row in &rows {
+            let id: &str = row.try_get(0)?;
+            sqlx::query("UPDATE jobs SET status = 'queued', lease = NULL, change_seq = $1 WHERE id = $2")
+                .bind(change)
+                .bind(id)
+                .execute(&mut *self.connection)
+                .await?;
+            let event = status_event(JobStatus::Queued, "The server was restarted; the job waits to go on.");
+            self.append_events(id, vec![event]).await?;
+        }
+        Ok(rows.len() as u64)
+    }
+}
+
+impl Store {
+    /// Takes the next job that may start, for a worker of the process `lease`; not one of `busy`. None when there is none.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn claim_job(&self, limits: StartLimits, lease: &str, busy: Vec<String>) -> Result<Option<JobRecord>> {
+        let lease = lease.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.claim_job(limits, &lease, &busy).await })).await
+    }
+
+    /// Writes what a worker reports, together.
+    ///
+    /// # Errors
+    /// [`StoreError::JobLost`] when it is no longer this worker's.
+    pub async fn report_progress(&self, id: &str, attempt: i64, progress: Progress) -> Result<()> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.report_progress(&id, attempt, progress).await })).await
+    }
+
+    /// Writes the checkpoint of a worker that lets go of its job.
+    ///
+    /// # Errors
+    /// [`StoreError::JobLost`] when the job has ended or is another worker's.
+    pub async fn leave_checkpoint(&self, id: &str, attempt: i64, checkpoint: NewCheckpoint) -> Result<()> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.leave_checkpoint(&id, attempt, checkpoint).await })).await
+    }
+
+    /// Ends a job without an adapter.
+    ///
+    /// # Errors
+    /// [`StoreError::JobLost`].
+    pub async fn fail_job(&self, id: &str, attempt: i64, error: String, events: Vec<NewEvent>) -> Result<JobRecord> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.fail_job(&id, attempt, error, events).await })).await
+    }
+
+    /// Publishes a job's adapter and ends the job, both or neither.
+    ///
+    /// # Errors
+    /// [`StoreError::JobLost`], and those of [`Store::put_adapter`]: then nothing was written.
+    pub async fn publish_job(&self, id: &str, attempt: i64, publication: Publication) -> Result<JobRecord> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.publish_job(&id, attempt, publication).await })).await
+    }
+
+    /// What a validation found: the steps of a job that may wait for its start, or why it cannot. A job that was cancelled meanwhile stays so.
+    ///
+    /// # Errors
+    /// [`StoreError::JobNotFound`].
+    pub async fn end_validation(
+        &self,
+        id: &str,
+        outcome: std::result::Result<u64, (String, Vec<NewEvent>)>,
+    ) -> Result<JobRecord> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.end_validation(&id, outcome).await })).await
+    }
+
+    /// Puts a job back into the queue, if this worker still has it.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn release_job(&self, id: &str, attempt: i64) -> Result<()> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.release_job(&id, attempt).await })).await
+    }
+
+    /// Puts jobs whose worker died with its process back into the queue; gives their number. At start, before any job is taken.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn requeue_jobs(&self) -> Result<u64> {
+        self.writer.job(move |tx| Box::pin(tx.requeue_jobs())).await
+    }
+}

@@ -1,0 +1,224 @@
+//! A job survives its server: whenever that dies, the curve and the numbers are those of a run that nobody disturbed.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::{
+    app::{Options, TestApp},
+    support::{self, parts},
+    toy::{Toy, Toys},
+    training::letters_with,
+};
+
+/// Metrics of every step, without the times.
+fn curve(events: &[Value]) -> Vec<Value> {
+    let mut steps: Vec<Value> =
+        events.iter().filter(|event| event["type"] == "step").map(|event| event["data"].clone()).collect();
+    for step in &mut steps {
+        step.as_object_mut().unwrap().retain(|name, _| !name.ends_with("_seconds") && !name.ends_with("per_second"));
+    }
+    steps
+}
+
+/// What a job has come to.
+async fn outcome(app: &TestApp, id: &str, name: &str) -> (Value, Vec<Value>, Value) {
+    let job = app.ended(id).await;
+    assert_eq!(job["status"], "succeeded", "{job}");
+    let weights = app.get(&format!("/adapters/{name}/weights?format=json")).await.json();
+    (job["result"].clone(), curve(&app.events(id).await), weights["numbers"].clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_killed_anywhere_ends_as_one_that_was_not() {
+    let plans = [
+        ("grpo", json!({"steps": 12, "checkpoint_every": 3, "updates_per_batch": 2, "beta": 0.01})),
+        (
+            "es",
+            json!({"steps": 12, "prompts_per_step": 2, "samples_per_prompt": 2, "max_completion_tokens": 8, "population": 8, "sigma": 0.5, "learning_rate": 0.3, "checkpoint_every": 4}),
+        ),
+        (
+            "sft",
+            json!({"steps": 12, "prompts_per_step": 2, "max_completion_tokens": 8, "learning_rate": 0.3, "checkpoint_every": 5}),
+        ),
+    ];
+    for (method, hyper) in plans {
+        let mut body = letters_with("alice", json!({}));
+        body["method"] = json!(method);
+        if method == "grpo" {
+            body = letters_with("alice", hyper);
+        } else {
+            body["hyperparameters"] = hyper;
+        }
+        if method == "sft" {
+            for part in ["dataset", "validation"] {
+                for item in body[part].as_array_mut().unwrap() {
+                    item["completion"] = json!("hello");
+                }
+            }
+        }
+        let start = async |toy: &Arc<Toy>, folder| {
+            TestApp::with(Options { policies: Some(Arc::new(Toys(toy.clone()))), folder, ..Options::default() }).await
+        };
+        let app = start(&Arc::default(), None).await;
+        let id = app.train(body.clone()).await;
+        let undisturbed = outcome(&app, &id, "alice").await;
+        drop(app);
+
+        let mut app = start(&Toy::slow(2), None).await;
+        let id = app.train(body).await;
+        // After so many calls of the policy: within steps, between them, before the first checkpoint, in the evaluation.
+        let mut deaths = 0;
+        for calls in [2, 7, 5, 11, 1, 9, 13, 3] {
+            let toy = Toy::slow(2);
+            let seen = app.job(&id).await;
+            if seen["status"] == "succeeded" {
+                break;
+            }
+            let folder = app.folder.clone();
+            app.state.service.training().unwrap().play_dead().await;
+            app.state.service.store.close().await;
+            deaths += 1;
+            app = start(&toy, Some(folder)).await;
+            while toy.calls.load(Ordering::SeqCst) < calls {
+                let job = app.job(&id).await;
+                assert_ne!(job["status"], "failed", "{method}: {job}");
+                if job["status"] == "succeeded" {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        assert!(deaths >= 3, "{method}: died only {deaths} times");
+        let disturbed = outcome(&app, &id, "alice").await;
+        assert_eq!(disturbed.1, undisturbed.1, "{method}: the curve");
+        assert_eq!(disturbed.2, undisturbed.2, "{method}: the numbers");
+        assert_eq!(disturbed.0, undisturbed.0, "{method}: the result");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_stops_leaves_checkpoints_and_paused_jobs_stay_paused() {
+    let toy = Toy::slow(3);
+    let with =
+        |toy: &Arc<Toy>, folder| Options { policies: Some(Arc::new(Toys(toy.clone()))), folder, ..Options::default() };
+    let app = TestApp::with(with(&toy, None)).await;
+    let running = app.train(letters_with("running", json!({"steps": 40, "checkpoint_every": 1000}))).await;
+    let paused = app.train(letters_with("paused", json!({}))).await;
+    assert_eq!(app.post(&format!("/adapters/train/{paused}/pause"), json!({})).await.json()["status"], "paused");
+    app.until(&running, |job| job["step"].as_u64().unwrap() >= 5).await;
+    assert!(app.state.service.training().unwrap().stop(Duration::from_secs(10)).await);
+    let answer = app.post("/adapters/train", letters_with("late", json!({}))).await;
+    assert_eq!((answer.error().0, answer.error().3.as_deref()), (503, Some("draining")));
+    let checkpoints = app.get(&format!("/adapters/train/{running}/checkpoints")).await.json();
+    let at = checkpoints["data"][0]["step"].as_u64().unwrap();
+    assert!(at >= 5, "{checkpoints}");
+    app.state.service.store.close().await;
+
+    let app = TestApp::with(with(&Arc::default(), Some(app.folder.clone()))).await;
+    let job = app.ended(&running).await;
+    assert_eq!((&job["status"], &job["step"]), (&json!("succeeded"), &json!(40)));
+    let messages: Vec<String> =
+        app.events(&running).await.iter().map(|event| event["message"].as_str().unwrap().to_owned()).collect();
+    assert!(messages.iter().any(|message| message.contains("restarted")), "{messages:?}");
+    assert_eq!(app.job(&paused).await["status"], "paused");
+    app.post(&format!("/adapters/train/{paused}/resume"), json!({})).await;
+    assert_eq!(app.ended(&paused).await["status"], "succeeded");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_another_base_is_not_gone_on_with() {
+    let app = TestApp::with(Options { policies: Some(Arc::new(Toys(Arc::default()))), ..Options::default() }).await;
+    let id = app.train(letters_with("alice", json!({"steps": 2}))).await;
+    app.ended(&id).await;
+    // A job of that base, as its server left it.
+    let tenant = app.state.service.store.tenant("acme").await.unwrap().id;
+    let new = mote::store::NewJob {
+        id: format!("ftjob-{:032x}", u128::MAX),
+        tenant,
+        name: "bob".into(),
+        name_must_be_free: true,
+        status: mote::store::JobStatus::Queued,
+        spec: {
+            let record = app.state.service.store.jobs(tenant, None, 1).await.unwrap().remove(0);
+            let mut spec: Value = serde_json::from_str(&record.spec).unwrap();
+            spec["fingerprint"] = json!("00".repeat(32));
+            spec.to_string()
+        },
+        steps: 2,
+        data: vec![(mote::store::JobData::Training, b"{}".to_vec())],
+        most_of_tenant: 10,
+        most: 10,
+        key: None,
+        event: mote::store::NewEvent {
+            kind: "status",
+            level: mote::store::EventLevel::Info,
+            message: "made".into(),
+            data: "{}".into(),
+        },
+    };
+    app.state.service.store.create_job(new).await.unwrap();
+    // Somebody makes the queue look.
+    app.train(letters_with("next", json!({"steps": 1}))).await;
+    let job = app.ended(&format!("ftjob-{:032x}", u128::MAX)).await;
+    assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("incompatible_adapter")), "{job}");
+}
+
+/// Evolution strategies on the tiny golden model, in a real process that is killed with SIGKILL.
+#[tokio::test(flavor = "multi_thread")]
+async fn kill_9_changes_nothing() {
+    let body = json!({
+        "name": "evolved", "method": "es",
+        "dataset": (0..8).map(|n| json!({"prompt": format!("The {n} little foxes")})).collect::<Vec<_>>(),
+        "validation": [{"prompt": "The end"}, {"prompt": "Once"}],
+        "grader": {"type": "string_check", "reference": "e", "operation": "like"},
+        "hyperparameters": {
+            "steps": 10, "prompts_per_step": 4, "samples_per_prompt": 2, "population": 6, "sigma": 0.5, "learning_rate": 0.2, "max_completion_tokens": 12,
+            "checkpoint_every": 2, "flat_reward_steps": 0,
+        },
+    });
+    let wait = async |app: &support::TestApp, id: &str, until: &dyn Fn(&Value) -> bool| loop {
+        let (_, job) = app.get(&format!("/adapters/train/{id}")).await;
+        assert_ne!(job["status"], "failed", "{job}");
+        if until(&job) {
+            return job;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    };
+    let done = |job: &Value| job["status"] == "succeeded";
+    let finish = async |app: &support::TestApp, id: &str| {
+        let job = wait(app, id, &done).await;
+        assert_eq!(job["status"], "succeeded", "{job}");
+        let (_, events) = app.get(&format!("/adapters/train/{id}/events?limit=1000")).await;
+        let weights =
+            parts(app.request(Method::GET, "/adapters/evolved/weights?format=json").send().await.unwrap()).await.1;
+        (job["result"].clone(), curve(events["data"].as_array().unwrap()), weights["data"].clone())
+    };
+    let app = support::TestApp::tiny("llama").start().await;
+    let id = app.ok("/adapters/train", &body).await["id"].as_str().unwrap().to_owned();
+    let undisturbed = finish(&app, &id).await;
+    drop(app);
+
+    let folder = tempfile::tempdir().unwrap();
+    let mut id = None;
+    for at in [1, 3, 4, 6, 9] {
+        let mut app = support::TestApp::tiny("llama").data_dir(folder.path()).start().await;
+        let id = match &id {
+            Some(id) => id,
+            None => &*id.insert(app.ok("/adapters/train", &body).await["id"].as_str().unwrap().to_owned()),
+        };
+        wait(&app, id, &|job| job["step"].as_u64().unwrap() >= at || done(job)).await;
+        app.kill();
+    }
+    let app = support::TestApp::tiny("llama").data_dir(folder.path()).start().await;
+    let disturbed = finish(&app, &id.unwrap()).await;
+    assert_eq!(disturbed.1, undisturbed.1, "the curve");
+    assert_eq!(disturbed.2, undisturbed.2, "the numbers");
+    assert_eq!(disturbed.0, undisturbed.0, "the result");
+    // And it changed something, or there was nothing to compare.
+    assert_ne!(undisturbed.1.first().unwrap()["numbers_norm"], undisturbed.1.last().unwrap()["numbers_norm"]);
+}
