@@ -1,6 +1,7 @@
 //! Command line and environment: one struct a concern, every flag also a variable `MOTE_*`.
 
 mod bench;
+mod train;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -10,6 +11,7 @@ pub use bench::{
     AdapterChoice, BenchArgs, BenchCommand, DecodeArgs, PrefillArgs, ProfileArgs, QualityArgs, ReportArgs, ServedArgs,
     UploadArgs,
 };
+pub use train::{DataArgs, EvalArgs, MethodChoice, TaskArgs, TaskChoice, TrainArgs};
 
 /// One frozen language model in memory, thousands of 26-byte adapters over it, every request under its own, all in one batch.
 #[derive(Debug, Parser)]
@@ -32,6 +34,14 @@ pub enum Command {
     /// Serve a model and its adapters over HTTP (OpenAI-style API; documentation at /docs). A flag given twice: the last counts.
     #[command(args_override_self = true)]
     Serve(Box<ServeArgs>),
+    /// Train an adapter in this process and measure it.
+    #[command(args_override_self = true)]
+    Train(Box<TrainArgs>),
+    /// Measure an adapter, and the base beside it, on items with checkable answers.
+    #[command(args_override_self = true)]
+    Eval(Box<EvalArgs>),
+    /// Write a made-up task with checkable answers, to try training on.
+    Task(TaskArgs),
     /// Fetch a model into the cache and print the path of its file.
     Pull(PullArgs),
     /// Create, list and revoke API keys, also while a server runs on the same data directory.
@@ -169,6 +179,9 @@ pub struct EngineArgs {
     /// Rows that background work (training) may add to a step that serves requests; 0: it waits until there are none.
     #[arg(long, env = "MOTE_BACKGROUND_ROWS", value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(0..=65_536))]
     pub background_rows: u32,
+    /// Time that the gradients of training jobs may take while requests are answered, as a multiple of what these take; 0: they wait until there are none.
+    #[arg(long, env = "MOTE_GRADIENT_SHARE", value_name = "X", default_value_t = 1.0, value_parser = share)]
+    pub gradient_share: f64,
     /// Do not share the KV blocks of equal prompt beginnings between requests of the same tenant and adapter.
     #[arg(long, env = "MOTE_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,
@@ -421,4 +434,10 @@ mod tests {
             }
         }
     }
+}
+
+/// A multiple of something: at least 0.
+fn share(value: &str) -> Result<f64, String> {
+    let share: f64 = value.parse().map_err(|error| format!("{error}"))?;
+    if (0.0..=1000.0).contains(&share) { Ok(share) } else { Err("must be from 0 to 1000".to_owned()) }
 }

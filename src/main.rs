@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::Parser;
 use mote::{
     app,
-    config::{AdaptersCommand, Cli, Command, KeysCommand, LogFormat, ServeArgs},
+    config::{AdaptersCommand, Cli, Command, KeysCommand, LogFormat},
     http,
     model::Sources,
 };
@@ -38,7 +38,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         LogFormat::Json => log.json().init(),
     }
     match cli.command {
-        Command::Serve(args) => runtime()?.block_on(serve(*args)),
+        Command::Serve(args) => Ok(runtime()?.block_on(async { anyhow::Ok(app::serve(*args, asked_to_stop()?).await?) })?),
+        Command::Train(args) => {
+            say(&runtime()?.block_on(async { anyhow::Ok(app::train(*args, asked_to_stop()?).await?) })?)
+        }
+        Command::Eval(args) => {
+            say(&runtime()?.block_on(async { anyhow::Ok(app::eval(*args, asked_to_stop()?).await?) })?)
+        }
+        Command::Task(args) => say(&app::task(&args)?),
         Command::Pull(args) => {
             let found = Sources::from_env().resolve(&args.model)?;
             say(&found.path.display().to_string())
@@ -59,7 +66,8 @@ fn say(text: &str) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout(), "{text}")?)
 }
 
-async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+/// Resolves at the first signal to stop; the second ends the program at once.
+fn asked_to_stop() -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
     let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (stop, stopped) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
@@ -69,11 +77,9 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         tracing::warn!("second signal: stopping at once");
         std::process::exit(130);
     });
-    app::serve(args, async move {
+    Ok(async move {
         let _ = stopped.await;
     })
-    .await?;
-    Ok(())
 }
 
 async fn keys(command: KeysCommand) -> anyhow::Result<()> {

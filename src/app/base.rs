@@ -96,6 +96,7 @@ pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
             prefill_chunk: engine.prefill_chunk as usize,
             idle_prefill_chunk: engine.idle_prefill_chunk as usize,
             background_rows: engine.background_rows as usize,
+            gradient_share: engine.gradient_share,
             rank: basis.rank,
             sites: sites.len(),
             prefix_cache: !engine.no_prefix_cache,

@@ -3,6 +3,7 @@
 mod base;
 mod bench;
 mod state;
+mod train;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -12,6 +13,7 @@ use tokio::net::TcpListener;
 pub use base::{Base, start as start_base};
 pub use bench::run as bench;
 pub use state::{create_key, export_adapter, list_adapters, list_keys, open_store, revoke_key};
+pub use train::{eval, task, train};
 
 use crate::{
     adapter::BasisError,
@@ -67,6 +69,12 @@ pub enum AppError {
     /// A measurement that has no meaning: the server refused, or answered something else than what was asked.
     #[error("{0}")]
     Bench(String),
+    /// Training cannot begin or go on.
+    #[error("{0}")]
+    Train(String),
+    /// Somebody asked to stop.
+    #[error("interrupted")]
+    Interrupted,
     /// The engine died; a supervisor should start the program anew.
     #[error("the engine has stopped; see the log")]
     EngineDead,

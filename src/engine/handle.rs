@@ -11,6 +11,7 @@ use super::{
     api::{Priority, Request, SubmitError},
     events::{self, Events},
     gate::{Gate, Health, Outbox},
+    gradient::{self, GradientAnswer, GradientRequest},
     prefix::Chain,
     scheduler::Limits,
     sequence::{Sequence, SequenceId, blocks_at_end},
@@ -26,7 +27,7 @@ const LAST_STEP: Duration = Duration::from_secs(10);
 const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
 
 /// What the engine may use.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct EngineConfig {
     /// Sequences that run at once; at least 1.
     pub max_batch: usize,
@@ -40,6 +41,8 @@ pub struct EngineConfig {
     pub idle_prefill_chunk: usize,
     /// Rows that background sequences may add to a step in which interactive ones have some.
     pub background_rows: usize,
+    /// Time that gradients may take beside steps with interactive rows, as a multiple of what those rows take; at least 0.
+    pub gradient_share: f64,
     /// The rank of the basis, which the model was packed with: cores are `rank x rank`.
     pub rank: usize,
     /// Sites that cores cover.
@@ -54,6 +57,9 @@ pub enum StartError {
     /// A limit of 0.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
+    /// A share below 0.
+    #[error("the share of gradients must be at least 0, not {0}")]
+    Share(f64),
     /// The system gave no thread.
     #[error("the engine's thread could not be started: {0}")]
     Thread(#[from] std::io::Error),
@@ -92,6 +98,10 @@ pub(super) fn pair(model: Box<dyn Model>, config: EngineConfig) -> Result<(Handl
         idle_prefill_chunk: config.idle_prefill_chunk.max(config.prefill_chunk),
         background_rows: config.background_rows,
     };
+    if !(config.gradient_share >= 0.0 && config.gradient_share.is_finite()) {
+        return Err(StartError::Share(config.gradient_share));
+    }
+    let share = config.gradient_share;
     let stats = Arc::new(Stats::new(limits.max_batch, limits.idle_prefill_chunk));
     let inner = Inner {
         commands: sender,
@@ -101,7 +111,7 @@ pub(super) fn pair(model: Box<dyn Model>, config: EngineConfig) -> Result<(Handl
         kv_blocks: model.kv_blocks(),
         config,
     };
-    Ok((Handle { inner: Arc::new(inner) }, Worker::new(model, limits, receiver, gate, stats)))
+    Ok((Handle { inner: Arc::new(inner) }, Worker::new(model, limits, share, receiver, gate, stats)))
 }
 
 struct Inner {
@@ -165,6 +175,19 @@ impl Handle {
         self.inner.commands.send(Command::Submit(submissions)).map_err(|_| SubmitError::Stopped)?;
         stats.accepted.add(count);
         Ok(events)
+    }
+
+    /// Asks for a gradient. It is computed between steps; nobody who waits for tokens waits much longer for it.
+    ///
+    /// # Errors
+    /// `Stopped` after a shutdown or when the engine is dead; everything else is in the answer.
+    pub fn differentiate(&self, request: GradientRequest) -> Result<GradientAnswer, SubmitError> {
+        if self.health() != Health::Running {
+            return Err(SubmitError::Stopped);
+        }
+        let (gradient, answer) = gradient::gradient(request);
+        self.inner.commands.send(Command::Differentiate(gradient)).map_err(|_| SubmitError::Stopped)?;
+        Ok(answer)
     }
 
     /// The hashes of the prompt are made here, on the caller's thread, and not between two steps.

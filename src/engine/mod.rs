@@ -4,6 +4,7 @@
 //!
 //! One step: `worker` receives commands, `scheduler` plans rows (over `sequence`, `blocks` and `prefix`), `batch` writes the plan as a
 //! ragged batch, the model runs it, `sampler` (over `logits`) chooses tokens on the model's threads, and the worker commits and sends them (`events`).
+//! Between two steps `gradient` advances what training jobs have asked for.
 //!
 //! **Invariants.** The tokens of a request depend on nothing but the request: not on its neighbours, on how its prompt is cut, on a cache hit, or on
 //! losing its blocks in between. A block is published only after it was computed and never written again. The engine never waits for a client.
@@ -13,6 +14,7 @@ mod batch;
 mod blocks;
 mod events;
 mod gate;
+mod gradient;
 mod handle;
 mod logits;
 mod prefix;
@@ -29,5 +31,7 @@ pub use api::{
 };
 pub use events::Events;
 pub use gate::Health;
+pub use gradient::{Differentiated, GradientAnswer, GradientFailure, GradientRequest, Weigh};
 pub use handle::{Engine, EngineConfig, Handle, StartError};
+pub use crate::model::{CoreGradient, GradientJob};
 pub use stats::{Histogram, HistogramSnapshot, Phases, Reading, Seconds, Stats};

@@ -63,11 +63,13 @@ pub struct Phases {
     pub commit: Seconds,
     /// Waking those who wait for the events.
     pub wake: Seconds,
+    /// Gradients.
+    pub gradient: Seconds,
 }
 
 impl Phases {
     /// All of them by name, in the order of a step.
-    pub fn all(&self) -> [(&'static str, &Seconds); 7] {
+    pub fn all(&self) -> [(&'static str, &Seconds); 8] {
         [
             ("receive", &self.receive),
             ("schedule", &self.schedule),
@@ -76,6 +78,7 @@ impl Phases {
             ("sample", &self.sample),
             ("commit", &self.commit),
             ("wake", &self.wake),
+            ("gradient", &self.gradient),
         ]
     }
 }
@@ -166,6 +169,12 @@ pub struct Stats {
     pub generated_tokens: Reading,
     /// Tasks woken to read what a step made.
     pub wakes: Reading,
+    /// Gradients that ended, well or not.
+    pub gradients: Reading,
+    /// Time of steps by the rows of interactive requests in them.
+    pub interactive_seconds: Seconds,
+    /// The same of background requests, which are the rollouts of training jobs.
+    pub background_seconds: Seconds,
     /// Times a sequence lost its blocks.
     pub preemptions: Reading,
     /// Sequences in the queue now, preempted ones included.
@@ -221,6 +230,9 @@ impl Stats {
             cached_tokens: r(),
             generated_tokens: r(),
             wakes: r(),
+            gradients: r(),
+            interactive_seconds: Seconds::default(),
+            background_seconds: Seconds::default(),
             preemptions: r(),
             waiting: r(),
             running: r(),

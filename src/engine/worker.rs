@@ -12,10 +12,11 @@ use std::{
 };
 
 use super::{
-    api::{Event, FinishReason, Request, TokenOut, Usage},
+    api::{Event, FinishReason, Priority, Request, TokenOut, Usage},
     batch::{Job, Jobs, Step},
     events::Wakes,
     gate::{Gate, Health, Outbox},
+    gradient::{Gradient, Gradients},
     logits::LogitsError,
     sampler::{Counts, Sampler},
     scheduler::{Chunk, Limits, Plan, Scheduler},
@@ -36,6 +37,8 @@ const MAX_FAILED_STEPS: usize = 16;
 pub(super) enum Command {
     /// Run these.
     Submit(Vec<Submission>),
+    /// Work on this between steps.
+    Differentiate(Gradient),
     /// Forget the cached blocks of this salt.
     Purge(CacheSalt),
     /// Finish what is here, until then at most, and end.
@@ -61,6 +64,9 @@ pub(super) struct Worker {
     limits: Limits,
     scheduler: Scheduler,
     jobs: Jobs,
+    gradients: Gradients,
+    /// See `EngineConfig::gradient_share`.
+    gradient_share: f64,
     next_number: u64,
     commands: Receiver<Command>,
     gate: Arc<Gate>,
@@ -82,6 +88,7 @@ impl Worker {
     pub(super) fn new(
         model: Box<dyn Model>,
         limits: Limits,
+        gradient_share: f64,
         commands: Receiver<Command>,
         gate: Arc<Gate>,
         stats: Arc<Stats>,
@@ -92,6 +99,8 @@ impl Worker {
             limits,
             scheduler,
             jobs: Jobs::new(),
+            gradients: Gradients::default(),
+            gradient_share,
             next_number: 0,
             commands,
             gate,
@@ -132,6 +141,7 @@ impl Worker {
             self.obey(command);
         }
         self.fail_all("the engine stopped before the request was done");
+        self.gradients.stop();
         self.report();
         self.wakes.deliver();
         let gate = Arc::clone(&self.gate);
@@ -145,6 +155,7 @@ impl Worker {
         let stats = Arc::clone(&self.stats);
         self.cancel_deserted();
         stats.phases.receive.add(clock.lap());
+        let mut earned = None;
         if !self.jobs.is_empty() {
             let mut plan = std::mem::take(&mut self.plan);
             let began = clock.last;
@@ -154,7 +165,9 @@ impl Worker {
             if !plan.chunks.is_empty()
                 && let Some(forward) = self.run_step(&plan, &mut clock)
             {
-                self.count_step(&plan, clock.last - began, forward);
+                let time = clock.last - began;
+                self.count_step(&plan, time, forward);
+                earned = Some(self.earned(&plan, time));
             }
             self.plan = plan;
         }
@@ -162,13 +175,27 @@ impl Worker {
         stats.wakes.add(self.wakes.len());
         self.wakes.deliver();
         stats.phases.wake.add(clock.lap());
+        stats.gradients.add(self.gradients.run(self.model.as_mut(), earned));
+        stats.phases.gradient.add(clock.lap());
         true
+    }
+
+    /// Seconds that a step earns for gradients: a share of what its interactive rows took, and as long as itself when it had none.
+    fn earned(&self, plan: &Plan, time: Duration) -> f64 {
+        let rows = |priority: Priority| -> usize {
+            plan.chunks.iter().filter(|chunk| chunk.id.priority == priority).map(|chunk| chunk.rows).sum()
+        };
+        let (interactive, background) = (rows(Priority::Interactive), rows(Priority::Background));
+        let part = interactive as f64 / (interactive + background).max(1) as f64;
+        self.stats.interactive_seconds.add(time.mul_f64(part));
+        self.stats.background_seconds.add(time.mul_f64(1.0 - part));
+        if interactive == 0 { time.as_secs_f64() } else { time.as_secs_f64() * part * self.gradient_share }
     }
 
     /// Takes what handles sent; waits for it if there is nothing else to do. None when it is time to end, else a clock that began when the waiting ended.
     fn receive(&mut self) -> Option<Clock> {
         let first =
-            if self.jobs.is_empty() && self.draining.is_none() { Some(self.commands.recv().ok()?) } else { None };
+            if self.jobs.is_empty() && self.gradients.is_empty() && self.draining.is_none() { Some(self.commands.recv().ok()?) } else { None };
         let clock = Clock::start();
         first.into_iter().for_each(|command| self.obey(command));
         loop {
@@ -191,9 +218,12 @@ impl Worker {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Submit(submissions) => submissions.into_iter().for_each(|submission| self.add(submission)),
+            Command::Differentiate(gradient) => self.gradients.push(gradient),
             Command::Purge(salt) => self.scheduler.purge(salt),
             Command::Shutdown(deadline) => {
                 self.draining = Some(Some(deadline));
+                // Their jobs go on with the next engine.
+                self.gradients.stop();
             }
         }
     }
@@ -423,7 +453,7 @@ impl Clock {
 }
 
 /// What a panic said.
-fn message_of(panic: &(dyn Any + Send)) -> String {
+pub(super) fn message_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("a panic without a message").to_owned()
 }

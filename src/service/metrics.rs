@@ -47,7 +47,7 @@ type Blocks = (&'static str, fn(&Stats) -> &Reading);
 type Counter = (&'static str, &'static str, fn(&Stats) -> &Reading);
 type Sizes = (&'static str, &'static str, fn(&Stats) -> &Histogram);
 
-const COUNTERS: [Counter; 12] = [
+const COUNTERS: [Counter; 13] = [
     ("mote_engine_steps", "Steps of the engine", |stats| &stats.steps),
     ("mote_engine_failed_steps", "Steps that an error ended", |stats| &stats.failed_steps),
     ("mote_engine_accepted", "Sequences taken into the queue", |stats| &stats.accepted),
@@ -59,6 +59,7 @@ const COUNTERS: [Counter; 12] = [
     ("mote_engine_cached_tokens", "Prompt tokens whose KV came from the prefix cache", |stats| &stats.cached_tokens),
     ("mote_engine_generated_tokens", "Tokens sampled", |stats| &stats.generated_tokens),
     ("mote_engine_wakes", "Tasks woken to read what a step made", |stats| &stats.wakes),
+    ("mote_engine_gradients", "Gradients of training jobs that ended, well or not", |stats| &stats.gradients),
     ("mote_engine_preemptions", "Times a sequence lost its KV blocks to another", |stats| &stats.preemptions),
 ];
 
@@ -112,6 +113,11 @@ impl Collector for EngineCollector {
         let mut phases = encoder.encode_descriptor("mote_engine_phase_seconds", help, None, MetricType::Counter)?;
         for (phase, seconds) in stats.phases.all() {
             ConstCounter::new(seconds.get()).encode(phases.encode_family(&[("phase", phase)])?)?;
+        }
+        let help = "Time of steps by whose rows were in them";
+        let mut shares = encoder.encode_descriptor("mote_engine_step_share_seconds", help, None, MetricType::Counter)?;
+        for (class, seconds) in [("interactive", &stats.interactive_seconds), ("background", &stats.background_seconds)] {
+            ConstCounter::new(seconds.get()).encode(shares.encode_family(&[("class", class)])?)?;
         }
         for (name, help, read) in HISTOGRAMS {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;

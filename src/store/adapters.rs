@@ -37,6 +37,14 @@ struct Existing {
     generation: Generation,
 }
 
+/// What the store knows about the names of some uploads.
+#[derive(Default)]
+struct Known {
+    tenants: HashMap<TenantId, Arc<str>>,
+    existing: HashMap<Key, Existing>,
+    reserved: HashSet<Key>,
+}
+
 /// A generation on its way into the table.
 struct NewGeneration {
     adapter: AdapterId,
@@ -117,9 +125,14 @@ impl Tx<'_> {
         if items.is_empty() {
             return Ok(());
         }
-        let tenants = self.tenant_names(&items).await?;
-        let mut existing = self.existing(&items).await?;
-        let reserved = self.reserved_names(publisher).await?;
+        let Known { tenants, mut existing, reserved } = match &items[..] {
+            [item] => self.known_of_one(item, publisher).await?,
+            items => Known {
+                tenants: self.tenant_names(items).await?,
+                existing: self.existing(items).await?,
+                reserved: self.reserved_names(publisher).await?,
+            },
+        };
         let mut created: Vec<AdapterRecord> = Vec::new();
         let mut generations: Vec<NewGeneration> = Vec::new();
         for item in items {
@@ -168,6 +181,34 @@ impl Tx<'_> {
         }
     }
 
+    /// The same of a single upload in one question: each costs a way to the connection's thread and back, as much as the answer.
+    async fn known_of_one(&mut self, item: &NewAdapter, publisher: Option<&str>) -> Result<Known> {
+        let row = sqlx::query(
+            "SELECT t.name, j.id, a.id, a.public, a.metadata, a.created_at, g.generation FROM tenants t \
+             LEFT JOIN adapters a ON a.tenant = t.id AND a.name = $2 AND a.deleted = 0 \
+             LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
+             LEFT JOIN jobs j ON j.tenant = t.id AND j.name = $2 AND j.id <> $3 \
+             AND j.status IN ('validating', 'queued', 'running', 'paused') \
+             WHERE t.id = $1 AND t.deleted = 0 LIMIT 1",
+        )
+        .bind(item.tenant.0)
+        .bind(&*item.name)
+        .bind(publisher.unwrap_or(""))
+        .fetch_optional(&mut *self.connection)
+        .await?;
+        let mut known = Known::default();
+        let Some(row) = row else { return Ok(known) };
+        let key = (item.tenant, item.name.clone());
+        known.tenants.insert(item.tenant, row.try_get::<&str, _>(0)?.into());
+        if row.try_get::<Option<&str>, _>(1)?.is_some() {
+            known.reserved.insert(key.clone());
+        }
+        if let Some(id) = row.try_get::<Option<i64>, _>(2)? {
+            known.existing.insert(key, decode_existing(&row, AdapterId(id), 3)?);
+        }
+        Ok(known)
+    }
+
     /// Names under which jobs will publish, but for `publisher`'s. They are few: jobs under way are limited.
     async fn reserved_names(&mut self, publisher: Option<&str>) -> Result<HashSet<Key>> {
         let rows = sqlx::query(
@@ -204,8 +245,8 @@ impl Tx<'_> {
                 query = query.bind(item.tenant.0).bind(&*item.name);
             }
             for row in query.fetch_all(&mut *self.connection).await? {
-                let (key, existing) = decode_existing(&row)?;
-                found.insert(key, existing);
+                let key = (TenantId(row.try_get(1)?), row.try_get(2)?);
+                found.insert(key, decode_existing(&row, AdapterId(row.try_get(0)?), 3)?);
             }
         }
         Ok(found)
@@ -360,14 +401,13 @@ fn fill<T>(piece: &[T], size: usize) -> impl Iterator<Item = &T> {
     piece.iter().chain(std::iter::repeat_with(move || last).flatten()).take(size)
 }
 
-fn decode_existing(row: &AnyRow) -> Result<(Key, Existing)> {
-    let key = (TenantId(row.try_get(1)?), row.try_get(2)?);
-    let existing = Existing {
-        id: AdapterId(row.try_get(0)?),
-        public: row.try_get::<i64, _>(3)? != 0,
-        metadata: row.try_get(4)?,
-        created_at: row.try_get(5)?,
-        generation: decode::generation(row, 6)?,
-    };
-    Ok((key, existing))
+/// An adapter whose visibility, metadata, date and generation are in the columns from `first`.
+fn decode_existing(row: &AnyRow, id: AdapterId, first: usize) -> Result<Existing> {
+    Ok(Existing {
+        id,
+        public: row.try_get::<i64, _>(first)? != 0,
+        metadata: row.try_get(first + 1)?,
+        created_at: row.try_get(first + 2)?,
+        generation: decode::generation(row, first + 3)?,
+    })
 }

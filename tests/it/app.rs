@@ -100,6 +100,7 @@ impl TestApp {
             prefill_chunk: 64,
             idle_prefill_chunk: 64,
             background_rows: 4,
+            gradient_share: 1.0,
             rank: 2,
             sites: sites.len(),
             prefix_cache: true,

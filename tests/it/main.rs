@@ -23,5 +23,6 @@ mod tenants;
 mod toy;
 mod training;
 mod training_files;
+mod training_model;
 mod training_refusals;
 mod training_restart;

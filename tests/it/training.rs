@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tower::ServiceExt as _;
 
 use crate::{
-    app::{KEY, Options, TestApp},
+    app::{KEY, MODEL, Options, TestApp},
     toy::{Toy, Toys},
 };
 
@@ -553,7 +553,13 @@ async fn rollouts_go_through_the_engine() {
     assert!(job["metrics"]["entropy"].as_f64().unwrap() > 0.0, "{job}");
     let samples = app.get(&format!("/adapters/train/{id}/samples")).await.json();
     assert!(!samples["data"][0]["samples"][0]["text"].as_str().unwrap().is_empty(), "{samples}");
-    // What has no gradient says so before a job is made.
-    let answer = app.post("/adapters/train", letters("grpo")).await;
-    assert_eq!((answer.error().0, answer.error().2.as_deref()), (400, Some("method")));
+    // This model cannot be differentiated: a job that needs it fails and says so, and serving goes on.
+    let body = json!({
+        "name": "supervised", "method": "sft", "dataset": [{"prompt": "Once", "completion": " upon"}], "hyperparameters": {"steps": 2},
+    });
+    let job = app.ended(&app.train(body).await).await;
+    assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("model_failed")), "{job}");
+    assert!(job["error"]["message"].as_str().unwrap().contains("cannot be differentiated"), "{job}");
+    assert_eq!(app.get("/adapters/supervised").await.status.as_u16(), 404);
+    app.ok("/v1/completions", json!({"model": MODEL, "prompt": "Once", "max_tokens": 2})).await;
 }

@@ -168,19 +168,33 @@ async fn a_job_of_another_base_is_not_gone_on_with() {
     assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("incompatible_adapter")), "{job}");
 }
 
-/// Evolution strategies on the tiny golden model, in a real process that is killed with SIGKILL.
+/// All methods on the tiny golden model, in a real process that is killed with SIGKILL.
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_9_changes_nothing() {
-    let body = json!({
-        "name": "evolved", "method": "es",
-        "dataset": (0..8).map(|n| json!({"prompt": format!("The {n} little foxes")})).collect::<Vec<_>>(),
-        "validation": [{"prompt": "The end"}, {"prompt": "Once"}],
-        "grader": {"type": "string_check", "reference": "e", "operation": "like"},
-        "hyperparameters": {
-            "steps": 10, "prompts_per_step": 4, "samples_per_prompt": 2, "population": 6, "sigma": 0.5, "learning_rate": 0.2, "max_completion_tokens": 12,
-            "checkpoint_every": 2, "flat_reward_steps": 0,
-        },
-    });
+    let plans = [
+        ("es", json!({"samples_per_prompt": 2, "population": 6, "sigma": 0.5, "learning_rate": 0.2})),
+        ("grpo", json!({"samples_per_prompt": 4, "updates_per_batch": 2, "minibatches": 2, "beta": 0.01, "learning_rate": 0.1})),
+        ("sft", json!({"learning_rate": 0.1})),
+    ];
+    for (method, own) in plans {
+        let mut hyper = json!({"steps": 10, "prompts_per_step": 4, "max_completion_tokens": 12, "checkpoint_every": 2});
+        hyper.as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
+        if method != "sft" {
+            hyper["flat_reward_steps"] = json!(0);
+        }
+        let item = |text: String| json!({"prompt": text, "completion": " and so on"});
+        let body = json!({
+            "name": "trained", "method": method,
+            "dataset": (0..8).map(|n| item(format!("The {n} little foxes"))).collect::<Vec<_>>(),
+            "validation": [item("The end".into()), item("Once".into())],
+            "grader": {"type": "string_check", "reference": "e", "operation": "like"},
+            "hyperparameters": hyper,
+        });
+        survives(method, &body).await;
+    }
+}
+
+async fn survives(method: &str, body: &Value) {
     let wait = async |app: &support::TestApp, id: &str, until: &dyn Fn(&Value) -> bool| loop {
         let (_, job) = app.get(&format!("/adapters/train/{id}")).await;
         assert_ne!(job["status"], "failed", "{job}");
@@ -192,14 +206,14 @@ async fn kill_9_changes_nothing() {
     let done = |job: &Value| job["status"] == "succeeded";
     let finish = async |app: &support::TestApp, id: &str| {
         let job = wait(app, id, &done).await;
-        assert_eq!(job["status"], "succeeded", "{job}");
         let (_, events) = app.get(&format!("/adapters/train/{id}/events?limit=1000")).await;
         let weights =
-            parts(app.request(Method::GET, "/adapters/evolved/weights?format=json").send().await.unwrap()).await.1;
-        (job["result"].clone(), curve(events["data"].as_array().unwrap()), weights["data"].clone())
+            parts(app.request(Method::GET, "/adapters/trained/weights?format=json").send().await.unwrap()).await.1;
+        assert_eq!(weights["numbers"].as_array().map(Vec::len), Some(13), "{weights}");
+        (job["result"].clone(), curve(events["data"].as_array().unwrap()), weights["numbers"].clone())
     };
     let app = support::TestApp::tiny("llama").start().await;
-    let id = app.ok("/adapters/train", &body).await["id"].as_str().unwrap().to_owned();
+    let id = app.ok("/adapters/train", body).await["id"].as_str().unwrap().to_owned();
     let undisturbed = finish(&app, &id).await;
     drop(app);
 
@@ -209,16 +223,17 @@ async fn kill_9_changes_nothing() {
         let mut app = support::TestApp::tiny("llama").data_dir(folder.path()).start().await;
         let id = match &id {
             Some(id) => id,
-            None => &*id.insert(app.ok("/adapters/train", &body).await["id"].as_str().unwrap().to_owned()),
+            None => &*id.insert(app.ok("/adapters/train", body).await["id"].as_str().unwrap().to_owned()),
         };
         wait(&app, id, &|job| job["step"].as_u64().unwrap() >= at || done(job)).await;
         app.kill();
     }
     let app = support::TestApp::tiny("llama").data_dir(folder.path()).start().await;
     let disturbed = finish(&app, &id.unwrap()).await;
-    assert_eq!(disturbed.1, undisturbed.1, "the curve");
-    assert_eq!(disturbed.2, undisturbed.2, "the numbers");
-    assert_eq!(disturbed.0, undisturbed.0, "the result");
+    assert_eq!(disturbed.1, undisturbed.1, "{method}: the curve");
+    assert_eq!(disturbed.2, undisturbed.2, "{method}: the numbers");
+    assert_eq!(disturbed.0, undisturbed.0, "{method}: the result");
     // And it changed something, or there was nothing to compare.
-    assert_ne!(undisturbed.1.first().unwrap()["numbers_norm"], undisturbed.1.last().unwrap()["numbers_norm"]);
+    let norm = |step: Option<&Value>| step.unwrap()["numbers_norm"].as_f64().unwrap();
+    assert_ne!(norm(undisturbed.1.first()), norm(undisturbed.1.last()), "{method}");
 }

@@ -120,6 +120,7 @@ pub(super) fn run(args: &ProfileArgs) -> Result<Report, AppError> {
         prefill_chunk,
         idle_prefill_chunk: prefill_chunk,
         background_rows: 0,
+        gradient_share: 1.0,
         rank: subject.rank,
         sites: subject.sites,
         prefix_cache: false,

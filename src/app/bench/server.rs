@@ -180,6 +180,7 @@ fn flags(setup: &Setup<'_>) -> Vec<OsString> {
         flag("--prefill-chunk", engine.prefill_chunk.to_string().into());
         flag("--idle-prefill-chunk", engine.idle_prefill_chunk.to_string().into());
         flag("--background-rows", engine.background_rows.to_string().into());
+        flag("--gradient-share", engine.gradient_share.to_string().into());
         if let Some(length) = engine.max_model_len {
             flag("--max-model-len", length.to_string().into());
         }

@@ -3,6 +3,7 @@
 mod behaviour;
 pub(super) mod fake;
 mod faults;
+mod gradients;
 mod overhead;
 mod random;
 mod sampling;
@@ -28,6 +29,7 @@ pub(super) fn config() -> EngineConfig {
         prefill_chunk: 32,
         idle_prefill_chunk: 32,
         background_rows: 4,
+        gradient_share: 1.0,
         rank: RANK,
         sites: SITES,
         prefix_cache: true,

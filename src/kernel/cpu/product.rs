@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::{
     activations::{MAX_HEIGHT, Room, Tile},
+    format::WORD_LINE,
     isa::{Kernels, Tiling},
     lanes::{LANES, Lanes, load_partial, silu, store_partial, sum},
     linear::CpuLinear,
@@ -102,6 +103,15 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
     let padded = job.linear.layout.padded(width);
     scratch.row.clear();
     scratch.row.resize(padded, 0.0);
+    if job.mixing.is_some() && !tiles.is_empty() {
+        // V comes while the first rows are packed.
+        let down = &job.linear.down;
+        for panel in 0..down.len() {
+            let lines = down.panel(panel);
+            let bytes = down.panel_bytes().min(V_AHEAD);
+            (0..bytes).step_by(WORD_LINE).for_each(|at| T::Lanes::prefetch(lines.wrapping_add(at)));
+        }
+    }
     for &tile in &job.tiles[tiles] {
         for row in 0..tile.rows {
             let from = &job.x[job.row_of_step(tile.first + row) * width..][..width];
@@ -225,8 +235,9 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
     let block = (BLOCK_BYTES / (row_bytes * MAX_HEIGHT)).max(1);
     let mut tile_out = [0f32; MAX_PANELS * MAX_HEIGHT * LANES];
     let mut pointers = [std::ptr::null(); MAX_PANELS];
-    // Half of what the adapters see was written by other threads: it comes while the first tile is multiplied.
+    // Half of what the adapters see was written by other threads: it comes while the first tile is multiplied, and so does the first U.
     if !job.active.is_empty() {
+        ask_for_u::<T::Lanes>(job, units.start..units.end.min(units.start + at_once));
         let mixed = job.mixed.get(0).cast_const();
         let numbers = job.tiles.last().map_or(0, |tile| tile.first + tile.rows) * job.linear.down_rows;
         (0..numbers.min(MIXED_AHEAD)).step_by(LANES).for_each(|at| T::Lanes::prefetch(mixed.wrapping_add(at).cast()));
@@ -240,11 +251,7 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
             // The panels of the next units follow at once: the first tile asks for them while it reads these.
             let ahead = if first + at_once < units.end { at_once * weights.panel_bytes() } else { 0 };
             if ahead > 0 && !job.active.is_empty() {
-                let next = at_once.min(units.end - first - at_once);
-                for i in 0..job.panels_per_unit() * next {
-                    let up = job.linear.up.as_ptr().wrapping_add(job.linear.info[job.panel(first + at_once, i)].up);
-                    (0..KEPT).for_each(|row| T::Lanes::prefetch(up.wrapping_add(row * LANES).cast()));
-                }
+                ask_for_u::<T::Lanes>(job, first + at_once..units.end.min(first + 2 * at_once));
             }
             for (number, &tile) in tiles.iter().enumerate() {
                 let out = Tiles { data: tile_out.as_mut_ptr(), panel_stride: MAX_HEIGHT * LANES, add: false };
@@ -256,6 +263,15 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
                 }
             }
         }
+    }
+}
+
+/// Asks for the rows of U that the ends of some units begin with.
+#[inline(always)]
+fn ask_for_u<L: Lanes>(job: &ProductJob<'_>, units: Range<usize>) {
+    for i in 0..job.panels_per_unit() * units.len() {
+        let up = job.linear.up.as_ptr().wrapping_add(job.linear.info[job.panel(units.start, i)].up);
+        (0..KEPT).for_each(|row| L::prefetch(up.wrapping_add(row * LANES).cast()));
     }
 }
 
@@ -338,6 +354,9 @@ unsafe fn end_panel<L: Lanes, const ACTIVE: usize>(
         }
     }
 }
+
+/// Bytes of a panel of V that are asked for at once: those of 576 inputs, in a cache of 32 kB or more.
+const V_AHEAD: usize = 10 << 10;
 
 /// Numbers of the mixed V x that are asked for at once: those of 170 rows of q|k|v at rank 2.
 const MIXED_AHEAD: usize = 1024;

@@ -82,7 +82,7 @@ fn a_step_sees_its_own_cores_whatever_the_step_before_had_in_their_slots() {
     let [a, b, c] = [7, 8, 9].map(|seed| cores(seed, group.rank, 3));
     let rows = mixed_rows(9);
     for cores in [vec![a.clone(), b.clone()], vec![a.clone(), c.clone()], vec![c.clone(), a.clone()], vec![b, c, a]] {
-        let mut run = |backend: &mut CpuBackend| {
+        let run = |backend: &mut CpuBackend| {
             let batch = rows_batch(&rows, cores.clone());
             bits(&run_product(backend, &group, &linear, &batch, Rows::All, 3, 9).unwrap())
         };

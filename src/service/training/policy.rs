@@ -1,25 +1,24 @@
-//! The model as a policy: rollouts are ordinary requests of the serving engine, behind everybody's.
+//! The model as a policy, through the serving engine: rollouts are requests behind everybody's, gradients are computed between its steps.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    sync::Arc,
-    time::Duration,
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use mote_trainer::{
+    LossGradient, Method, Policy, PolicyError, Rollout, RolloutRequest, Sequence, Stop, TokenLoss,
 };
-
-use mote_trainer::{Method, Policy, PolicyError, Rollout, RolloutRequest, Sequence, Stop};
 use tokio::runtime;
 
+use super::rollouts::Rollouts;
 use crate::{
-    adapter::{Adapter, Cores, Facts, NumberType, Scheme, codec},
-    engine::{Event, Events, FinishReason, Handle, Health, Priority, Request, Sampling, SubmitError, TokenOut},
+    adapter::{Facts, NumberType, Scheme},
+    engine::{Differentiated, GradientFailure, GradientJob, GradientRequest, Handle, SubmitError, Weigh},
     service::{BaseInfo, Library},
-    types::{CacheSalt, TenantId},
+    types::TenantId,
 };
 
 /// How often a waiting job looks whether it shall stop.
-const LOOK: Duration = Duration::from_millis(25);
-/// How long a full engine is left alone.
-const BACK_OFF: Duration = Duration::from_millis(50);
+pub(super) const LOOK: Duration = Duration::from_millis(25);
+/// What the gradient of one batch of sequences may keep of the way there (`4 * hidden * layers` bytes a row); more sequences are several batches, whose derivatives are added.
+const KEPT_BYTES: usize = 512 << 20;
 
 /// What a policy is made for.
 #[derive(Debug, Clone, Copy)]
@@ -47,13 +46,13 @@ pub trait PolicySource: Send + Sync {
     fn policy(&self, request: &PolicyRequest<'_>) -> Result<Box<dyn Policy>, PolicyError>;
 }
 
-/// Policies over the serving engine alone: they roll out but have no gradient, which is all that evolution strategies need.
+/// Policies over the serving engine.
 #[derive(Clone)]
 pub struct EnginePolicies {
-    engine: Handle,
-    base: Arc<BaseInfo>,
-    library: Arc<Library>,
-    runtime: runtime::Handle,
+    pub(super) engine: Handle,
+    pub(super) base: Arc<BaseInfo>,
+    pub(super) library: Arc<Library>,
+    pub(super) runtime: runtime::Handle,
 }
 
 impl EnginePolicies {
@@ -61,9 +60,17 @@ impl EnginePolicies {
     pub fn new(engine: Handle, base: Arc<BaseInfo>, library: Arc<Library>) -> Self {
         Self { engine, base, library, runtime: runtime::Handle::current() }
     }
+}
 
-    /// The half of a policy that the engine gives.
-    pub fn rollouts(&self, request: &PolicyRequest<'_>) -> Rollouts {
+impl PolicySource for EnginePolicies {
+    fn supports(&self, _method: Method) -> Result<(), String> {
+        match self.base.rank {
+            0 => Err("this server serves no adapters: it runs with --rank 0".to_owned()),
+            _ => Ok(()),
+        }
+    }
+
+    fn policy(&self, request: &PolicyRequest<'_>) -> Result<Box<dyn Policy>, PolicyError> {
         let facts = Facts {
             scheme: request.scheme.clone(),
             frame: None,
@@ -72,306 +79,174 @@ impl EnginePolicies {
             approximate: false,
         };
         let (tenant, numbers, stop) = (request.tenant, request.numbers, request.stop.clone());
-        Rollouts { parts: self.clone(), facts, tenant, numbers, stop }
+        Ok(Box::new(EnginePolicy(Rollouts { parts: self.clone(), facts, tenant, numbers, stop })))
     }
 }
 
-impl PolicySource for EnginePolicies {
-    fn supports(&self, method: Method) -> Result<(), String> {
-        match method {
-            Method::Es => Ok(()),
-            method => Err(format!("the method {} needs a gradient, which this server cannot compute", method.name())),
-        }
-    }
-
-    fn policy(&self, request: &PolicyRequest<'_>) -> Result<Box<dyn Policy>, PolicyError> {
-        Ok(Box::new(RolloutOnly(self.rollouts(request))))
-    }
+/// What to say when the model overflows under a job's numbers.
+pub(super) fn not_finite() -> PolicyError {
+    let words = "under these numbers the model's output is not finite; a smaller learning rate may help";
+    PolicyError::Failed(words.to_owned())
 }
 
-/// Rollouts of one job.
-pub struct Rollouts {
-    parts: EnginePolicies,
-    facts: Facts,
-    tenant: TenantId,
-    numbers: usize,
-    stop: Stop,
-}
+/// The policy of one job.
+struct EnginePolicy(Rollouts);
 
-/// Numbers as the engine takes them.
-#[derive(Clone)]
-struct Candidate {
-    cores: Option<Arc<Cores>>,
-    salt: CacheSalt,
-}
-
-/// One completion on its way.
-struct Running {
-    request: usize,
-    seed: u64,
-    events: Events,
-}
-
-/// How a completion ended.
-enum Outcome {
-    Done(Rollout),
-    /// A step of the engine failed, perhaps for another's sake; asked again, the same comes out.
-    Broken(String),
-}
-
-/// How often a completion is asked for again.
-const TRIES: usize = 3;
-
-impl Rollouts {
-    /// How many numbers an adapter has.
-    pub fn numbers(&self) -> usize {
-        self.numbers
-    }
-
-    /// Numbers as an adapter that has no name: expanded for the engine, never stored.
-    ///
-    /// # Errors
-    /// Numbers that are not finite, or not as many as the scheme's.
-    pub fn adapter(&self, numbers: &[f32]) -> Result<Arc<Adapter>, PolicyError> {
-        let failed = |error: String| PolicyError::Failed(error);
-        let bytes = codec::encode(numbers, NumberType::F32).map_err(|error| failed(error.to_string()))?;
-        let interner = &self.parts.library.interner;
-        interner.adapter(self.facts.clone(), &bytes, self.numbers).map_err(|error| failed(error.to_string()))
-    }
-
-    /// Cores of numbers, and under which hash their KV may be shared: by completions of this tenant under the same numbers. All zeros is the base.
-    fn candidate(&self, numbers: &[f32]) -> Result<Candidate, PolicyError> {
-        let library = &self.parts.library;
-        if numbers.iter().all(|&number| number == 0.0) {
-            return Ok(Candidate { cores: None, salt: library.salt(self.tenant, &[]) });
-        }
-        let adapter = self.adapter(numbers)?;
-        let parts: [(&Adapter, f32); 1] = [(&adapter, 1.0)];
-        let salt = library.salt(self.tenant, &parts);
-        let cores = library.cores(salt, &parts).map_err(|error| PolicyError::Failed(error.message))?;
-        Ok(Candidate { cores: Some(cores), salt })
-    }
-
-    /// Samples completions through the engine, as [`Policy::rollout`] asks. KV of the numbers is forgotten afterwards: nobody will ask for it again.
-    ///
-    /// # Errors
-    /// [`PolicyError::Stopped`]; what the engine could not do.
-    pub fn rollout(&self, requests: &[RolloutRequest<'_>]) -> Result<Vec<Vec<Rollout>>, PolicyError> {
-        let mut candidates: HashMap<Vec<u32>, Candidate> = HashMap::new();
-        for request in requests {
-            let key: Vec<u32> = request.numbers.iter().map(|number| number.to_bits()).collect();
-            if !candidates.contains_key(&key) {
-                let candidate = self.candidate(request.numbers)?;
-                candidates.insert(key, candidate);
-            }
-        }
-        let outcome = self.run(requests, &candidates);
-        for candidate in candidates.into_values().filter(|candidate| candidate.cores.is_some()) {
-            self.parts.engine.purge(candidate.salt);
-        }
-        outcome
-    }
-
-    fn run(
+impl EnginePolicy {
+    /// Log-probs of the sequences, batch after batch, and the sum of the batches' derivatives. `weigh` makes the function that weighs the log-probs of a batch; None: log-probs only.
+    fn differentiate(
         &self,
-        requests: &[RolloutRequest<'_>],
-        candidates: &HashMap<Vec<u32>, Candidate>,
-    ) -> Result<Vec<Vec<Rollout>>, PolicyError> {
-        let mut waiting =
-            requests.iter().enumerate().flat_map(|(at, request)| request.seeds.iter().map(move |seed| (at, *seed)));
-        let mut done: Vec<Vec<Rollout>> =
-            requests.iter().map(|request| Vec::with_capacity(request.seeds.len())).collect();
-        // A place in the batch becomes free and the next sequence is there already; more at once would only lie in the queue.
-        let most = 2 * self.parts.engine.config().max_batch;
-        let mut running: VecDeque<Running> = VecDeque::with_capacity(most);
-        loop {
-            while running.len() < most
-                && let Some((at, seed)) = waiting.next()
-            {
-                running.push_back(self.begin(requests, candidates, at, seed)?);
-            }
-            let Some(mut next) = running.pop_front() else { return Ok(done) };
-            let mut tries = 1;
-            let rollout = loop {
-                match self.finish(&mut next.events, requests[next.request].temperature)? {
-                    Outcome::Done(rollout) => break rollout,
-                    Outcome::Broken(_) if self.parts.engine.health() != Health::Running => {
-                        return Err(PolicyError::Stopped);
-                    }
-                    Outcome::Broken(cause) if tries < TRIES => {
-                        tracing::warn!(%cause, "a rollout failed and is tried again");
-                        tries += 1;
-                        next = self.begin(requests, candidates, next.request, next.seed)?;
-                    }
-                    Outcome::Broken(cause) => {
-                        tracing::error!(%cause, "a rollout failed");
-                        return Err(PolicyError::Failed("the engine failed in a rollout".to_owned()));
-                    }
-                }
+        numbers: &[f32],
+        sequences: &[Sequence<'_>],
+        temperature: f32,
+        weigh: Option<&dyn Fn(Range<usize>) -> Weigh>,
+    ) -> Result<(Vec<Vec<f32>>, Vec<f64>), PolicyError> {
+        let Rollouts { parts, facts, .. } = &self.0;
+        let failed = |error: &dyn std::fmt::Display| PolicyError::Failed(error.to_string());
+        let expander = &parts.library.expander;
+        let adapter = self.0.adapter(numbers)?;
+        let cores = expander.expand(&[(&adapter, 1.0)]).map_err(|error| failed(&error))?;
+        let sites = expander.sites();
+        let kept = 4 * sites.shapes[0].1 * sites.layers;
+        let mut logprobs = Vec::with_capacity(sequences.len());
+        let mut sum = vec![0f64; numbers.len()];
+        for batch in batches(sequences, KEPT_BYTES / kept.max(1)) {
+            let pairs = sequences[batch.clone()].iter().map(|sequence| (sequence.prompt, sequence.completion));
+            let job = GradientJob::new(pairs, cores.clone(), temperature);
+            let request = match weigh {
+                Some(weigh) => GradientRequest { job, weigh: weigh(batch) },
+                None => GradientRequest { job: job.only_logprobs(), weigh: Box::new(|_| Vec::new()) },
             };
-            done[next.request].push(rollout);
+            let done = self.wait(request)?;
+            logprobs.extend(done.logprobs);
+            if let Some(gradient) = done.gradient {
+                let of_numbers = expander.pullback(facts, 1.0, &gradient.data).map_err(|error| failed(&error))?;
+                sum.iter_mut().zip(of_numbers).for_each(|(sum, value)| *sum += value);
+            }
         }
+        Ok((logprobs, sum))
     }
 
-    fn begin(
-        &self,
-        requests: &[RolloutRequest<'_>],
-        candidates: &HashMap<Vec<u32>, Candidate>,
-        at: usize,
-        seed: u64,
-    ) -> Result<Running, PolicyError> {
-        let request = &requests[at];
-        let key: Vec<u32> = request.numbers.iter().map(|number| number.to_bits()).collect();
-        let candidate = candidates.get(&key).ok_or_else(|| PolicyError::Failed("unknown numbers".to_owned()))?;
-        Ok(Running { request: at, seed, events: self.submit(request, seed, candidate)? })
-    }
-
-    fn submit(&self, request: &RolloutRequest<'_>, seed: u64, candidate: &Candidate) -> Result<Events, PolicyError> {
+    fn wait(&self, request: GradientRequest) -> Result<Differentiated, PolicyError> {
+        let answer = match self.0.parts.engine.differentiate(request) {
+            Ok(answer) => answer,
+            // The server ends; the job goes on with the next one.
+            Err(SubmitError::Stopped) => return Err(PolicyError::Stopped),
+            Err(error) => return Err(PolicyError::Failed(error.to_string())),
+        };
         loop {
-            if self.stop.is_stopped() {
+            if self.0.stop.is_stopped() {
                 return Err(PolicyError::Stopped);
             }
-            let sequence = Request {
-                prompt: request.prompt.to_vec(),
-                max_tokens: request.max_tokens,
-                min_tokens: 0,
-                stop_tokens: self.parts.base.eos.clone(),
-                sampling: Sampling { temperature: request.temperature, seed, ..Sampling::default() },
-                logprobs: Some(0),
-                prompt_logprobs: None,
-                // The engine's log-probs are of the raw logits, the trainer's of logits / temperature.
-                capture_logits: is_scaled(request.temperature),
-                cores: candidate.cores.clone(),
-                salt: candidate.salt,
-                use_cache: true,
-                priority: Priority::Background,
-            };
-            match self.parts.engine.submit(sequence) {
-                Ok(mut events) => {
-                    events.hold_until_end();
-                    return Ok(events);
+            match answer.wait(LOOK) {
+                None => {}
+                Some(Ok(done)) => return Ok(done),
+                Some(Err(GradientFailure::Stopped)) => return Err(PolicyError::Stopped),
+                Some(Err(GradientFailure::NotFinite(_))) => return Err(not_finite()),
+                Some(Err(GradientFailure::Failed(error))) => {
+                    tracing::error!(error, "a gradient failed");
+                    return Err(PolicyError::Failed(format!("the gradient failed: {error}")));
                 }
-                Err(SubmitError::QueueFull(_)) => std::thread::sleep(BACK_OFF),
-                // The server ends; the job goes on with the next one.
-                Err(SubmitError::Stopped) => return Err(PolicyError::Stopped),
-                Err(error) => return Err(PolicyError::Failed(error.to_string())),
-            }
-        }
-    }
-
-    /// Reads a completion to its end.
-    fn finish(&self, events: &mut Events, temperature: f32) -> Result<Outcome, PolicyError> {
-        let tokenizer = &self.parts.base.tokenizer;
-        let (mut tokens, mut logprobs, mut text) = (Vec::new(), Vec::new(), Vec::new());
-        loop {
-            match self.next(events)? {
-                Some(Event::Token(out)) => {
-                    logprobs.push(logprob(&out, temperature)?);
-                    if !out.stop {
-                        text.extend_from_slice(tokenizer.text_bytes(out.token));
-                    }
-                    tokens.push(out.token);
-                }
-                Some(Event::Finished(reason, _)) => {
-                    let text = String::from_utf8_lossy(&text).into_owned();
-                    let finished = reason == FinishReason::Stop;
-                    return Ok(Outcome::Done(Rollout { tokens, logprobs, text, finished }));
-                }
-                Some(Event::NotFinite) => {
-                    let words =
-                        "under these numbers the model's output is not finite; a smaller learning rate may help";
-                    return Err(PolicyError::Failed(words.to_owned()));
-                }
-                Some(Event::Failed(cause)) => return Ok(Outcome::Broken(cause)),
-                Some(Event::Prompt(_) | Event::Began { .. }) => {}
-                // The engine has stopped: the server ends, and the job goes on with the next one.
-                None => return Err(PolicyError::Stopped),
-            }
-        }
-    }
-
-    fn next(&self, events: &mut Events) -> Result<Option<Event>, PolicyError> {
-        if let Some(event) = events.try_recv() {
-            return Ok(Some(event));
-        }
-        loop {
-            if self.stop.is_stopped() {
-                return Err(PolicyError::Stopped);
-            }
-            // Within the future: a timer is made on the runtime.
-            let waited = self.parts.runtime.block_on(async { tokio::time::timeout(LOOK, events.recv()).await });
-            if let Ok(event) = waited {
-                return Ok(event);
             }
         }
     }
 }
 
-/// Do logits differ from logits / temperature?
-fn is_scaled(temperature: f32) -> bool {
-    temperature != 0.0 && temperature != 1.0
-}
-
-/// The log-prob of a token under the sampler: of logits / temperature, of the raw logits when greedy.
-fn logprob(out: &TokenOut, temperature: f32) -> Result<f32, PolicyError> {
-    let missing = || PolicyError::Failed("the engine gave no log-probs".to_owned());
-    if !is_scaled(temperature) {
-        return out.logprobs.as_ref().map(|scores| scores.logprob).ok_or_else(missing);
+/// Cuts sequences into batches of about so many rows of the model, between prompts if that is possible. A function of the sequences alone.
+fn batches(sequences: &[Sequence<'_>], rows: usize) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
+    let mut filled = 0;
+    for (at, sequence) in sequences.iter().enumerate() {
+        let follows = at > 0 && sequences[at - 1].prompt == sequence.prompt;
+        let own = sequence.completion.len();
+        let with_prompt = own + sequence.prompt.len();
+        match batches.last_mut() {
+            Some(batch) if follows && filled + own <= rows => {
+                (batch.end, filled) = (at + 1, filled + own);
+            }
+            Some(batch) if !follows && filled + with_prompt <= rows => {
+                (batch.end, filled) = (at + 1, filled + with_prompt);
+            }
+            _ => {
+                batches.push(at..at + 1);
+                filled = with_prompt;
+            }
+        }
     }
-    let logits = out.logits.as_ref().ok_or_else(missing)?;
-    let scaled = |logit: f32| f64::from(logit) / f64::from(temperature);
-    let chosen = scaled(*logits.get(out.token as usize).ok_or_else(missing)?);
-    let most = logits.iter().map(|&logit| scaled(logit)).fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = logits.iter().map(|&logit| (scaled(logit) - most).exp()).sum();
-    Ok((chosen - most - sum.ln()) as f32)
+    batches
 }
 
-/// Rollouts without a gradient.
-struct RolloutOnly(Rollouts);
-
-impl RolloutOnly {
-    fn no_gradient<T>() -> Result<T, PolicyError> {
-        Err(PolicyError::Failed("this server cannot compute gradients".to_owned()))
-    }
+fn to_f32(gradient: Vec<f64>) -> Vec<f32> {
+    gradient.into_iter().map(|value| value as f32).collect()
 }
 
-impl Policy for RolloutOnly {
+impl Policy for EnginePolicy {
     fn numbers(&self) -> usize {
-        self.0.numbers()
+        self.0.numbers
     }
 
     fn rollout(&mut self, requests: &[RolloutRequest<'_>]) -> Result<Vec<Vec<Rollout>>, PolicyError> {
         self.0.rollout(requests)
     }
 
-    fn logprobs(&mut self, _: &[f32], _: &[Sequence<'_>], _: f32) -> Result<Vec<Vec<f32>>, PolicyError> {
-        Self::no_gradient()
+    fn logprobs(
+        &mut self,
+        numbers: &[f32],
+        sequences: &[Sequence<'_>],
+        temperature: f32,
+    ) -> Result<Vec<Vec<f32>>, PolicyError> {
+        self.differentiate(numbers, sequences, temperature, None).map(|(logprobs, _)| logprobs)
     }
 
-    fn gradient(&mut self, _: &[f32], _: &[Sequence<'_>], _: &[Vec<f32>], _: f32) -> Result<Vec<f32>, PolicyError> {
-        Self::no_gradient()
+    fn gradient(
+        &mut self,
+        numbers: &[f32],
+        sequences: &[Sequence<'_>],
+        weights: &[Vec<f32>],
+        temperature: f32,
+    ) -> Result<Vec<f32>, PolicyError> {
+        let weigh = |batch: Range<usize>| -> Weigh {
+            let weights = weights.get(batch).map(<[_]>::to_vec).unwrap_or_default();
+            Box::new(move |_| weights)
+        };
+        self.differentiate(numbers, sequences, temperature, Some(&weigh)).map(|(_, gradient)| to_f32(gradient))
+    }
+
+    fn loss_gradient(
+        &mut self,
+        numbers: &[f32],
+        sequences: &[Sequence<'_>],
+        temperature: f32,
+        loss: Arc<dyn TokenLoss>,
+    ) -> Result<LossGradient, PolicyError> {
+        let weigh = |batch: Range<usize>| -> Weigh {
+            let loss = loss.clone();
+            Box::new(move |logprobs| {
+                logprobs.iter().enumerate().map(|(at, logprobs)| loss.weights(batch.start + at, logprobs)).collect()
+            })
+        };
+        let (logprobs, gradient) = self.differentiate(numbers, sequences, temperature, Some(&weigh))?;
+        Ok(LossGradient { gradient: to_f32(gradient), logprobs })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::LogProbs;
-
-    fn out(logits: &[f32], token: u32) -> TokenOut {
-        let logprobs = Some(LogProbs { logprob: -0.5, top: Vec::new() });
-        TokenOut { token, stop: false, logprobs, logits: Some(logits.into()) }
-    }
 
     #[test]
-    fn log_probs_are_of_the_distribution_that_was_sampled() {
-        let logits = [1.0f32, 2.0, -1.0];
-        // Softmax of (2, 4, -2).
-        let want = 4.0f64 - (2f64.exp() + 4f64.exp() + (-2f64).exp()).ln();
-        assert!((f64::from(logprob(&out(&logits, 1), 0.5).unwrap()) - want).abs() < 1e-6);
-        for temperature in [0.0, 1.0] {
-            assert_eq!(logprob(&out(&logits, 1), temperature).unwrap(), -0.5);
-        }
-        assert!(logprob(&out(&logits, 3), 0.5).is_err());
+    fn batches_end_between_prompts_and_never_lose_a_sequence() {
+        let tokens = [0u32; 64];
+        let sequence = |prompt: usize, completion: usize| Sequence {
+            prompt: &tokens[..prompt],
+            completion: &tokens[..completion],
+        };
+        // Prompts of 10 and 12 tokens, three completions of 5 each: 25 and 27 rows.
+        let sequences: Vec<_> = [10, 10, 10, 12, 12, 12, 11].map(|prompt| sequence(prompt, 5)).to_vec();
+        assert_eq!(batches(&sequences, 1000), [0..7]);
+        assert_eq!(batches(&sequences, 30), [0..3, 3..6, 6..7]);
+        assert_eq!(batches(&sequences, 20), [0..2, 2..3, 3..4, 4..5, 5..6, 6..7]);
+        assert_eq!(batches(&sequences, 1).len(), 7, "what does not fit is alone");
+        assert!(batches(&[], 10).is_empty());
     }
 }

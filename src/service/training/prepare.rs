@@ -18,14 +18,19 @@ use crate::{
 };
 
 /// What a run takes.
-pub(super) struct Prepared {
-    pub(super) settings: Settings,
-    pub(super) training: Dataset,
-    pub(super) validation: Option<Dataset>,
+pub struct Prepared {
+    /// The plan.
+    pub settings: Settings,
+    /// Items to learn from.
+    pub training: Dataset,
+    /// Held-out items.
+    pub validation: Option<Dataset>,
     /// Always there but for sft.
-    pub(super) grader: Option<Box<dyn Grader>>,
-    pub(super) scheme: Scheme,
-    pub(super) numbers: usize,
+    pub grader: Option<Box<dyn Grader>>,
+    /// What the numbers mean.
+    pub scheme: Scheme,
+    /// How many they are.
+    pub numbers: usize,
 }
 
 impl std::fmt::Debug for Prepared {

@@ -153,7 +153,7 @@ pub(super) fn evaluated(evaluation: &Evaluation, temperature: f32) -> String {
 }
 
 /// `{"reward", "interval", "sampled", "sampled_interval", "n", "truncated"}`
-pub(super) fn measured(evaluation: &Evaluation) -> Value {
+pub fn measured(evaluation: &Evaluation) -> Value {
     let sampled = evaluation.sampled.as_ref();
     json!({
         "reward": evaluation.greedy.mean,

@@ -7,10 +7,10 @@ use std::{
 
 use mote_trainer::{
     Checkpoint, EvalSettings, FinalReport, Metrics, NoGrader, Policy, PolicyError, Run, StepReport, Stop, TrainError,
-    data::Dataset, demonstration_loss, final_report, grader::Grader, round_to_bf16,
+    data::Dataset, grader::Grader,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{
     PolicyRequest,
@@ -18,6 +18,7 @@ use super::{
     report,
     spec::{JobSpec, published_metadata},
     supervisor::Inner,
+    validation::{Validation, validate},
 };
 use crate::{
     adapter::{NumberType, codec},
@@ -26,9 +27,6 @@ use crate::{
     telemetry::JobLabels,
     tenant::{Caller, Role},
 };
-
-/// Demonstrations whose loss is taken at once.
-const LOSS_BATCH: usize = 32;
 
 /// Why a worker lets go of its job.
 enum Leave {
@@ -254,42 +252,15 @@ impl Worker {
         let end = run.end().cloned().unwrap_or(mote_trainer::End::Steps);
         let event = report::evaluation_event(&end, data.len());
         self.write_progress(Progress { step: run.steps_done(), events: vec![event], ..Progress::default() })?;
-        let mut parts = Map::new();
-        if let Some(grader) = grader {
-            let settings = EvalSettings::of(run.settings());
-            let found = final_report(
-                policy,
-                grader,
-                data,
-                run.numbers(),
-                self.spec.full_precision,
-                &settings,
-                &self.stop,
-                &mut |_| {},
-            )?;
-            let FinalReport { zero, adapter, full_precision, gain } = &found;
-            let mut samples = Vec::new();
-            for (name, one) in
-                [("zero", Some(zero)), ("adapter", Some(adapter)), ("full_precision", full_precision.as_ref())]
-            {
-                let Some(one) = one else { continue };
-                parts.insert(name.to_owned(), report::measured(one));
-                samples.push((name, report::evaluated(one, settings.temperature)));
-            }
-            parts.insert("gain".to_owned(), report::estimate(gain));
+        let settings = EvalSettings::of(run.settings());
+        let (full, stop) = (self.spec.full_precision, &self.stop);
+        let Validation { parts, report } =
+            validate(policy, grader, data, run.numbers(), full, &settings, stop, &mut |_| {})?;
+        if let Some(FinalReport { zero, adapter, full_precision, .. }) = &report {
+            let shown = [("zero", Some(zero)), ("adapter", Some(adapter)), ("full_precision", full_precision.as_ref())];
+            let shown = shown.into_iter().filter_map(|(name, one)| Some((name, one?)));
+            let samples = shown.map(|(name, one)| (name, report::evaluated(one, settings.temperature))).collect();
             self.write_progress(Progress { step: run.steps_done(), samples, ..Progress::default() })?;
-        }
-        if data.examples.iter().all(|example| !example.target.is_empty()) {
-            let rounded = round_to_bf16(run.numbers());
-            let mut vectors = vec![("zero", vec![0.0; rounded.len()]), ("adapter", rounded)];
-            if self.spec.full_precision {
-                vectors.push(("full_precision", run.numbers().to_vec()));
-            }
-            for (name, numbers) in vectors {
-                let loss = demonstration_loss(policy, data, &numbers, LOSS_BATCH, &self.stop)?;
-                let part = parts.entry(name).or_insert_with(|| json!({"n": data.len()}));
-                part["loss"] = json!(loss);
-            }
         }
         Ok(Value::Object(parts))
     }

@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+"""Reinforcement learning against supervised fine-tuning, by the number of trained numbers: the paper's figure (arXiv 2602.04118) at our scale.
+
+    cargo build --release
+    python3 bench/figure.py --mote target/release/mote --out bench/results/figure
+
+Every run is `mote train` on generated tasks (`mote task`): the same items, prompt and token limit for every arm, an adapter's numbers all that differs. Learning rates are
+chosen by a sweep on items that nothing else uses, at a seed that nothing else uses. A run that has been made is not made again: stop it and start it as you like.
+`--plan` prints what is left. The last step writes `results.json`, `results.md` and, if matplotlib is there, `results.svg`.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+
+def groups(count):
+    """One number for each of so many groups of sites; 13 of them are the default scheme. The model has 210 sites."""
+    return {"convention": "peft", "rank": 2, "u": 1, "ties": {"kind": "groups", "count": count}}
+
+
+# Steps, prompts a step, completions a prompt, tokens: the size of a run.
+STEPS, PROMPTS, SAMPLES, TOKENS = 30, 6, 6, 24
+TRAIN, HELD_OUT = 400, 400  # held-out items: the first half chooses rates, the second half is reported
+RATES = {"grpo": [0.01, 0.03, 0.1, 0.3], "sft": [0.003, 0.01, 0.03, 0.1], "es": [0.03, 0.1, 0.3]}
+SWEEP_SEED = 1000
+# Which arms: (task, method, numbers, seeds).
+ARMS = [
+    ("arithmetic", "grpo", 13, 5),
+    ("arithmetic", "sft", 13, 3),
+    ("arithmetic", "es", 13, 5),
+    ("only-number", "grpo", 13, 3),
+    ("arithmetic", "grpo", 1, 3),
+    ("arithmetic", "sft", 1, 3),
+    ("arithmetic", "grpo", 210, 3),
+    ("arithmetic", "sft", 210, 3),
+]
+
+
+def hyperparameters(method, rate):
+    """What a run is told beside its data."""
+    settings = {"steps": STEPS, "prompts_per_step": PROMPTS, "max_completion_tokens": TOKENS, "learning_rate": rate}
+    if method == "grpo":
+        settings |= {"samples_per_prompt": SAMPLES}
+    if method == "es":
+        # Without a gradient a step is cheap: about as many seconds as grpo's, spent on candidates.
+        settings |= {"samples_per_prompt": 1, "population": 16, "sigma": 0.1}
+    return settings
+
+
+class Runs:
+    def __init__(self, args):
+        self.args = args
+        self.made = 0
+        os.makedirs(args.out, exist_ok=True)
+        self.work = args.work or os.path.join(args.out, "runs")
+        os.makedirs(self.work, exist_ok=True)
+
+    def task(self, task):
+        """The folder of a task's data, its held-out items in two halves."""
+        folder = os.path.join(self.work, task)
+        if not os.path.exists(os.path.join(folder, "test.jsonl")):
+            subprocess.run(
+                [self.args.mote, "task", task, "--out", folder, "--train", str(TRAIN), "--validation", str(HELD_OUT)],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            with open(os.path.join(folder, "validation.jsonl")) as file:
+                lines = file.readlines()
+            for name, part in [("dev", lines[: HELD_OUT // 2]), ("test", lines[HELD_OUT // 2 :])]:
+                with open(os.path.join(folder, name + ".jsonl"), "w") as file:
+                    file.writelines(part)
+        return folder
+
+    def run(self, task, method, numbers, rate, seed, held_out):
+        """One training; its report, made now or before. None when the time is up."""
+        folder = self.task(task)
+        name = f"{task}-{method}-{numbers}-lr{rate}-seed{seed}-{held_out}"
+        out = os.path.join(self.work, name + ".bin")
+        report = out + ".json"
+        if not os.path.exists(report):
+            if self.args.plan or time.monotonic() > self.args.until:
+                self.made += 1
+                return None
+            command = [self.args.mote, "train", "--data", os.path.join(folder, "train.jsonl")]
+            command += ["--validation", os.path.join(folder, held_out + ".jsonl"), "--method", method, "--resume"]
+            command += ["--grader", "@" + os.path.join(folder, "grader.json"), "--seed", str(seed), "--out", out]
+            command += ["--scheme", json.dumps(groups(numbers))]
+            command += ["--samples", "4" if held_out == "test" else "1", "--log", "warn"]
+            for key, value in hyperparameters(method, rate).items():
+                command += ["--set", f"{key}={value}"]
+            if self.args.model:
+                command += ["--model", self.args.model]
+            begun = time.monotonic()
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                sys.exit(f"{name}: {done.stderr[-2000:]}")
+            print(f"{name}: {time.monotonic() - begun:.0f} s: {' | '.join(done.stdout.splitlines()[1:])}", flush=True)
+        with open(report) as file:
+            return json.load(file)
+
+
+def chosen_rate(runs, task, method, numbers):
+    """The rate with the best reward on the dev items, both ways of sampling counted; the table of all."""
+    rewards = {}
+    for rate in RATES[method]:
+        report = runs.run(task, method, numbers, rate, SWEEP_SEED, "dev")
+        if report is not None:
+            found = report["validation"]["adapter"]
+            rewards[rate] = (found["reward"] + found["sampled"]) / 2
+    if len(rewards) < len(RATES[method]):
+        return None, rewards
+    return max(rewards, key=rewards.get), rewards
+
+
+def spread(values):
+    """Mean and the 95 % interval of the mean over seeds (Student's t)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return mean, t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mote", default="target/release/mote", help="our binary; a release build")
+    parser.add_argument("--model", help="another model than the default one")
+    parser.add_argument("--out", default="bench/results/figure", help="folder of the results")
+    parser.add_argument("--work", help="folder of single runs [default: runs in --out]")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many minutes")
+    parser.add_argument("--plan", action="store_true", help="say what is left, and do nothing")
+    args = parser.parse_args()
+    args.until = time.monotonic() + 60 * args.minutes
+    runs = Runs(args)
+    arms = []
+    for task, method, numbers, seeds in ARMS:
+        rate, sweep = chosen_rate(runs, task, method, numbers)
+        reports = []
+        if rate is not None:
+            reports = [runs.run(task, method, numbers, rate, seed, "test") for seed in range(seeds)]
+        done = [report for report in reports if report is not None]
+        arms.append(
+            {"task": task, "method": method, "numbers": numbers, "seeds": seeds, "rate": rate, "sweep": sweep, "done": len(done)}
+        )
+        if not done:
+            continue
+        parts = [report["validation"] for report in done]
+        arms[-1] |= {
+            "greedy": [part["adapter"]["reward"] for part in parts],
+            "sampled": [part["adapter"]["sampled"] for part in parts],
+            "base_greedy": parts[0]["zero"]["reward"],
+            "base_greedy_interval": parts[0]["zero"]["interval"],
+            "base_sampled": statistics.fmean(part["zero"]["sampled"] for part in parts),
+            "items": parts[0]["zero"]["n"],
+            "intervals": [part["adapter"]["interval"] for part in parts],
+            "seconds": [report["seconds"] for report in done],
+            "curves": [[step.get("reward_mean") for step in report["curve"]] for report in done],
+        }
+    if args.plan:
+        print(f"{runs.made} runs are left (rates that are not chosen yet hide more)")
+        return
+    write(args.out, arms)
+
+
+def write(out, arms):
+    size = {"steps": STEPS, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_completion_tokens": TOKENS}
+    with open(os.path.join(out, "results.json"), "w") as file:
+        json.dump({"size": size, "arms": arms}, file, indent=1)
+        file.write("\n")
+    lines = [
+        "| task | method | numbers | learning rate | seeds | base greedy | greedy | gain | base sampled | sampled | gain | s a run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        if not arm["done"]:
+            continue
+        cells = [arm["task"], arm["method"], arm["numbers"], arm["rate"], f"{arm['done']} of {arm['seeds']}"]
+        for way in ["greedy", "sampled"]:
+            mean, half = spread(arm[way])
+            base = arm["base_" + way]
+            cells += [f"{base:.3f}", f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""), f"{mean - base:+.3f}"]
+        cells.append(f"{statistics.fmean(arm['seconds']):.0f}")
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    lines += ["", "± is the 95 % interval of the mean over seeds (Student's t). Learning rates by reward on items of their own, at a seed of its own:", ""]
+    lines += ["| task | method | numbers | reward by learning rate |", "|---|---|---|---|"]
+    for arm in arms:
+        rates = ", ".join(f"{rate}: {reward:.3f}" for rate, reward in arm["sweep"].items())
+        lines.append(f"| {arm['task']} | {arm['method']} | {arm['numbers']} | {rates} |")
+    with open(os.path.join(out, "results.md"), "w") as file:
+        file.write("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    try:
+        draw(out, arms)
+    except ImportError:
+        print("no matplotlib: no plot")
+
+
+def draw(out, arms):
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plot
+
+    figure, (left, right) = plot.subplots(1, 2, figsize=(11, 4.2))
+    mine = [arm for arm in arms if arm["task"] == "arithmetic" and arm["done"]]
+    for method, colour in [("grpo", "tab:blue"), ("sft", "tab:orange"), ("es", "tab:green")]:
+        own = sorted((arm for arm in mine if arm["method"] == method), key=lambda arm: arm["numbers"])
+        if own:
+            points = [spread(arm["greedy"]) for arm in own]
+            left.errorbar(
+                [arm["numbers"] for arm in own],
+                [mean for mean, _ in points],
+                yerr=[half or 0 for _, half in points],
+                marker="o",
+                capsize=3,
+                color=colour,
+                label=method,
+            )
+        for arm in own:
+            if arm["numbers"] == 13 and method != "sft":
+                curves = [curve for curve in arm["curves"] if all(value is not None for value in curve)]
+                mean = [statistics.fmean(step) for step in zip(*curves)]
+                right.plot(range(1, len(mean) + 1), mean, color=colour, label=f"{method}, 13 numbers, mean of {len(curves)}")
+    if mine:
+        left.axhline(mine[0]["base_greedy"], color="grey", linestyle=":", label="base")
+    left.set_xscale("log")
+    left.set_xticks([1, 13, 210], ["1", "13", "210"])
+    left.set_xlabel("numbers")
+    left.set_ylabel("greedy reward, held out")
+    left.legend()
+    right.set_xlabel("step")
+    right.set_ylabel("mean reward of the step")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(os.path.join(out, "results.svg"))
+
+
+if __name__ == "__main__":
+    main()
