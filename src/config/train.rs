@@ -108,9 +108,9 @@ pub struct EvalArgs {
 /// A task with checkable answers, made up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TaskChoice {
-    /// Sums and differences asked in words; graded by the last number.
+    /// Sums of one- and two-digit numbers; graded by the last number.
     Arithmetic,
-    /// Tiny word problems whose answer must be the number and nothing else.
+    /// Tiny word problems whose answer must be the number and nothing else: half the reward is for the form.
     OnlyNumber,
 }
 

@@ -4,12 +4,13 @@ use serde_json::{Value, json};
 
 use crate::rng::{Purpose, Stream};
 
-/// Which task.
+/// Which task. A model of 135 million parameters half knows both: it must now and then be right, or there is nothing to learn from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Task {
-    /// Sums and differences of one- and two-digit numbers, asked in words: "What is twelve plus seven?" Graded by the last number, so that the model may talk.
+    /// Sums of one- and two-digit numbers: "What is 12 plus 7?" Graded by the last number, so that the model may talk.
     Arithmetic,
-    /// Tiny word problems whose answer must be the number and nothing else: it is the form that is to be learnt.
+    /// Tiny word problems after two that are answered, whose answer must be the number and nothing else: it is the form that is to be learnt. Half the reward is for a bare
+    /// number, half for the right one.
     OnlyNumber,
 }
 
@@ -30,14 +31,21 @@ impl Task {
     pub fn grader(self) -> Value {
         match self {
             Self::Arithmetic => json!({"type": "number", "reference": "{{item.answer}}"}),
-            Self::OnlyNumber => json!({"type": "number", "reference": "{{item.answer}}", "extract": "only"}),
+            Self::OnlyNumber => json!({
+                "type": "multi",
+                "graders": {
+                    "form": {"type": "regex", "pattern": "^\\s*-?[0-9]+\\s*$"},
+                    "answer": {"type": "number", "reference": "{{item.answer}}", "extract": "only"},
+                },
+                "calculate_output": "0.5 * form + 0.5 * answer",
+            }),
         }
     }
 
     /// How many different questions there are.
     pub fn len(self) -> usize {
         match self {
-            Self::Arithmetic => 2 * 30 * 30,
+            Self::Arithmetic => 30 * 30,
             Self::OnlyNumber => STORIES.len() * NAMES.len() * THINGS.len() * 9 * 9,
         }
     }
@@ -62,17 +70,30 @@ impl Task {
             Self::Arithmetic => arithmetic(index),
             Self::OnlyNumber => story(index),
         };
-        json!({"messages": [{"role": "user", "content": question}], "answer": answer, "completion": answer.to_string()})
+        let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+        let mut messages = Vec::new();
+        if self == Self::OnlyNumber {
+            for (question, answer) in ANSWERED {
+                messages.extend([turn("user", &format!("{question} {ONLY}")), turn("assistant", answer)]);
+            }
+        }
+        messages.push(turn("user", &question));
+        json!({"messages": messages, "answer": answer, "completion": answer.to_string()})
     }
 }
 
 fn arithmetic(index: usize) -> (String, i64) {
-    let (minus, a, b) = (index % 2 == 1, index / 2 % 30 + 1, index / 60 % 30 + 1);
-    // A difference is asked of the sum, so it is never negative.
-    let (first, word, answer) = if minus { (a + b, "minus", a) } else { (a, "plus", a + b) };
-    (format!("What is {} {word} {}?", in_words(first), in_words(b)), answer as i64)
+    let (a, b) = (index % 30 + 1, index / 30 % 30 + 1);
+    (format!("What is {a} plus {b}?"), (a + b) as i64)
 }
 
+/// What every word problem ends with.
+const ONLY: &str = "Answer with the number only.";
+/// Word problems that come before the one to be answered.
+const ANSWERED: [(&str, &str); 2] = [
+    ("Kim has 3 pears and gets 2 more. How many pears does Kim have now?", "5"),
+    ("Lea has 9 balls and gives 4 away. How many balls does Lea have left?", "5"),
+];
 const NAMES: [&str; 6] = ["Tom", "Ann", "Sam", "Mia", "Ben", "Eva"];
 const THINGS: [&str; 6] = ["apples", "pens", "books", "coins", "cards", "shells"];
 /// Name, thing, two numbers; how the second one changes the first.
@@ -93,39 +114,7 @@ fn story(index: usize) -> (String, i64) {
     let first = if story.1 < 0 { a + b } else { a };
     let text = story.0.replace("{name}", name).replace("{thing}", thing);
     let text = text.replace("{a}", &first.to_string()).replace("{b}", &b.to_string());
-    (format!("{text} Answer with the number only."), first + story.1 * b)
-}
-
-/// 0 to 99 in English.
-fn in_words(number: usize) -> String {
-    const SMALL: [&str; 20] = [
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-        "thirteen",
-        "fourteen",
-        "fifteen",
-        "sixteen",
-        "seventeen",
-        "eighteen",
-        "nineteen",
-    ];
-    const TENS: [&str; 10] = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
-    match (number / 10, number % 10) {
-        (0 | 1, _) => SMALL[number].to_owned(),
-        (tens, 0) => TENS[tens].to_owned(),
-        (tens, ones) => format!("{}-{}", TENS[tens], SMALL[ones]),
-    }
+    (format!("{text} {ONLY}"), first + story.1 * b)
 }
 
 #[cfg(test)]
@@ -144,7 +133,7 @@ mod tests {
             let split = task.split(300, 100, 7).unwrap();
             let all: Vec<Value> = [split.train.clone(), split.validation.clone()].concat();
             let questions: HashSet<String> =
-                all.iter().map(|item| item["messages"][0]["content"].to_string()).collect();
+                all.iter().map(|item| item["messages"].as_array().unwrap().last().unwrap().to_string()).collect();
             assert_eq!(questions.len(), 400, "{name}");
             let grader = build(&task.grader(), &NoRemote).unwrap();
             let items = read_values(all, &ReadOptions { supervised: true, ..ReadOptions::default() }).unwrap();
@@ -159,23 +148,17 @@ mod tests {
             assert_eq!(task.split(task.len(), 1, 0), None);
             let whole = task.split(task.len(), 0, 0).unwrap().train;
             let questions: HashSet<String> =
-                whole.iter().map(|item| item["messages"][0]["content"].to_string()).collect();
+                whole.iter().map(|item| item["messages"].as_array().unwrap().last().unwrap().to_string()).collect();
             assert_eq!(questions.len(), task.len(), "{name}");
         }
     }
 
     #[test]
     fn questions_read_well() {
-        assert_eq!(arithmetic(2 * 11 + 60 * 6), ("What is twelve plus seven?".to_owned(), 19));
-        assert_eq!(arithmetic(2 * 11 + 60 * 6 + 1), ("What is nineteen minus seven?".to_owned(), 12));
+        assert_eq!(arithmetic(11 + 30 * 6), ("What is 12 plus 7?".to_owned(), 19));
         assert_eq!(
             story(0).0,
             "Tom has 2 apples and gets 1 more. How many apples does Tom have now? Answer with the number only."
         );
-        for (number, words) in
-            [(0, "zero"), (13, "thirteen"), (20, "twenty"), (42, "forty-two"), (60, "sixty"), (99, "ninety-nine")]
-        {
-            assert_eq!(in_words(number), words);
-        }
     }
 }
