@@ -27,7 +27,16 @@ def groups(count):
 # Steps, prompts a step, completions a prompt, tokens: the size of a run.
 STEPS, PROMPTS, SAMPLES, TOKENS = 30, 6, 6, 24
 TRAIN, HELD_OUT = 400, 400  # held-out items: the first half chooses rates, the second half is reported
-RATES = {"grpo": [0.01, 0.03, 0.1, 0.3], "sft": [0.003, 0.01, 0.03, 0.1], "es": [0.03, 0.1, 0.3]}
+# The more sites share a number, the further a step moves them all: fewer numbers want smaller rates.
+RATES = {
+    ("grpo", 1): [0.001, 0.003, 0.01, 0.03],
+    ("grpo", 13): [0.01, 0.03, 0.1],
+    ("grpo", 210): [0.03, 0.1, 0.3],
+    ("sft", 1): [0.001, 0.003, 0.01],
+    ("sft", 13): [0.003, 0.01, 0.03, 0.1],
+    ("sft", 210): [0.01, 0.03, 0.1],
+    ("es", 13): [0.03, 0.1, 0.3],
+}
 SWEEP_SEED = 1000
 # Which arms: (task, method, numbers, seeds).
 ARMS = [
@@ -49,7 +58,7 @@ def hyperparameters(method, rate):
         settings |= {"samples_per_prompt": SAMPLES}
     if method == "es":
         # Without a gradient a step is cheap: about as many seconds as grpo's, spent on candidates.
-        settings |= {"samples_per_prompt": 1, "population": 16, "sigma": 0.1}
+        settings |= {"samples_per_prompt": 1, "population": 32, "sigma": 0.1}
     return settings
 
 
@@ -108,12 +117,12 @@ class Runs:
 def chosen_rate(runs, task, method, numbers):
     """The rate with the best reward on the dev items, both ways of sampling counted; the table of all."""
     rewards = {}
-    for rate in RATES[method]:
+    for rate in RATES[method, numbers]:
         report = runs.run(task, method, numbers, rate, SWEEP_SEED, "dev")
         if report is not None:
             found = report["validation"]["adapter"]
             rewards[rate] = (found["reward"] + found["sampled"]) / 2
-    if len(rewards) < len(RATES[method]):
+    if len(rewards) < len(RATES[method, numbers]):
         return None, rewards
     return max(rewards, key=rewards.get), rewards
 

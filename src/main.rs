@@ -38,7 +38,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         LogFormat::Json => log.json().init(),
     }
     match cli.command {
-        Command::Serve(args) => Ok(runtime()?.block_on(async { anyhow::Ok(app::serve(*args, asked_to_stop()?).await?) })?),
+        Command::Serve(args) => {
+            Ok(runtime()?.block_on(async { anyhow::Ok(app::serve(*args, asked_to_stop()?).await?) })?)
+        }
         Command::Train(args) => {
             say(&runtime()?.block_on(async { anyhow::Ok(app::train(*args, asked_to_stop()?).await?) })?)
         }

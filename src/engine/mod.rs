@@ -26,6 +26,7 @@ mod stats;
 mod tests;
 mod worker;
 
+pub use crate::model::{CoreGradient, GradientJob};
 pub use api::{
     Event, FinishReason, LogProbs, Priority, PromptLogProbs, Request, Sampling, SubmitError, TokenOut, Usage,
 };
@@ -33,5 +34,4 @@ pub use events::Events;
 pub use gate::Health;
 pub use gradient::{Differentiated, GradientAnswer, GradientFailure, GradientRequest, Weigh};
 pub use handle::{Engine, EngineConfig, Handle, StartError};
-pub use crate::model::{CoreGradient, GradientJob};
 pub use stats::{Histogram, HistogramSnapshot, Phases, Reading, Seconds, Stats};

@@ -194,8 +194,11 @@ impl Worker {
 
     /// Takes what handles sent; waits for it if there is nothing else to do. None when it is time to end, else a clock that began when the waiting ended.
     fn receive(&mut self) -> Option<Clock> {
-        let first =
-            if self.jobs.is_empty() && self.gradients.is_empty() && self.draining.is_none() { Some(self.commands.recv().ok()?) } else { None };
+        let first = if self.jobs.is_empty() && self.gradients.is_empty() && self.draining.is_none() {
+            Some(self.commands.recv().ok()?)
+        } else {
+            None
+        };
         let clock = Clock::start();
         first.into_iter().for_each(|command| self.obey(command));
         loop {

@@ -115,8 +115,10 @@ impl Collector for EngineCollector {
             ConstCounter::new(seconds.get()).encode(phases.encode_family(&[("phase", phase)])?)?;
         }
         let help = "Time of steps by whose rows were in them";
-        let mut shares = encoder.encode_descriptor("mote_engine_step_share_seconds", help, None, MetricType::Counter)?;
-        for (class, seconds) in [("interactive", &stats.interactive_seconds), ("background", &stats.background_seconds)] {
+        let mut shares =
+            encoder.encode_descriptor("mote_engine_step_share_seconds", help, None, MetricType::Counter)?;
+        for (class, seconds) in [("interactive", &stats.interactive_seconds), ("background", &stats.background_seconds)]
+        {
             ConstCounter::new(seconds.get()).encode(shares.encode_family(&[("class", class)])?)?;
         }
         for (name, help, read) in HISTOGRAMS {

@@ -173,7 +173,10 @@ async fn a_job_of_another_base_is_not_gone_on_with() {
 async fn kill_9_changes_nothing() {
     let plans = [
         ("es", json!({"samples_per_prompt": 2, "population": 6, "sigma": 0.5, "learning_rate": 0.2})),
-        ("grpo", json!({"samples_per_prompt": 4, "updates_per_batch": 2, "minibatches": 2, "beta": 0.01, "learning_rate": 0.1})),
+        (
+            "grpo",
+            json!({"samples_per_prompt": 4, "updates_per_batch": 2, "minibatches": 2, "beta": 0.01, "learning_rate": 0.1}),
+        ),
         ("sft", json!({"learning_rate": 0.1})),
     ];
     for (method, own) in plans {

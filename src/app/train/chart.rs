@@ -49,9 +49,7 @@ fn draw(title: &str, curve: &[Value]) -> Result<String, String> {
             })
             .collect();
         chart.draw_series(LineSeries::new(points(&values), PALE)).map_err(|error| failed(&error))?;
-        chart
-            .draw_series(LineSeries::new(points(&smooth), STRONG.stroke_width(2)))
-            .map_err(|error| failed(&error))?;
+        chart.draw_series(LineSeries::new(points(&smooth), STRONG.stroke_width(2))).map_err(|error| failed(&error))?;
         area.present().map_err(|error| failed(&error))?;
     }
     Ok(svg)

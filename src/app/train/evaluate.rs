@@ -6,9 +6,9 @@ use mote_trainer::{EvalSettings, Evaluation, FinalReport, Method, Stop, data::Da
 use serde_json::{Map, Value, json};
 
 use super::{
-    blocking, first,
+    blocking,
     files::{data_task, read, read_scheme, write_json},
-    open,
+    first, open,
 };
 use crate::{
     app::AppError,

@@ -58,7 +58,8 @@ fn grader(text: &str) -> Result<Value, AppError> {
         None => structured("--grader", text),
         Some(path) => {
             let bytes = read(Path::new(path))?;
-            serde_json::from_slice(&bytes).map_err(|error| AppError::Flag(format!("--grader @{path}: not JSON: {error}")))
+            serde_json::from_slice(&bytes)
+                .map_err(|error| AppError::Flag(format!("--grader @{path}: not JSON: {error}")))
         }
     }
 }

@@ -81,9 +81,7 @@ async fn blocking<T: Send + 'static>(
 fn first(data: Dataset, most: Option<std::num::NonZeroUsize>) -> Result<Dataset, AppError> {
     match most.map(usize::from).filter(|&most| most < data.len()) {
         None => Ok(data),
-        Some(most) => {
-            Dataset::new(data.examples[..most].to_vec()).map_err(|error| AppError::Train(error.to_string()))
-        }
+        Some(most) => Dataset::new(data.examples[..most].to_vec()).map_err(|error| AppError::Train(error.to_string())),
     }
 }
 
@@ -119,9 +117,9 @@ fn run(args: &TrainArgs, local: &Local, task: &LocalTask, stop: &Stop) -> Result
     let (mut run, mut curve) = match saved(args, &checkpoint)? {
         None => (Run::new(settings.clone(), training, initial)?, Vec::new()),
         Some((state, curve)) => {
-            let run = serde_json::from_value(state).map_err(|error| error.to_string()).and_then(|state| {
-                Run::resume(state, &settings, training).map_err(|error| error.to_string())
-            });
+            let run = serde_json::from_value(state)
+                .map_err(|error| error.to_string())
+                .and_then(|state| Run::resume(state, &settings, training).map_err(|error| error.to_string()));
             (run.map_err(|error| AppError::Train(format!("{}: {error}", checkpoint.display())))?, curve)
         }
     };
@@ -163,9 +161,10 @@ fn run(args: &TrainArgs, local: &Local, task: &LocalTask, stop: &Stop) -> Result
         let began = Instant::now();
         let eval = EvalSettings { samples: args.data.samples, ..EvalSettings::of(&settings) };
         progress.measure(data.len() * (2 + usize::from(args.full_precision)));
-        let found = validate(policy.as_mut(), grader, &data, run.numbers(), args.full_precision, &eval, stop, &mut |n| {
-            progress.measured(n);
-        })?;
+        let found =
+            validate(policy.as_mut(), grader, &data, run.numbers(), args.full_precision, &eval, stop, &mut |n| {
+                progress.measured(n);
+            })?;
         words.extend(evaluate::words(&found.parts));
         report["validation"] = Value::Object(found.parts);
         report["validation_seconds"] = began.elapsed().as_secs_f64().into();

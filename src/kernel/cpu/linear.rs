@@ -102,9 +102,14 @@ pub(super) struct PanelInfo {
     pub(super) rank: usize,
     /// Where the part's numbers begin in a row of `U`'s input (the mixed V x).
     pub(super) mixed: usize,
-    /// Where its U begins: `[rank][16]`.
+    /// The first of its `rank` rows of U.
     pub(super) up: usize,
 }
+
+/// A row of U for the sixteen outputs of a panel, on one cache line: of a row on two, only the first would be asked for in time.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct UpRow(pub(super) [f32; LANES]);
 
 /// The factors of one part.
 #[derive(Clone, Copy)]
@@ -135,8 +140,8 @@ pub struct CpuLinear {
     pub(super) down: Panels,
     /// Rows of `down`: the ranks' sum.
     pub(super) down_rows: usize,
-    /// U, `[panel][rank][16]`.
-    pub(super) up: Vec<f32>,
+    /// U, `[panel][rank]`.
+    pub(super) up: Vec<UpRow>,
 }
 
 impl CpuLinear {
@@ -209,7 +214,7 @@ impl CpuLinear {
             if let Some(factors) = part.factors {
                 for i in 0..rank {
                     let u = |lane: usize| if lane < columns { factors.u[(first + lane) * rank + i] } else { 0.0 };
-                    self.up.extend((0..LANES).map(u));
+                    self.up.push(UpRow(std::array::from_fn(u)));
                 }
             }
         }

@@ -9,7 +9,7 @@ use super::{
     format::WORD_LINE,
     isa::{Kernels, Tiling},
     lanes::{LANES, Lanes, load_partial, silu, store_partial, sum},
-    linear::CpuLinear,
+    linear::{CpuLinear, UpRow},
     memory::Shared,
     step::Mixing,
     tile::{Left, Tiles},
@@ -271,7 +271,7 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
 fn ask_for_u<L: Lanes>(job: &ProductJob<'_>, units: Range<usize>) {
     for i in 0..job.panels_per_unit() * units.len() {
         let up = job.linear.up.as_ptr().wrapping_add(job.linear.info[job.panel(units.start, i)].up);
-        (0..KEPT).for_each(|row| L::prefetch(up.wrapping_add(row * LANES).cast()));
+        (0..KEPT).for_each(|row| L::prefetch(up.wrapping_add(row).cast()));
     }
 }
 
@@ -373,8 +373,7 @@ struct Ending<'a, L> {
     /// [`crate::kernel::Cores::active`] of every row, if `adapted`.
     active: &'a [u32],
     kept: [L; KEPT],
-    /// `[rank][16]`
-    up: &'a [f32],
+    up: &'a [UpRow],
     /// The part's numbers of row 0 in the mixed V x.
     mixed: *const f32,
     stride: usize,
@@ -388,13 +387,13 @@ impl<'a, L: Lanes> Ending<'a, L> {
         let (linear, info) = (job.linear, &job.linear.info[panel]);
         // SAFETY: all loads are of sixteen numbers from slices that were cut to sixteen.
         unsafe {
-            let up = &linear.up[info.up..info.up + info.rank * LANES];
+            let up = &linear.up[info.up..info.up + info.rank];
             let mut kept = [L::splat(0.0); KEPT];
             // A step of the base alone does not touch U: a line that is not in the cache costs more than the panel's end.
             if !job.active.is_empty() {
                 for (i, kept) in kept.iter_mut().enumerate() {
                     if i < info.rank {
-                        *kept = L::load(up[i * LANES..(i + 1) * LANES].as_ptr());
+                        *kept = L::load(up[i].0.as_ptr());
                     }
                 }
             }
@@ -440,7 +439,7 @@ impl<'a, L: Lanes> Ending<'a, L> {
                 value = L::splat(*mixed.add(1)).fma(self.kept[1], value);
             }
             for i in KEPT..active {
-                value = L::splat(*mixed.add(i)).fma(L::load(self.up[i * LANES..(i + 1) * LANES].as_ptr()), value);
+                value = L::splat(*mixed.add(i)).fma(L::load(self.up[i].0.as_ptr()), value);
             }
             value
         }

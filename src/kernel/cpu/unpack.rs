@@ -35,7 +35,7 @@ impl CpuLinear {
             let Some(part) = adapted else { return };
             let v = &down[part.mixed * inputs..(part.mixed + part.rank) * inputs];
             for (lane, row) in (lane..).zip(rows.chunks_exact_mut(inputs)) {
-                add_update(row, |i| self.up[info.up + i * LANES + lane], cores.site(part.site), v);
+                add_update(row, |i| self.up[info.up + i].0[lane], cores.site(part.site), v);
             }
         };
         self.pieces(&outputs, &mut rows).into_par_iter().for_each(unpack);
@@ -60,7 +60,7 @@ impl CpuLinear {
                 Some(part) => {
                     let row = |(panel, lane): (usize, usize)| {
                         let up = self.info[panels.start + panel].up;
-                        (0..rank).map(move |i| self.up[up + i * LANES + lane])
+                        (0..rank).map(move |i| self.up[up + i].0[lane])
                     };
                     let u: Vec<f32> = lanes(1).flat_map(row).collect();
                     let v = down[part.mixed * inputs..(part.mixed + rank) * inputs].to_vec();

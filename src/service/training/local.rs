@@ -101,11 +101,8 @@ impl Local {
         let Some(Value::String(kind)) = &task.grader else { return Ok(task.grader.clone()) };
         let template = task.prompt.as_ref().map(PromptTemplate::from_json).transpose();
         let template = template.map_err(|error| Error::invalid("prompt", format!("'prompt': {error}.")))?;
-        let options = ReadOptions {
-            supervised: task.method == Method::Sft,
-            prompt: template.as_ref(),
-            limits: self.config.data,
-        };
+        let options =
+            ReadOptions { supervised: task.method == Method::Sft, prompt: template.as_ref(), limits: self.config.data };
         let items = data::read_bytes(&task.training, &options)
             .map_err(|errors| Error::invalid("dataset", format!("'dataset': {errors}.")))?;
         let of_shape = items.first().and_then(|item| data::default_reference(&item.fields));

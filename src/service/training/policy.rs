@@ -2,9 +2,7 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use mote_trainer::{
-    LossGradient, Method, Policy, PolicyError, Rollout, RolloutRequest, Sequence, Stop, TokenLoss,
-};
+use mote_trainer::{LossGradient, Method, Policy, PolicyError, Rollout, RolloutRequest, Sequence, Stop, TokenLoss};
 use tokio::runtime;
 
 use super::rollouts::Rollouts;
