@@ -5,6 +5,7 @@ mod adapters;
 mod app;
 mod bench;
 mod chat;
+mod command_train;
 mod completions;
 mod contract;
 mod errors;

@@ -555,7 +555,7 @@ async fn rollouts_go_through_the_engine() {
     assert!(!samples["data"][0]["samples"][0]["text"].as_str().unwrap().is_empty(), "{samples}");
     // This model cannot be differentiated: a job that needs it fails and says so, and serving goes on.
     let body = json!({
-        "name": "supervised", "method": "sft", "dataset": [{"prompt": "Once", "completion": " upon"}], "hyperparameters": {"steps": 2},
+        "name": "supervised", "method": "sft", "dataset": [{"prompt": "Once", "completion": " upon"}], "hyperparameters": {"steps": 2, "max_completion_tokens": 8},
     });
     let job = app.ended(&app.train(body).await).await;
     assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("model_failed")), "{job}");
