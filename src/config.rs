@@ -405,6 +405,12 @@ pub enum AdaptersCommand {
     },
 }
 
+/// A multiple of something: at least 0.
+fn share(value: &str) -> Result<f64, String> {
+    let share: f64 = value.parse().map_err(|error| format!("{error}"))?;
+    if (0.0..=1000.0).contains(&share) { Ok(share) } else { Err("must be from 0 to 1000".to_owned()) }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -434,10 +440,4 @@ mod tests {
             }
         }
     }
-}
-
-/// A multiple of something: at least 0.
-fn share(value: &str) -> Result<f64, String> {
-    let share: f64 = value.parse().map_err(|error| format!("{error}"))?;
-    if (0.0..=1000.0).contains(&share) { Ok(share) } else { Err("must be from 0 to 1000".to_owned()) }
 }

@@ -101,6 +101,14 @@ pub(super) fn gradient(request: GradientRequest) -> (Gradient, GradientAnswer) {
 }
 
 impl Gradient {
+    /// About how many multiply-adds the next unit takes.
+    fn upcoming(&self) -> u64 {
+        match &self.work {
+            Work::Asked(_) => 0,
+            Work::Begun(task) => task.upcoming(),
+        }
+    }
+
     /// One unit of work; something at the end.
     fn advance(&mut self, model: &mut dyn Model) -> Result<Option<Differentiated>, ModelError> {
         let task = match &mut self.work {
@@ -133,12 +141,14 @@ pub(super) struct Gradients {
     queue: VecDeque<Gradient>,
     /// Seconds that steps have earned and units have not spent; below zero when a unit took longer than it should.
     credit: f64,
-    /// What a unit takes, about: a moving average.
-    unit: f64,
+    /// Seconds that a multiply-add takes, about: a moving average over units.
+    pace: f64,
 }
 
-/// How much of a unit's time makes the average.
+/// How much of a unit's pace makes the average.
 const NEWEST: f64 = 0.1;
+/// Units that cost less say nothing about the pace.
+const TELLING: u64 = 10_000_000;
 
 impl Gradients {
     pub(super) fn push(&mut self, gradient: Gradient) {
@@ -171,12 +181,19 @@ impl Gradients {
             None => self.credit = 0.0,
         }
         let mut first = earned.is_none();
-        while (first || self.credit > 0.5 * self.unit) && !self.queue.is_empty() {
+        while let Some(cost) = self.queue.front().map(Gradient::upcoming) {
+            // A unit begins when at least half of it is paid for, so that pauses are right on average.
+            if !first && self.credit <= 0.5 * cost as f64 * self.pace {
+                break;
+            }
             first = false;
             let began = Instant::now();
             ended += usize::from(self.unit(model));
             let took = began.elapsed().as_secs_f64();
-            self.unit += NEWEST * (took - self.unit);
+            if cost >= TELLING {
+                let pace = took / cost as f64;
+                self.pace += if self.pace == 0.0 { pace } else { NEWEST * (pace - self.pace) };
+            }
             if earned.is_some() {
                 self.credit -= took;
             }

@@ -205,6 +205,8 @@ pub struct Stats {
     pub decode_seconds: Histogram,
     /// Seconds of steps with prompt chunks.
     pub prefill_seconds: Histogram,
+    /// Seconds for which gradients kept the next step waiting, while there were any.
+    pub gradient_pause: Histogram,
     /// Seconds of each step that were not the model's: scheduling, sampling, sending.
     pub overhead_seconds: Histogram,
     /// Where the time goes.
@@ -248,6 +250,7 @@ impl Stats {
             step_all_distinct: Histogram::sizes(max_batch),
             decode_seconds: Histogram::seconds(),
             prefill_seconds: Histogram::seconds(),
+            gradient_pause: Histogram::seconds(),
             overhead_seconds: Histogram::seconds(),
             phases: Phases::default(),
             queue_seconds: Histogram::seconds(),

@@ -176,7 +176,11 @@ impl Worker {
         self.wakes.deliver();
         stats.phases.wake.add(clock.lap());
         stats.gradients.add(self.gradients.run(self.model.as_mut(), earned));
-        stats.phases.gradient.add(clock.lap());
+        let pause = clock.lap();
+        stats.phases.gradient.add(pause);
+        if earned.is_some() && !self.gradients.is_empty() {
+            stats.gradient_pause.observe_time(pause);
+        }
         true
     }
 

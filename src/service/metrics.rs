@@ -77,7 +77,7 @@ const BLOCKS: [Blocks; 3] = [
     ("cached", |stats| &stats.blocks_cached),
 ];
 
-const HISTOGRAMS: [Sizes; 9] = [
+const HISTOGRAMS: [Sizes; 10] = [
     ("mote_engine_step_rows", "Rows of each step", |stats| &stats.step_rows),
     ("mote_engine_step_sequences", "Sequences of each step", |stats| &stats.step_sequences),
     ("mote_engine_step_adapters", "Distinct adapters of each step", |stats| &stats.step_adapters),
@@ -88,6 +88,9 @@ const HISTOGRAMS: [Sizes; 9] = [
     ),
     ("mote_engine_decode_step_seconds", "Time of steps without prompt rows", |stats| &stats.decode_seconds),
     ("mote_engine_prefill_step_seconds", "Time of steps with prompt rows", |stats| &stats.prefill_seconds),
+    ("mote_engine_gradient_pause_seconds", "Time for which gradients kept a step waiting", |stats| {
+        &stats.gradient_pause
+    }),
     ("mote_engine_step_overhead_seconds", "Time of each step outside the model", |stats| &stats.overhead_seconds),
     ("mote_engine_queue_seconds", "Time from submission to the first step", |stats| &stats.queue_seconds),
     ("mote_engine_first_token_seconds", "Time from submission to the first token", |stats| &stats.first_token_seconds),

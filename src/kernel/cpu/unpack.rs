@@ -166,7 +166,10 @@ mod tests {
         values.into_iter().map(f32::to_bits).collect()
     }
 
-    fn describe(part: &DensePart) -> (usize, Option<Vec<u32>>, Option<(usize, Vec<u32>, Vec<u32>)>) {
+    /// Outputs, the bias' bits, and the site with the bits of U and V.
+    type Described = (usize, Option<Vec<u32>>, Option<(usize, Vec<u32>, Vec<u32>)>);
+
+    fn describe(part: &DensePart) -> Described {
         let factors = part.factors.as_ref().map(|factors| (factors.site, rows(&factors.u), rows(&factors.v)));
         (part.outputs, part.bias.as_ref().map(rows), factors)
     }

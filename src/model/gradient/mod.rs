@@ -34,9 +34,9 @@ pub use task::GradientTask;
 
 use crate::{kernel::Cores, types::TokenId};
 
-/// Rows of a tile where nobody says otherwise: a layer forward and backward for so many is about seven multiply-adds a weight of the whole model, as much as a decode step
-/// of a few sequences takes, and the products run at their best speed (with 32 rows they take a quarter longer a row).
-pub const TILE_ROWS: usize = 128;
+/// Rows of a tile where nobody says otherwise: a layer for so many takes half as long as a decode step of a few sequences, which waits for it, and the products run nearly at
+/// their best speed (with 32 rows they take a quarter longer a row).
+pub const TILE_ROWS: usize = 64;
 
 /// A prompt with the completions that share it.
 #[derive(Debug, Clone, PartialEq, Eq)]

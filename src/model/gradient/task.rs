@@ -24,6 +24,8 @@ pub struct GradientTask {
     cores: Arc<Cores>,
     differentiate: bool,
     next: Unit,
+    /// What `next` costs, or did before the weights were set.
+    upcoming: u64,
     left: u64,
     failed: bool,
     /// The stream of every tile on the way there, its derivative on the way back.
@@ -71,6 +73,7 @@ impl GradientTask {
             streams: Vec::new(),
             failed: false,
             next: Unit::Embed,
+            upcoming: schedule.cost(Unit::Embed, &plan, spec),
             differentiate,
             cores,
             schedule,
@@ -93,6 +96,11 @@ impl GradientTask {
     /// Multiply-adds to the end, the way back included.
     pub fn left(&self) -> u64 {
         self.left
+    }
+
+    /// About how many multiply-adds the next unit of work takes.
+    pub fn upcoming(&self) -> u64 {
+        self.upcoming
     }
 
     /// The kind of the next unit of work, for profiles.
@@ -158,6 +166,7 @@ impl GradientTask {
             self.run(model)?;
             self.failed = false;
             self.next = self.schedule.after(self.next);
+            self.upcoming = self.schedule.cost(self.next, &self.plan, model.spec());
             spent += cost;
             self.left -= cost;
         }

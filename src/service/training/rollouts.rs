@@ -1,7 +1,7 @@
 //! Rollouts of a job: ordinary requests of the serving engine, behind everybody's.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     sync::Arc,
     time::Duration,
 };
@@ -84,9 +84,8 @@ impl Rollouts {
         let mut candidates: HashMap<Vec<u32>, Candidate> = HashMap::new();
         for request in requests {
             let key: Vec<u32> = request.numbers.iter().map(|number| number.to_bits()).collect();
-            if !candidates.contains_key(&key) {
-                let candidate = self.candidate(request.numbers)?;
-                candidates.insert(key, candidate);
+            if let Entry::Vacant(vacant) = candidates.entry(key) {
+                vacant.insert(self.candidate(request.numbers)?);
             }
         }
         let outcome = self.run(requests, &candidates);
