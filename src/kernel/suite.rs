@@ -176,6 +176,11 @@ pub(super) fn groups() -> Vec<Group> {
         group(64, &[96, 96], 2, false, true, Epilogue::SwiGlu),
         group(31, &[21, 21], 8, true, true, Epilogue::SwiGlu),
         group(257, &[130], 0, false, true, Epilogue::Store),
+        group(70, &[40, 24], 3, false, true, Epilogue::Store),
+        group(64, &[50], 4, false, false, Epilogue::Add),
+        group(47, &[33, 33], 5, false, true, Epilogue::SwiGlu),
+        group(96, &[17], 6, true, true, Epilogue::Store),
+        group(130, &[64], 7, false, false, Epilogue::Add),
     ]
 }
 
@@ -187,9 +192,12 @@ pub(super) fn products_equal_reference<B: Backend>(mut backend: B, tolerance: im
             let group = Group { precision, ..group.clone() };
             let seed = 100 * number as u64;
             let (linear, slow) = (group.pack(&backend, seed), group.pack(&reference, seed));
-            for rows in [0, 1, 2, 3, 8, 17, 300] {
+            let adapted = |rows: usize| (0..rows as u32).map(|row| (row, row % 2)).collect::<Vec<_>>();
+            let some = [0, 1, 2, 3, 8, 17, 300].map(mixed_rows);
+            // Tiles without a row on the base end otherwise.
+            for rows in some.into_iter().chain([17, 40].map(adapted)) {
                 let cores = vec![cores(7, group.rank, 3), cores(8, group.rank, 3)];
-                let mut batch = rows_batch(&mixed_rows(rows), cores);
+                let (mut batch, rows) = (rows_batch(&rows, cores), rows.len());
                 for chosen in [Rows::All, Rows::Logits] {
                     batch.logits_rows.retain(|row| row % 4 != 1);
                     if chosen == Rows::Logits && group.epilogue == Epilogue::Add {
