@@ -57,7 +57,7 @@ def hyperparameters(method, rate):
     if method == "grpo":
         settings |= {"samples_per_prompt": SAMPLES}
     if method == "es":
-        # Without a gradient a step is cheap: about as many seconds as grpo's, spent on candidates.
+        # What a step saves on the gradient it spends on candidates.
         settings |= {"samples_per_prompt": 1, "population": 32, "sigma": 0.1}
     return settings
 

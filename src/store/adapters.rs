@@ -1,13 +1,13 @@
 //! Writing adapters: uploads in bulk, deletion, rollback.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
-use sqlx::{Row as _, any::AnyRow};
+use sqlx::{Row as _, SqlStr, any::AnyRow};
 
 use super::{
     AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
-    rows::RowsSql,
+    rows::{Dialect, RowsSql},
     writer::{PutResults, Tx},
 };
 use crate::types::{AdapterId, Generation, TenantId};
@@ -27,6 +27,9 @@ static INSERT_ADAPTERS: RowsSql = RowsSql::new(
 );
 static INSERT_GENERATIONS: RowsSql =
     RowsSql::new("INSERT INTO generations (adapter, seq, generation, data, facts, created_at) VALUES", 6, "");
+
+/// Both inserts of one adapter in one question, as SQLite takes them.
+static INSERT_ONE: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_with(&INSERT_GENERATIONS));
 
 /// An adapter that an upload's name points at.
 struct Existing {
@@ -161,8 +164,16 @@ impl Tx<'_> {
             };
             results.push(result);
         }
-        self.insert_adapters(&created).await?;
-        self.insert_generations(&generations).await?;
+        match (&created[..], &generations[..]) {
+            ([record], [new]) if self.dialect == Dialect::Sqlite => {
+                let query = bind_generation(bind_adapter(sqlx::query(INSERT_ONE.clone()), record), new, self.now);
+                query.execute(&mut *self.connection).await?;
+            }
+            _ => {
+                self.insert_adapters(&created).await?;
+                self.insert_generations(&generations).await?;
+            }
+        }
         created.into_iter().for_each(|record| self.changed(|| Change::Stored(record)));
         Ok(())
     }
@@ -256,16 +267,7 @@ impl Tx<'_> {
         for (sql, piece) in INSERT_ADAPTERS.exact(self.dialect, created) {
             let mut query = sqlx::query(sql);
             for record in piece {
-                query = query
-                    .bind(record.id.0)
-                    .bind(record.tenant.0)
-                    .bind(&*record.name)
-                    .bind(1i64)
-                    .bind(i64::from(record.public))
-                    .bind(&*record.metadata)
-                    .bind(record.created_at)
-                    .bind(record.updated_at)
-                    .bind(record.id.0);
+                query = bind_adapter(query, record);
             }
             query.execute(&mut *self.connection).await?;
         }
@@ -276,13 +278,7 @@ impl Tx<'_> {
         for (sql, piece) in INSERT_GENERATIONS.exact(self.dialect, generations) {
             let mut query = sqlx::query(sql);
             for new in piece {
-                query = query
-                    .bind(new.adapter.0)
-                    .bind(new.seq)
-                    .bind(&new.contents.generation.0[..])
-                    .bind(&*new.contents.data)
-                    .bind(new.facts)
-                    .bind(self.now);
+                query = bind_generation(query, new, self.now);
             }
             query.execute(&mut *self.connection).await?;
         }
@@ -393,6 +389,33 @@ impl Tx<'_> {
         self.changed(|| Change::Stored(record.clone()));
         Ok((record, old.contents.generation))
     }
+}
+
+type AnyQuery<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
+
+/// The columns of [`INSERT_ADAPTERS`] for a new adapter.
+fn bind_adapter<'q>(query: AnyQuery<'q>, record: &'q AdapterRecord) -> AnyQuery<'q> {
+    query
+        .bind(record.id.0)
+        .bind(record.tenant.0)
+        .bind(&*record.name)
+        .bind(1i64)
+        .bind(i64::from(record.public))
+        .bind(&*record.metadata)
+        .bind(record.created_at)
+        .bind(record.updated_at)
+        .bind(record.id.0)
+}
+
+/// The columns of [`INSERT_GENERATIONS`].
+fn bind_generation<'q>(query: AnyQuery<'q>, new: &'q NewGeneration, now: i64) -> AnyQuery<'q> {
+    query
+        .bind(new.adapter.0)
+        .bind(new.seq)
+        .bind(&new.contents.generation.0[..])
+        .bind(&*new.contents.data)
+        .bind(new.facts)
+        .bind(now)
 }
 
 /// A piece's items, and then its last one until there are `size`.

@@ -60,6 +60,12 @@ impl RowsSql {
         })
     }
 
+    /// A row of this and a row of another in one text, whose parameters follow one another: SQLite only.
+    pub(super) fn one_with(&self, other: &Self) -> SqlStr {
+        let one = |sql: &Self| sql.build(Dialect::Sqlite, 1);
+        AssertSqlSafe(format!("{}; {}", one(self).as_str(), one(other).as_str())).into_sql_str()
+    }
+
     fn statement(&self, dialect: Dialect, index: usize) -> SqlStr {
         self.statements[dialect as usize][index].get_or_init(|| self.build(dialect, SIZES[index])).clone()
     }

@@ -266,7 +266,10 @@ impl Task {
             tracing::error!(%error, "a transaction failed and was rolled back");
             // What it interned is gone with it, and so may be the connection.
             self.interner = Interner::default();
-            self.connection = None;
+            if let Some(mut connection) = self.connection.take() {
+                // Rolled back at once if it can be told so, else when the database finds it gone.
+                let _ = sqlx::query("ROLLBACK").execute(&mut connection).await;
+            }
         }
         outcome
     }
@@ -277,15 +280,9 @@ impl Task {
             Some(connection) => connection,
             None => self.connection.insert(self.connector.connect().await?),
         };
-        let mut transaction = connection.begin_with(self.connector.begin_statement()).await?;
-        // The first statement takes the row that all writers take: numbers rise in the order of commits on PostgreSQL too.
-        let seqs_end: i64 = sqlx::query("UPDATE counter SET value = value + $1 WHERE id = 1 RETURNING value")
-            .bind::<i64>(seqs)
-            .fetch_one(&mut *transaction)
-            .await?
-            .try_get(0)?;
+        let seqs_end = begin(connection, self.connector.dialect(), seqs).await?;
         let mut tx = Tx {
-            connection: &mut transaction,
+            connection: &mut *connection,
             interner: &mut self.interner,
             dialect: self.connector.dialect(),
             now: unix_now(),
@@ -296,7 +293,7 @@ impl Task {
         };
         run_group(&mut tx, group).await?;
         let (erased, changes) = (tx.erased, tx.changes.take());
-        transaction.commit().await?;
+        sqlx::query("COMMIT").execute(connection).await?;
         if let (Some(observer), Some(changes)) = (self.observer.get(), changes) {
             changes.into_iter().for_each(|change| observer.committed(change));
         }
@@ -327,6 +324,21 @@ impl Task {
             tracing::warn!(%error, "closing the database");
         }
     }
+}
+
+/// Begins a writing transaction and takes so many numbers of the change sequence; the last of them. The counter's row is the first that every
+/// writer takes, so that numbers rise in the order of commits on PostgreSQL too. Nothing but [`Task::write`] ends what is begun here: by COMMIT, or by
+/// giving the connection up.
+async fn begin(connection: &mut AnyConnection, dialect: Dialect, seqs: i64) -> Result<i64> {
+    let count = match dialect {
+        // One question: each costs a way to the connection's thread and back.
+        Dialect::Sqlite => "BEGIN IMMEDIATE; UPDATE counter SET value = value + ? WHERE id = 1 RETURNING value",
+        Dialect::Postgres => {
+            sqlx::query("BEGIN").execute(&mut *connection).await?;
+            "UPDATE counter SET value = value + $1 WHERE id = 1 RETURNING value"
+        }
+    };
+    Ok(sqlx::query(count).bind(seqs).fetch_one(connection).await?.try_get(0)?)
 }
 
 /// Runs a group's jobs in order. Uploads next to each other are written together.

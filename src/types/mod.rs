@@ -2,8 +2,7 @@
 
 use std::fmt;
 
-/// A token's number in the model's vocabulary.
-pub type TokenId = u32;
+pub use mote_kernel::TokenId;
 
 /// A tenant: the owner of keys, adapters, files and jobs. Made by the store; 1 is the built-in tenant of `--no-auth`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

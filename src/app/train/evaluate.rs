@@ -66,7 +66,7 @@ fn run(args: &EvalArgs, local: &Local, task: &LocalTask, stop: &Stop) -> Result<
     let lines = words(&parts);
     if let Some(path) = &args.json {
         let facts = json!({
-            "model": local.base().model_id, "fingerprint": local.fingerprint(), "scheme": prepared.scheme.to_json(),
+            "model": local.base().model_id, "fingerprint": local.base().fingerprint.to_string(), "scheme": prepared.scheme.to_json(),
             "adapter": args.adapter, "data": args.data.data, "results": parts,
         });
         write_json(path, &facts)?;

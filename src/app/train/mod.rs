@@ -151,7 +151,7 @@ fn run(args: &TrainArgs, local: &Local, task: &LocalTask, stop: &Stop) -> Result
     save(&run, &curve)?;
     write(&args.out, &Local::write_numbers(run.numbers())?)?;
     let mut report = json!({
-        "model": local.base().model_id, "fingerprint": local.fingerprint(), "scheme": scheme.to_json(), "dtype": "bf16",
+        "model": local.base().model_id, "fingerprint": local.base().fingerprint.to_string(), "scheme": scheme.to_json(), "dtype": "bf16",
         "numbers": run.numbers().len(), "method": task.method, "seed": task.seed, "hyperparameters": task.hyperparameters,
         "grader": task.grader, "prompt": task.prompt, "data": args.data.data, "steps": run.steps_done(), "end": run.end(),
         "seconds": seconds,

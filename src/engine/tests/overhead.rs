@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::{
+    counting::allocations,
     engine::handle::pair,
-    kernel::{StepBatch, counting::allocations},
+    kernel::StepBatch,
     model::{Model, ModelError},
 };
 

@@ -44,7 +44,6 @@ pub struct LocalTask {
 /// A base in this process, for one user.
 pub struct Local {
     base: Arc<BaseInfo>,
-    library: Arc<Library>,
     policies: EnginePolicies,
     config: TrainingConfig,
 }
@@ -54,8 +53,8 @@ impl Local {
     pub fn new(base: BaseInfo, basis: Basis, engine: Handle, config: TrainingConfig) -> Self {
         let library = Arc::new(Library::new(base.sites.clone(), Arc::new(basis), base.rank));
         let base = Arc::new(base);
-        let policies = EnginePolicies::new(engine, base.clone(), library.clone());
-        Self { base, library, policies, config }
+        let policies = EnginePolicies::new(engine, base.clone(), library);
+        Self { base, policies, config }
     }
 
     /// What is fixed about the base.
@@ -118,7 +117,7 @@ impl Local {
         self.policies.policy(&PolicyRequest { job: "local", tenant: TenantId(0), method, scheme, numbers, stop })
     }
 
-    /// The numbers of a file: bf16, f16 or f32 by its length.
+    /// The numbers of a file: bf16 or f32 by its length.
     ///
     /// # Errors
     /// A length that fits no type, or numbers that are not finite.
@@ -144,10 +143,5 @@ impl Local {
     /// Numbers that bf16 does not hold.
     pub fn write_numbers(numbers: &[f32]) -> Result<Vec<u8>, Error> {
         codec::encode(numbers, NumberType::Bf16).map_err(|error| Error::invalid("adapter", error.to_string()))
-    }
-
-    /// The fingerprint of the base, and how adapters are checked against it.
-    pub fn fingerprint(&self) -> String {
-        self.library.fingerprint.to_string()
     }
 }

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use crate::kernel::cpu::lanes::{LANES, Lanes};
+use crate::cpu::lanes::{LANES, Lanes};
 
 /// Sixteen f32 as an array.
 #[derive(Clone, Copy)]
@@ -162,6 +162,22 @@ impl Lanes for Portable {
         for i in 0..LANES {
             for k in 0..4 {
                 out[i] += i32::from(weights[4 * i + k]) * i32::from(x[k]);
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn start_each(offsets: *const i32) -> [i32; LANES] {
+        // SAFETY: valid for sixteen numbers by contract.
+        unsafe { offsets.cast::<[i32; LANES]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn dot_each(sums: [i32; LANES], weight: u32, x: [u8; 4 * LANES]) -> [i32; LANES] {
+        let (weight, x) = (weight.to_ne_bytes(), x.map(u8::cast_signed));
+        let mut out = sums;
+        for i in 0..LANES {
+            for k in 0..4 {
+                out[i] += i32::from(weight[k]) * i32::from(x[4 * i + k]);
             }
         }
         out

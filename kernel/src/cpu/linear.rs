@@ -6,7 +6,7 @@ use super::{
     lanes::LANES,
     memory::{Arena, Region},
 };
-use crate::kernel::{
+use crate::{
     Epilogue, KernelError, LinearPart, Precision, Weight,
     check::shape,
     rounding::{GROUP, Layout, quantize_q8},
@@ -23,8 +23,8 @@ pub(super) struct Panels {
 /// A matrix in the numbers of its layout, row after row.
 enum Matrix {
     Floats(Vec<f32>),
-    Q8(Vec<crate::kernel::rounding::Q8Block>),
-    Q4(Vec<crate::kernel::rounding::Q4Block>),
+    Q8(Vec<crate::rounding::Q8Block>),
+    Q4(Vec<crate::rounding::Q4Block>),
 }
 
 impl Matrix {
@@ -145,7 +145,7 @@ pub struct CpuLinear {
 }
 
 impl CpuLinear {
-    /// Packs a group; see [`crate::kernel::Backend::linear`].
+    /// Packs a group; see [`crate::Backend::linear`].
     pub(super) fn pack(arena: &Arena, parts: &[LinearPart<'_>], precision: Precision) -> Result<Self, KernelError> {
         let inputs = parts.first().map_or(0, |part| part.weight.cols);
         if inputs == 0 {

@@ -1,10 +1,8 @@
 //! Every kernel on every instruction set of this machine: equal to the reference, and the same bits however the work is cut.
 
 use super::*;
-use crate::kernel::suite::{
-    self, AttentionCase, Group, Random, bits, cores, groups, mixed_rows, rows_batch, run_product,
-};
-use crate::kernel::{BASE_SLOT, reference::ReferenceBackend};
+use crate::suite::{self, AttentionCase, Group, Random, bits, cores, groups, mixed_rows, rows_batch, run_product};
+use crate::{BASE_SLOT, reference::ReferenceBackend};
 
 fn backend(isa: Isa, threads: usize) -> CpuBackend {
     CpuBackend::new(threads, Some(isa)).unwrap()
@@ -168,7 +166,7 @@ fn stale_slots_of_a_block_are_never_read() {
             let mut run = |kv: &mut CpuKv, rows: usize, value: f32| {
                 let mut batch = rows_batch(&vec![(0, BASE_SLOT); rows], Vec::new());
                 batch.positions = (0..rows as u32).collect();
-                batch.sequences = vec![crate::kernel::SequenceRows { first_row: 0, rows, start: 0, blocks: vec![0] }];
+                batch.sequences = vec![crate::SequenceRows { first_row: 0, rows, start: 0, blocks: vec![0] }];
                 let step = backend.begin(&batch).unwrap();
                 let weight = Weight::from_f32(1, case.width(), vec![value; case.width()]).unwrap();
                 let table = backend.table(&weight, Precision::F32).unwrap();
@@ -247,8 +245,8 @@ fn a_step_allocates_nothing_once_there_has_been_one_as_large() {
             values.len()
         };
         assert_eq!((run(), run()), (41 * 64, 41 * 64));
-        let before = crate::kernel::counting::allocations();
+        let before = crate::counting::allocations();
         run();
-        assert_eq!(crate::kernel::counting::allocations(), before, "{precision:?}");
+        assert_eq!(crate::counting::allocations(), before, "{precision:?}");
     }
 }

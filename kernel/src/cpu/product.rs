@@ -9,12 +9,12 @@ use super::{
     format::WORD_LINE,
     isa::{Kernels, Tiling},
     lanes::{LANES, Lanes, load_partial, silu, store_partial, sum},
-    linear::{CpuLinear, UpRow},
+    linear::{CpuLinear, PartInfo, UpRow},
     memory::Shared,
     step::Mixing,
-    tile::{Left, Tiles},
+    tile::{Column, Left, Tiles},
 };
-use crate::kernel::{BASE_SLOT, Epilogue};
+use crate::Epilogue;
 
 /// Panels that are ever handled together: with few rows it takes several to keep the multipliers and the memory busy.
 const MAX_PANELS: usize = 4;
@@ -50,13 +50,15 @@ pub(super) unsafe fn rms_norm<L: Lanes>(x: *const f32, weight: &[f32], epsilon: 
 pub(super) struct RowScratch {
     /// One row, normalised, with zeros behind it.
     row: Vec<f32>,
-    /// `V^T x` of a tile, `[panel][height][16]`.
+    /// `V^T x` of a tile; see [`Seen`].
     products: Vec<f32>,
     /// Panels of V^T.
     panels: Vec<*const u8>,
+    /// Those of its rows that somebody looks through.
+    columns: Vec<Column>,
 }
 
-// SAFETY: the pointers in `panels` are only read inside the call that wrote them.
+// SAFETY: the pointers in `panels` and `columns` are only read inside the call that wrote them.
 unsafe impl Send for RowScratch {}
 
 /// The rows of a product, ready to be multiplied: see [`prepare`].
@@ -77,7 +79,7 @@ pub(super) struct PrepareJob<'a> {
     pub(super) mixing: Option<&'a Mixing>,
     /// Slot of every row of the step.
     pub(super) slots: &'a [u32],
-    /// How many numbers of each part of `mixed` a row has (see [`crate::kernel::Cores::active`]), 0 on the base; empty when no row has any.
+    /// How many numbers of each part of `mixed` a row has (see [`crate::Cores::active`]), 0 on the base; empty when no row has any.
     pub(super) active: &'a [u32],
     /// `[rows, linear.down_rows]`: `C V^T x` of the adapted rows. Each row belongs to one thread.
     pub(super) mixed: Shared<f32>,
@@ -140,37 +142,96 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
 }
 
 /// `C (V^T x)` of a tile's adapted rows.
+#[inline(always)]
 unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, scratch: &mut RowScratch) {
-    if (0..tile.rows).all(|row| job.slot(tile.first + row) == BASE_SLOT) {
+    let active = &job.active[tile.first..][..tile.rows];
+    let Some(most) = active.iter().max().map(|&active| active as usize).filter(|&active| active > 0) else {
         return;
-    }
-    let down = &job.linear.down;
-    scratch.panels.clear();
-    scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
-    let stride = tile.height * LANES;
-    if scratch.products.len() < down.len() * stride {
-        scratch.products.resize(down.len() * stride, 0.0);
-    }
-    let out = Tiles { data: scratch.products.as_mut_ptr(), panel_stride: stride, add: false };
-    // SAFETY: `products` has room for every panel; the caller vouches for the rest.
-    unsafe { (job.kernels.multiply(down.layout))(job.room.left(tile), &scratch.panels, out) };
-    for row in 0..tile.rows {
-        let slot = job.slot(tile.first + row);
-        if slot == BASE_SLOT {
-            continue;
-        }
-        let active = job.active[tile.first + row] as usize;
-        for part in &job.linear.parts {
-            let (core, rank) = mixing.core(part.site, slot);
-            for i in 0..active {
-                let mut mixed = 0.0;
-                for j in 0..active {
-                    let at = part.mixed + j;
-                    mixed += core[i * rank + j] * scratch.products[at / LANES * stride + row * LANES + at % LANES];
-                }
-                // SAFETY: part.mixed + i is below down_rows; this row of `mixed` is this thread's.
-                unsafe { *job.mixed.get((tile.first + row) * job.linear.down_rows + part.mixed + i) = mixed };
+    };
+    // SAFETY: the contract of `prepare`: the tile has been packed.
+    let seen = unsafe { see(job, tile, most, scratch) };
+    let numbers = tile.rows * job.linear.down_rows;
+    // SAFETY: the rows of this tile in `mixed` are this thread's, and have `down_rows` numbers each.
+    let mixed = unsafe { std::slice::from_raw_parts_mut(job.mixed.get(tile.first * job.linear.down_rows), numbers) };
+    for (row, &active) in active.iter().enumerate() {
+        let (slot, active) = (job.slot(tile.first + row), active as usize);
+        let mixed = &mut mixed[row * job.linear.down_rows..];
+        for (number, part) in job.linear.parts.iter().enumerate() {
+            if active == 0 {
+                break;
             }
+            let (core, rank) = mixing.core(part.site, slot);
+            let seen_at = |j: usize| scratch.products[seen.place(number, part, j, row)];
+            if active == 2 && rank == 2 {
+                // Nearly every adapter: written out, since the loops below cost more than their products.
+                let ([a, b, c, d], [x, y]) = ([core[0], core[1], core[2], core[3]], [seen_at(0), seen_at(1)]);
+                mixed[part.mixed..part.mixed + 2].copy_from_slice(&[0.0 + a * x + b * y, 0.0 + c * x + d * y]);
+                continue;
+            }
+            for (mixed, core) in mixed[part.mixed..].iter_mut().zip(core.chunks_exact(rank)).take(active) {
+                *mixed = (0..active).fold(0.0, |sum, j| sum + core[j] * seen_at(j));
+            }
+        }
+    }
+}
+
+/// Where a tile's V^T x lie in the scratch.
+enum Seen {
+    /// All of V, panel by panel: `[panel][height][16]`, with so many numbers a panel.
+    Panels(usize),
+    /// So many numbers of each part: `[part][number][16]`, with the rows in the lanes.
+    Turned(usize),
+}
+
+impl Seen {
+    /// Of number `j` of part `number`, for a row of the tile.
+    #[inline(always)]
+    fn place(&self, number: usize, part: &PartInfo, j: usize, row: usize) -> usize {
+        match self {
+            Self::Panels(stride) => {
+                let at = part.mixed + j;
+                at / LANES * stride + row * LANES + at % LANES
+            }
+            Self::Turned(most) => (number * most + j) * LANES + row,
+        }
+    }
+}
+
+/// `V^T x` of a tile, at least the first `most` numbers of every part. Either way computes the same bits; turned is faster where the numbers
+/// are fewer than the rows.
+#[inline(always)]
+unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowScratch) -> Seen {
+    let down = &job.linear.down;
+    let numbers = job.linear.parts.len() * most;
+    let turned = numbers < tile.height;
+    let stride = tile.height * LANES;
+    let room = if turned { numbers * LANES } else { down.len() * stride };
+    if scratch.products.len() < room {
+        scratch.products.resize(room, 0.0);
+    }
+    let (left, out) = (job.room.left(tile), scratch.products.as_mut_ptr());
+    // SAFETY: `products` has the room; behind every tile of the job's room lie sixteen numbers; the caller vouches for the rest.
+    unsafe {
+        if turned {
+            scratch.columns.clear();
+            scratch.columns.extend(
+                job.linear
+                    .parts
+                    .iter()
+                    .flat_map(|part| part.mixed..part.mixed + most)
+                    .map(|at| Column { panel: down.panel(at / LANES), lane: at % LANES }),
+            );
+            (job.kernels.turned(down.layout))(left, &scratch.columns, out);
+            Seen::Turned(most)
+        } else {
+            scratch.panels.clear();
+            scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
+            (job.kernels.multiply(down.layout))(
+                left,
+                &scratch.panels,
+                Tiles { data: out, panel_stride: stride, add: false },
+            );
+            Seen::Panels(stride)
         }
     }
 }
@@ -370,7 +431,7 @@ struct Ending<'a, L> {
     bias: L,
     /// The part has factors, and some row an adapter.
     adapted: bool,
-    /// [`crate::kernel::Cores::active`] of every row, if `adapted`.
+    /// [`crate::Cores::active`] of every row, if `adapted`.
     active: &'a [u32],
     kept: [L; KEPT],
     up: &'a [UpRow],

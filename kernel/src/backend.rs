@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::{Device, Tensor};
 
 use super::{Cores, StepBatch, weight::Weight};
-use crate::types::TokenId;
+use crate::TokenId;
 
 /// Something the backend could not do: out of memory, a device error, a shape that does not fit.
 #[derive(Debug, thiserror::Error)]

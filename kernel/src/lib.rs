@@ -1,7 +1,7 @@
 //! The arithmetic of a step, behind one seam.
 //!
 //! A *step* is one pass of a ragged batch through the model: rows of prefill chunks and of decoding sequences side by
-//! side, each row under its own adapter. The model ([`crate::model`]) says *what* to compute in terms of [`Backend`];
+//! side, each row under its own adapter. The model says *what* to compute in terms of [`Backend`];
 //! a backend says *how*: [`cpu`] on owned, prepacked buffers, [`candle`] on any candle device.
 //!
 //! Every frozen linear is `y = W x + b + U (C_row (V^T x))` with orthonormal U `[out, r]` and V `[in, r]` shared by all adapters
@@ -37,7 +37,8 @@ pub use weight::Weight;
 
 use std::sync::Arc;
 
-use crate::types::TokenId;
+/// A token's number in the model's vocabulary.
+pub type TokenId = u32;
 
 /// Tokens in a KV block. Fixed: the prefix cache hashes whole blocks.
 pub const BLOCK_TOKENS: usize = 16;

@@ -11,7 +11,7 @@ use super::{
     lanes::LANES,
     linear::{CpuLinear, Panels},
 };
-use crate::kernel::{
+use crate::{
     Cores, DenseFactors, DensePart, KernelError,
     check::{add_update, check_dense},
     rounding::{GROUP, Layout},
@@ -21,7 +21,7 @@ use crate::kernel::{
 type Piece<'a> = (usize, usize, &'a mut [f32]);
 
 impl CpuLinear {
-    /// See [`crate::kernel::Backend::dense`]. Panels are unpacked side by side on rayon's threads.
+    /// See [`crate::Backend::dense`]. Panels are unpacked side by side on rayon's threads.
     pub(super) fn dense(&self, outputs: Range<usize>, cores: Option<&Cores>) -> Result<Tensor, KernelError> {
         let sites = self.parts.iter().map(|part| (part.site, part.rank));
         check_dense(self.outputs.iter().sum(), &outputs, cores, sites)?;
@@ -42,7 +42,7 @@ impl CpuLinear {
         Ok(Tensor::from_vec(rows, (outputs.len(), inputs), &Device::Cpu)?)
     }
 
-    /// See [`crate::kernel::Backend::parts`].
+    /// See [`crate::Backend::parts`].
     pub(super) fn dense_parts(&self) -> Result<Vec<DensePart>, KernelError> {
         let (inputs, down) = (self.inputs, self.down_rows());
         let mut adapted = self.parts.iter();
@@ -154,7 +154,7 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
 
 #[cfg(test)]
 mod tests {
-    use crate::kernel::{
+    use crate::{
         Backend, DensePart,
         cpu::{CpuBackend, Isa},
         reference::ReferenceBackend,

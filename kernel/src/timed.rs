@@ -15,7 +15,7 @@ use super::{
     AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
     weight::Weight,
 };
-use crate::types::TokenId;
+use crate::TokenId;
 
 /// The parts of a step, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::kernel::{
+use crate::{
     BASE_SLOT, BLOCK_TOKENS, KernelError, StepBatch,
     check::{BatchFacts, check_batch},
 };

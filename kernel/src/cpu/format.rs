@@ -17,7 +17,7 @@
 use half::bf16;
 
 use super::lanes::{LANES, Lanes};
-use crate::kernel::rounding::{GROUP, Layout, Q4Block, Q8Block};
+use crate::rounding::{GROUP, Layout, Q4Block, Q8Block};
 
 /// Bytes of sixteen words.
 pub(super) const WORD_LINE: usize = LANES * 4;

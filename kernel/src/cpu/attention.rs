@@ -16,7 +16,7 @@ use super::{
     step::CpuStep,
     tile::{Left, Tiles, Values},
 };
-use crate::kernel::{AttentionSpec, BLOCK_TOKENS, KernelError, KvShape, Precision, rounding::Layout};
+use crate::{AttentionSpec, BLOCK_TOKENS, KernelError, KvShape, Precision, rounding::Layout};
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a KV block is a panel of sixteen tokens");
 
@@ -266,7 +266,7 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
     cut(queries, job.kernels.heights, &mut scratch.tiles);
     let tiles = std::mem::take(&mut scratch.tiles);
     let count = places(&tiles);
-    let room = scratch.packed.room(job.kv.layout, head_dim, count);
+    let room = scratch.packed.room(job.kv.layout, head_dim, &tiles);
     for tile in &tiles {
         for row in 0..tile.rows {
             // SAFETY: these queries exist, and were written by this thread or in an earlier region; the room has these places.

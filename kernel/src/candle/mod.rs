@@ -24,7 +24,7 @@ use super::{
     Weight,
     check::{check_product, check_tokens, ensure},
 };
-use crate::types::TokenId;
+use crate::TokenId;
 
 /// See the module.
 pub struct CandleBackend {

@@ -3,11 +3,11 @@
 use std::{ops::Range, sync::Arc};
 
 use super::attention::CHUNK_ROWS;
-use crate::kernel::{
+use crate::TokenId;
+use crate::{
     BASE_SLOT, BLOCK_TOKENS, Cores, KernelError, StepBatch,
     check::{BatchFacts, check_batch},
 };
-use crate::types::TokenId;
 
 /// Rows of one sequence that are attended together.
 pub(super) struct Chunk {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use crate::kernel::cpu::lanes::{LANES, Lanes};
+use crate::cpu::lanes::{LANES, Lanes};
 
 /// Sixteen f32 in two 256-bit registers; with or without dot products of bytes.
 #[derive(Clone, Copy)]
@@ -24,6 +24,25 @@ unsafe fn add_products(sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m
     unsafe {
         let pairs = _mm256_maddubs_epi16(unsigned, signed);
         _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+impl<const VNNI: bool> Avx2<VNNI> {
+    /// Adds (w - 128) x to eight sums; with VNNI w x, as the sums have started from what the 128 adds.
+    ///
+    /// # Safety
+    /// AVX2, and AVX-VNNI if we say so.
+    #[inline(always)]
+    unsafe fn dot_half(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: the caller's contract.
+        unsafe {
+            if VNNI {
+                return _mm256_dpbusd_avx_epi32(sums, weights, x);
+            }
+            // The unsigned factor is the weight's magnitude, its sign goes to x.
+            let weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+            add_products(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))
+        }
     }
 }
 
@@ -218,15 +237,20 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         // SAFETY: AVX2, and AVX-VNNI if we say so, by contract.
         unsafe {
             let x = _mm256_set1_epi32(x.cast_signed());
-            if VNNI {
-                return (_mm256_dpbusd_avx_epi32(sums.0, weights.0, x), _mm256_dpbusd_avx_epi32(sums.1, weights.1, x));
-            }
-            // The unsigned factor is the weight's magnitude, its sign goes to x.
-            let half = |sums, weights| {
-                let weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
-                add_products(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))
-            };
-            (half(sums.0, weights.0), half(sums.1, weights.1))
+            (Self::dot_half(sums.0, weights.0, x), Self::dot_half(sums.1, weights.1, x))
+        }
+    }
+    #[inline(always)]
+    unsafe fn start_each(offsets: *const i32) -> Halves {
+        // SAFETY: AVX2 and sixteen numbers by contract.
+        unsafe { if VNNI { Self::load_bytes(offsets.cast()) } else { Self::zero() } }
+    }
+    #[inline(always)]
+    unsafe fn dot_each(sums: Halves, weight: u32, x: Halves) -> Halves {
+        // SAFETY: AVX2, and AVX-VNNI if we say so, by contract.
+        unsafe {
+            let weight = _mm256_set1_epi32(weight.cast_signed());
+            (Self::dot_half(sums.0, weight, x.0), Self::dot_half(sums.1, weight, x.1))
         }
     }
     #[inline(always)]

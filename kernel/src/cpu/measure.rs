@@ -6,8 +6,8 @@
 use std::{sync::Arc, time::Instant};
 
 use super::*;
-use crate::kernel::suite::{Random, cores};
-use crate::kernel::{BASE_SLOT, BLOCK_TOKENS, Cores, SequenceRows, SiteFactors};
+use crate::suite::{Random, cores};
+use crate::{BASE_SLOT, BLOCK_TOKENS, Cores, SequenceRows, SiteFactors};
 
 const LAYERS: usize = 30;
 const HIDDEN: usize = 576;
@@ -195,8 +195,7 @@ fn tokens_a_second() {
     let threads = std::env::var("THREADS").map_or(2, |threads| threads.parse().unwrap());
     let wanted = |name: &str, value: String| std::env::var(name).is_ok_and(|only| only != value);
     for isa in Isa::available().into_iter().filter(|isa| !wanted("ISA", isa.to_string())) {
-        for precision in crate::kernel::suite::PRECISIONS.into_iter().filter(|p| !wanted("PRECISION", format!("{p:?}")))
-        {
+        for precision in crate::suite::PRECISIONS.into_iter().filter(|p| !wanted("PRECISION", format!("{p:?}"))) {
             for rank in [2, 0].into_iter().filter(|rank| !wanted("RANK", rank.to_string())) {
                 let mut model = Model::new(threads, Some(isa), precision, rank, 64 * 40);
                 let cores: Vec<_> = (0..64).filter(|_| rank > 0).map(|i| cores(i, rank, 7 * LAYERS)).collect();

@@ -16,7 +16,7 @@ use super::{
     rounding::{Layout, from_q4, from_q8, round_activations, round_bf16, round_kv, round_weights},
     weight::Weight,
 };
-use crate::types::TokenId;
+use crate::TokenId;
 
 /// See the module.
 #[derive(Debug, Clone, Copy, Default)]
@@ -394,7 +394,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::kernel::{Cores, SequenceRows, SiteFactors};
+    use crate::{Cores, SequenceRows, SiteFactors};
 
     /// One token in one sequence, under slot 0 of these cores.
     fn one_row(position: usize, token: u32, cores: Vec<Arc<Cores>>) -> StepBatch {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use crate::kernel::cpu::lanes::{LANES, Lanes};
+use crate::cpu::lanes::{LANES, Lanes};
 
 /// Sixteen f32 in one 512-bit register; with or without dot products of bfloat16.
 #[derive(Clone, Copy)]
@@ -175,6 +175,16 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     unsafe fn dot_bytes(sums: __m512i, weights: __m512i, x: u32) -> __m512i {
         // SAFETY: AVX-512 VNNI by contract.
         unsafe { _mm512_dpbusd_epi32(sums, weights, _mm512_set1_epi32(x.cast_signed())) }
+    }
+    #[inline(always)]
+    unsafe fn start_each(offsets: *const i32) -> __m512i {
+        // SAFETY: AVX-512 F and sixteen numbers by contract.
+        unsafe { _mm512_loadu_si512(offsets.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn dot_each(sums: __m512i, weight: u32, x: __m512i) -> __m512i {
+        // SAFETY: AVX-512 VNNI by contract.
+        unsafe { _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(weight.cast_signed()), x) }
     }
     #[inline(always)]
     unsafe fn dot_nibbles(sums: __m512i, weights: __m512i, x: u32) -> __m512i {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{D, DType, Device, Tensor};
 
 use super::step::{CandleStep, Rows, Sequence};
-use crate::kernel::{
+use crate::{
     AttentionSpec, BLOCK_TOKENS, KernelError, KvShape,
     check::{check_attend, ensure},
 };

@@ -1,7 +1,7 @@
 //! Sixteen lanes: the vocabulary in which every kernel is written once, for all instruction sets.
 #![allow(unsafe_code)]
 
-use crate::kernel::rounding::activation_scale;
+use crate::rounding::activation_scale;
 
 /// Outputs of a panel, tokens of a KV block, columns of a vector: everything is cut into sixteens.
 pub(super) const LANES: usize = 16;
@@ -69,6 +69,10 @@ pub(super) trait Lanes: Copy {
     unsafe fn start(offset: i32) -> Self::Ints;
     /// Adds (w - 128) x, where x is four signed bytes; `w >= 1`.
     unsafe fn dot_bytes(sums: Self::Ints, weights: Self::Bytes, x: u32) -> Self::Ints;
+    /// What sums of [`Lanes::dot_each`] start from: [`Lanes::start`] with an offset for each lane.
+    unsafe fn start_each(offsets: *const i32) -> Self::Ints;
+    /// [`Lanes::dot_bytes`] turned around: one weight of four bytes, and four signed bytes for each lane.
+    unsafe fn dot_each(sums: Self::Ints, weight: u32, x: Self::Bytes) -> Self::Ints;
     /// Adds w x, where `w <= 15`.
     unsafe fn dot_nibbles(sums: Self::Ints, weights: Self::Bytes, x: u32) -> Self::Ints;
     unsafe fn from_ints(sums: Self::Ints) -> Self;

@@ -13,9 +13,9 @@ use super::{
     attention::{AppendJob, AttendJob, Scratch},
     lanes::Lanes,
     product::{PrepareJob, ProductJob, RowScratch},
-    tile::{Left, Tiles, Values},
+    tile::{Column, Left, Tiles, Values},
 };
-use crate::kernel::rounding::Layout;
+use crate::rounding::Layout;
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,6 +113,9 @@ const NARROW: [usize; 5] = [1, 2, 3, 4, 6];
 /// See [`super::tile::multiply`].
 pub(super) type Multiply = unsafe fn(Left, &[*const u8], Tiles);
 
+/// See [`super::tile::turned`].
+pub(super) type Turned = unsafe fn(Left, &[Column], *mut f32);
+
 /// See [`super::tile::accumulate`].
 pub(super) type Accumulate = unsafe fn(Values<'_>, Tiles);
 
@@ -125,6 +128,8 @@ pub(super) struct Kernels {
     pub(super) heights: &'static [usize],
     /// One a layout.
     pub(super) layouts: [Multiply; 4],
+    /// Of f32, bfloat16 and 8 bits: what V may be in.
+    pub(super) turned: [Turned; 3],
     /// Of f32 and of bfloat16.
     pub(super) values: [Accumulate; 2],
     pub(super) prepare: unsafe fn(&PrepareJob<'_>, Range<usize>, &mut RowScratch),
@@ -144,6 +149,15 @@ impl Kernels {
         }]
     }
 
+    /// A few outputs of panels of a layout of factors.
+    pub(super) fn turned(&self, layout: Layout) -> Turned {
+        self.turned[match layout {
+            Layout::F32 => 0,
+            Layout::Bf16 => 1,
+            Layout::Q8 | Layout::Q4 => 2, // factors are never in 4 bits: Layout::of_factors
+        }]
+    }
+
     /// The product of weights and values of this layout: f32, else bfloat16.
     pub(super) fn accumulate(&self, layout: Layout) -> Accumulate {
         self.values[usize::from(layout != Layout::F32)]
@@ -158,21 +172,21 @@ impl Kernels {
 /// Compiles every kernel for one instruction set and makes its table.
 macro_rules! kernels {
     ($lanes:ty, wide: $wide:literal $(, $features:literal)?) => {
-        impl $crate::kernel::cpu::isa::Tiling for $lanes {
+        impl $crate::cpu::isa::Tiling for $lanes {
             type Lanes = Self;
             const WIDE: bool = $wide;
         }
 
         mod compiled {
             use std::ops::Range;
-            use $crate::kernel::cpu::{attention, format, product, tile};
+            use $crate::cpu::{attention, format, product, tile};
 
             #[allow(unused_imports)]
             use super::*;
             type Lanes = $lanes;
             type Panels<'a> = &'a [*const u8];
 
-            $crate::kernel::cpu::isa::compile!(($($features)?)
+            $crate::cpu::isa::compile!(($($features)?)
                 multiply_f32(left: tile::Left, panels: Panels<'_>, out: tile::Tiles)
                     = tile::multiply::<Lanes, tile::ByWords<format::F32, 1>>;
                 multiply_bf16(left: tile::Left, panels: Panels<'_>, out: tile::Tiles)
@@ -181,6 +195,12 @@ macro_rules! kernels {
                     = tile::multiply::<Lanes, tile::ByGroups<format::Q8>>;
                 multiply_q4(left: tile::Left, panels: Panels<'_>, out: tile::Tiles)
                     = tile::multiply::<Lanes, tile::ByGroups<format::Q4>>;
+                turned_f32(left: tile::Left, columns: &[tile::Column], out: *mut f32)
+                    = tile::turned::<Lanes, tile::ByWords<format::F32, 1>>;
+                turned_bf16(left: tile::Left, columns: &[tile::Column], out: *mut f32)
+                    = tile::turned::<Lanes, tile::ByWords<format::Bf16, 2>>;
+                turned_q8(left: tile::Left, columns: &[tile::Column], out: *mut f32)
+                    = tile::turned::<Lanes, tile::ByGroups<format::Q8>>;
                 accumulate_f32(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::F32, 1>;
                 accumulate_bf16(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::Bf16, 2>;
                 prepare(job: &product::PrepareJob<'_>, tiles: Range<usize>, scratch: &mut product::RowScratch)
@@ -192,9 +212,10 @@ macro_rules! kernels {
             );
         }
 
-        pub(in $crate::kernel::cpu::isa) static KERNELS: $crate::kernel::cpu::isa::Kernels = $crate::kernel::cpu::isa::Kernels {
-            heights: $crate::kernel::cpu::isa::Kernels::heights($wide),
+        pub(in $crate::cpu::isa) static KERNELS: $crate::cpu::isa::Kernels = $crate::cpu::isa::Kernels {
+            heights: $crate::cpu::isa::Kernels::heights($wide),
             layouts: [compiled::multiply_f32, compiled::multiply_bf16, compiled::multiply_q8, compiled::multiply_q4],
+            turned: [compiled::turned_f32, compiled::turned_bf16, compiled::turned_q8],
             values: [compiled::accumulate_f32, compiled::accumulate_bf16],
             prepare: compiled::prepare,
             product: compiled::product,
@@ -206,7 +227,7 @@ macro_rules! kernels {
 
 macro_rules! compile {
     ($features:tt $($name:ident($($arg:ident: $type:ty),*) = $kernel:path;)*) => {
-        $($crate::kernel::cpu::isa::compile!(@one $features, $name, ($($arg: $type),*), $kernel);)*
+        $($crate::cpu::isa::compile!(@one $features, $name, ($($arg: $type),*), $kernel);)*
     };
     (@one (), $name:ident, ($($arg:ident: $type:ty),*), $kernel:path) => {
         pub(super) unsafe fn $name($($arg: $type),*) {
@@ -235,12 +256,12 @@ pub(super) mod lanes_for_tests {
     fn exp<L: Lanes>(x: [f32; 16]) -> [f32; 16] {
         let mut out = [0f32; 16];
         // SAFETY: only called for instruction sets that are available; both arrays hold sixteen numbers.
-        unsafe { crate::kernel::cpu::lanes::exp(L::load(x.as_ptr())).store(out.as_mut_ptr()) };
+        unsafe { crate::cpu::lanes::exp(L::load(x.as_ptr())).store(out.as_mut_ptr()) };
         out
     }
 
     /// One a set.
-    pub(in crate::kernel::cpu) fn each_exp() -> Vec<(Isa, Exp)> {
+    pub(in crate::cpu) fn each_exp() -> Vec<(Isa, Exp)> {
         let of = |isa| match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 | Isa::Avx512 => exp::<avx512::Avx512<true>> as Exp,

@@ -9,7 +9,7 @@ use super::{
     memory::Shared,
     tile::Left,
 };
-use crate::kernel::rounding::{GROUP, Layout};
+use crate::rounding::{GROUP, Layout};
 
 /// Rows of the largest tile of any instruction set.
 pub(super) const MAX_HEIGHT: usize = 12;
@@ -25,7 +25,9 @@ pub(super) struct Tile {
     pub(super) height: usize,
     /// Heights of the tiles before.
     pub(super) place: usize,
-    /// What [`crate::kernel::Cores::active`] is of each of its rows, if it is the same of all.
+    /// Tiles before.
+    pub(super) number: usize,
+    /// What [`crate::Cores::active`] is of each of its rows, if it is the same of all.
     pub(super) active: Option<u32>,
 }
 
@@ -44,7 +46,7 @@ pub(super) fn cut(rows: usize, heights: &[usize], tiles: &mut Vec<Tile>) {
     while first < rows {
         let rows = each.min(rows - first);
         let height = height_for(heights, rows);
-        tiles.push(Tile { first, rows, height, place, active: Some(0) });
+        tiles.push(Tile { first, rows, height, place, number: tiles.len(), active: Some(0) });
         (first, place) = (first + rows, place + height);
     }
 }
@@ -60,6 +62,17 @@ pub(super) fn mark(tiles: &mut [Tile], active: &[u32]) {
 /// Rows of tiles, heights counted.
 pub(super) fn places(tiles: &[Tile]) -> usize {
     tiles.last().map_or(0, |tile| tile.place + tile.height)
+}
+
+/// Where a tile begins among numbers of which each row has `each`. Behind every tile there are sixteen that are nobody's: rows are also read
+/// sixteen at a time (see [`super::tile::turned`]), and what the next tile holds may be in the making.
+fn beginning(tile: &Tile, each: usize) -> usize {
+    tile.place * each + tile.number * LANES
+}
+
+/// How many numbers all tiles take, if each row has `each`.
+fn extent(tiles: &[Tile], each: usize) -> usize {
+    tiles.last().map_or(0, |tile| beginning(tile, each) + tile.height * each + LANES)
 }
 
 /// Room for packed rows; grows to the largest product.
@@ -83,9 +96,10 @@ pub(super) struct Room {
 }
 
 impl Packed {
-    /// Room for so many rows (heights counted) of `inputs` numbers.
-    pub(super) fn room(&mut self, layout: Layout, inputs: usize, places: usize) -> Room {
-        let (words, groups) = (layout.padded(inputs) / layout.inputs_a_word() * places, layout.groups(inputs) * places);
+    /// Room for the rows of these tiles, of `inputs` numbers each.
+    pub(super) fn room(&mut self, layout: Layout, inputs: usize, tiles: &[Tile]) -> Room {
+        let words = extent(tiles, layout.padded(inputs) / layout.inputs_a_word());
+        let groups = extent(tiles, layout.groups(inputs));
         if self.words.len() < words {
             self.words.resize(words, 0);
         }
@@ -109,15 +123,15 @@ impl Room {
     /// A tile that has been packed.
     pub(super) fn left(&self, tile: Tile) -> Left {
         let words = self.layout.padded(self.inputs) / self.layout.inputs_a_word();
-        let groups = self.layout.groups(self.inputs);
+        let group = beginning(&tile, self.layout.groups(self.inputs));
         Left {
-            words: self.words.0.wrapping_add(tile.place * words),
+            words: self.words.0.wrapping_add(beginning(&tile, words)),
             height: tile.height,
             inputs: self.inputs,
             ahead: 0,
-            scales: self.scales.0.wrapping_add(tile.place * groups),
-            offsets: self.offsets.0.wrapping_add(tile.place * groups),
-            sums: self.sums.0.wrapping_add(tile.place * groups),
+            scales: self.scales.0.wrapping_add(group),
+            offsets: self.offsets.0.wrapping_add(group),
+            sums: self.sums.0.wrapping_add(group),
         }
     }
 
@@ -131,12 +145,12 @@ impl Room {
         let height = tile.height;
         // SAFETY: word k of row `row` lies at k height + row of the tile; the tile has padded / inputs_a_word words a row.
         unsafe {
-            let words = self.words.0.add(tile.place * (padded / self.layout.inputs_a_word()) + row);
+            let words = self.words.0.add(beginning(&tile, padded / self.layout.inputs_a_word()) + row);
             match self.layout {
                 Layout::F32 => (0..padded).for_each(|k| *words.add(k * height) = (*x.add(k)).to_bits()),
                 Layout::Bf16 => pack_bf16::<L>(x, padded, words, height),
                 Layout::Q8 | Layout::Q4 => {
-                    let place = tile.place * (padded / GROUP) + row;
+                    let place = beginning(&tile, padded / GROUP) + row;
                     for group in 0..padded / GROUP {
                         let mut bytes = [0u32; GROUP_WORDS];
                         let (scale, sum) = quantize::<L>(x.add(group * GROUP), bytes.as_mut_ptr().cast());
@@ -189,13 +203,13 @@ mod tests {
                 let mut tiles = Vec::new();
                 cut(rows, heights, &mut tiles);
                 let (mut next, mut place) = (0, 0);
-                for tile in &tiles {
-                    assert!(tile.first == next && tile.place == place && tile.rows > 0);
+                for (number, tile) in tiles.iter().enumerate() {
+                    assert!(tile.first == next && tile.place == place && tile.rows > 0 && tile.number == number);
                     assert!(tile.rows <= tile.height && heights.contains(&tile.height));
                     (next, place) = (next + tile.rows, place + tile.height);
                 }
                 assert_eq!(next, rows);
-                assert!(places(&tiles) <= rows + rows / 4 + 2, "{rows} rows in {} places", places(&tiles));
+                assert!(place <= rows + rows / 4 + 2, "{rows} rows in {place} places");
             }
         }
     }

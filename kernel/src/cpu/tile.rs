@@ -6,7 +6,7 @@
 
 use super::{
     attention::SPAN_TOKENS,
-    format::{GROUP_WORDS, Groups, WORD_LINE, Words},
+    format::{GROUP_WORDS, Groups, Q8, WORD_LINE, Words},
     isa::Tiling,
     lanes::{LANES, Lanes},
 };
@@ -195,6 +195,115 @@ unsafe fn panels<L: Lanes, K: Kernel, const R: usize, const P: usize>(left: Left
     for (i, panels) in panels.chunks(P).enumerate() {
         // SAFETY: the contract of `multiply`; `out` has room for every panel.
         unsafe { tile::<L, K, R, P>(left, panels, Tiles { data: out.data.add(i * P * out.panel_stride), ..out }) };
+    }
+}
+
+/// One output among the sixteen of a panel.
+#[derive(Clone, Copy)]
+pub(super) struct Column {
+    /// Its panel.
+    pub(super) panel: *const u8,
+    /// Its number in the panel.
+    pub(super) lane: usize,
+}
+
+/// Outputs that [`turned`] computes at a time.
+pub(super) const MAX_COLUMNS: usize = 6;
+
+/// The inner loop of a layout with rows in the lanes and outputs broadcast.
+pub(super) trait Turned {
+    /// # Safety
+    /// As for [`turned`].
+    unsafe fn run<L: Lanes, const C: usize>(left: Left, columns: [Column; C]) -> [L; C];
+}
+
+impl<W: Words, const INPUTS: usize> Turned for ByWords<W, INPUTS> {
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const C: usize>(left: Left, columns: [Column; C]) -> [L; C] {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut sums = [L::splat(0.0); C];
+            for k in 0..left.inputs.div_ceil(INPUTS) {
+                let x = W::load::<L>(left.words.add(k * left.height).cast(), 0);
+                each!(column < C: {
+                    let Column { panel, lane } = columns[column];
+                    let weight = panel.add(k * WORD_LINE + 4 * lane).cast::<u32>().read();
+                    // Both factors of a product are of one kind, so that they may change places.
+                    sums[column] = W::dot(sums[column], x, weight);
+                });
+            }
+            sums
+        }
+    }
+}
+
+impl Turned for ByGroups<Q8> {
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const C: usize>(left: Left, columns: [Column; C]) -> [L; C] {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut sums = [L::splat(0.0); C];
+            for group in 0..left.inputs.div_ceil(GROUP_WORDS * 4) {
+                let at = group * left.height;
+                let mut ints = [L::start_each(left.offsets.add(at)); C];
+                for k in group * GROUP_WORDS..(group + 1) * GROUP_WORDS {
+                    let x = L::load_bytes(left.words.add(k * left.height).cast());
+                    each!(column < C: {
+                        let Column { panel, lane } = columns[column];
+                        let weight = panel.add(Q8::integers(left.inputs) + k * WORD_LINE + 4 * lane).cast::<u32>().read();
+                        ints[column] = L::dot_each(ints[column], weight, x);
+                    });
+                }
+                let scales = L::load(left.scales.add(at));
+                // Of one panel as a rule: asked for once.
+                let mut lanes = [0f32; LANES];
+                let mut of = std::ptr::null();
+                each!(column < C: {
+                    let Column { panel, lane } = columns[column];
+                    if panel != of {
+                        Q8::scales::<L>(panel, group).0.store(lanes.as_mut_ptr());
+                        of = panel;
+                    }
+                    let both = L::splat(lanes[lane]).mul(scales);
+                    sums[column] = L::from_ints(ints[column]).fma(both, sums[column]);
+                });
+            }
+            sums
+        }
+    }
+}
+
+/// A few outputs for all rows of a tile, `out[c][row] = sum_k left[row][k] columns[c][k]`, with the rows in the lanes: fewer instructions than
+/// [`multiply`] where there are fewer outputs than rows, and the same chains of additions, so the same bits.
+///
+/// # Safety
+/// The processor has the instructions of `T`, inside a function compiled for them. `left` holds its rows and inputs and sixteen readable
+/// numbers from each row on, every column's panel so many inputs in the layout of `K`, and `out` sixteen numbers a column, touched by nobody else.
+#[inline(always)]
+pub(super) unsafe fn turned<T: Tiling, K: Turned>(left: Left, columns: &[Column], out: *mut f32) {
+    for (i, columns) in columns.chunks(MAX_COLUMNS).enumerate() {
+        // SAFETY: the caller's contract; only columns that exist are read and stored.
+        unsafe {
+            let out = out.add(i * MAX_COLUMNS * LANES);
+            match columns.len() {
+                1..=2 => turned_chunk::<T::Lanes, K, 2>(left, columns, out),
+                3..=4 => turned_chunk::<T::Lanes, K, 4>(left, columns, out),
+                _ => turned_chunk::<T::Lanes, K, MAX_COLUMNS>(left, columns, out),
+            }
+        }
+    }
+}
+
+/// Up to C outputs: missing ones are the last once more, whose results nobody stores.
+#[inline(always)]
+unsafe fn turned_chunk<L: Lanes, K: Turned, const C: usize>(left: Left, columns: &[Column], out: *mut f32) {
+    let present = columns.len().min(C);
+    let mut all = [columns[present - 1]; C];
+    all[..present].copy_from_slice(&columns[..present]);
+    // SAFETY: the contract of `turned`, of which this is a part.
+    unsafe {
+        let sums = K::run::<L, C>(left, all);
+        each!(column < C: { if column < present { sums[column].store(out.add(column * LANES)) } });
     }
 }
 

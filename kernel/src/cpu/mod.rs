@@ -36,7 +36,7 @@ use candle_core::{Device, Tensor};
 use half::bf16;
 
 use self::{
-    activations::{Packed, Tile, cut, mark, places},
+    activations::{Packed, Tile, cut, mark},
     attention::{AppendJob, AttendJob, Scratch},
     isa::Kernels,
     memory::{Arena, Shared},
@@ -49,7 +49,7 @@ use super::{
     Weight,
     check::{check_attend, check_factors, check_product, check_tokens, ensure, shape},
 };
-use crate::types::TokenId;
+use crate::TokenId;
 
 /// See the module.
 pub struct CpuBackend {
@@ -267,7 +267,7 @@ impl Backend for CpuBackend {
         let few = count <= FEW_ROWS;
         let rooms = |thread: &mut Thread| {
             grow(&mut thread.mixed, if adapted { count * linear.down_rows } else { 0 });
-            let room = thread.packed.room(linear.layout, inputs, places(&self.tiles));
+            let room = thread.packed.room(linear.layout, inputs, &self.tiles);
             (room, Shared(thread.mixed.as_mut_ptr()))
         };
         let out = Shared(out.data.as_mut_ptr());

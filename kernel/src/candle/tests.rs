@@ -1,7 +1,7 @@
 //! The candle backend on candle's CPU device, held to the reference.
 
 use super::*;
-use crate::kernel::suite;
+use crate::suite;
 
 fn backend() -> CandleBackend {
     CandleBackend::new(Device::Cpu)

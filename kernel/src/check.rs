@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Cores, Epilogue, KernelError, KvShape, LinearPart, StepBatch};
-use crate::types::TokenId;
+use crate::TokenId;
 
 /// A [`KernelError::Shape`] with this message.
 pub(super) fn shape(message: impl Into<String>) -> KernelError {

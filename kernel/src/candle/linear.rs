@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use super::{step::CandleStep, upload};
-use crate::kernel::{
+use crate::{
     Cores, DenseFactors, DensePart, KernelError, LinearPart, Precision,
     check::{check_dense, check_factors, shape},
 };
@@ -39,7 +39,7 @@ struct Factors {
 }
 
 impl CandleLinear {
-    /// Puts a group on a device; see [`crate::kernel::Backend::linear`].
+    /// Puts a group on a device; see [`crate::Backend::linear`].
     pub(super) fn new(parts: &[LinearPart<'_>], precision: Precision, device: &Device) -> Result<Self, KernelError> {
         let inputs = parts.first().map_or(0, |part| part.weight.cols);
         if inputs == 0 {
@@ -110,7 +110,7 @@ impl CandleLinear {
         y + Tensor::cat(&deltas, 1)?
     }
 
-    /// See [`crate::kernel::Backend::dense`].
+    /// See [`crate::Backend::dense`].
     pub(super) fn dense(&self, outputs: Range<usize>, cores: Option<&Cores>) -> Result<Tensor, KernelError> {
         let factors = self.parts.iter().filter_map(|part| part.factors.as_ref());
         check_dense(self.outputs.iter().sum(), &outputs, cores, factors.map(|factors| (factors.site, factors.rank)))?;
@@ -138,7 +138,7 @@ impl CandleLinear {
         Ok(Tensor::cat(&pieces, 0)?)
     }
 
-    /// See [`crate::kernel::Backend::parts`].
+    /// See [`crate::Backend::parts`].
     pub(super) fn dense_parts(&self) -> Result<Vec<DensePart>, KernelError> {
         let mut first = 0;
         let of = |part: &Part| {
