@@ -16,7 +16,7 @@ use super::{
     batch::{Job, Jobs, Step},
     events::Wakes,
     gate::{Gate, Health, Outbox},
-    gradient::{Gradient, Gradients},
+    gradient::{Earnings, Gradient, Gradients},
     logits::LogitsError,
     sampler::{Counts, Sampler},
     scheduler::{Chunk, Limits, Plan, Scheduler},
@@ -65,8 +65,7 @@ pub(super) struct Worker {
     scheduler: Scheduler,
     jobs: Jobs,
     gradients: Gradients,
-    /// See `EngineConfig::gradient_share`.
-    gradient_share: f64,
+    earnings: Earnings,
     next_number: u64,
     commands: Receiver<Command>,
     gate: Arc<Gate>,
@@ -100,7 +99,7 @@ impl Worker {
             scheduler,
             jobs: Jobs::new(),
             gradients: Gradients::default(),
-            gradient_share,
+            earnings: Earnings::new(gradient_share),
             next_number: 0,
             commands,
             gate,
@@ -184,8 +183,8 @@ impl Worker {
         true
     }
 
-    /// Seconds that a step earns for gradients: a share of what its interactive rows took, and as long as itself when it had none.
-    fn earned(&self, plan: &Plan, time: Duration) -> f64 {
+    /// Seconds that a step earns for gradients; counts whose time it was.
+    fn earned(&mut self, plan: &Plan, time: Duration) -> f64 {
         let rows = |priority: Priority| -> usize {
             plan.chunks.iter().filter(|chunk| chunk.id.priority == priority).map(|chunk| chunk.rows).sum()
         };
@@ -193,7 +192,7 @@ impl Worker {
         let part = interactive as f64 / (interactive + background).max(1) as f64;
         self.stats.interactive_seconds.add(time.mul_f64(part));
         self.stats.background_seconds.add(time.mul_f64(1.0 - part));
-        if interactive == 0 { time.as_secs_f64() } else { time.as_secs_f64() * part * self.gradient_share }
+        self.earnings.of(time.as_secs_f64(), interactive, background, plan.prefill_rows > 0)
     }
 
     /// Takes what handles sent; waits for it if there is nothing else to do. None when it is time to end, else a clock that began when the waiting ended.
