@@ -279,6 +279,25 @@ impl Scheduler {
     }
 }
 
+#[cfg(test)]
+impl Scheduler {
+    /// Everything that is kept twice agrees.
+    pub(super) fn check(&self) {
+        self.shares.check(&self.running);
+        assert!(
+            self.running.windows(2).all(|pair| pair[0].id < pair[1].id) && self.running.len() <= self.limits.max_batch
+        );
+        let blocks = self.running.iter().flat_map(|sequence| &sequence.blocks).map(|block| block.id());
+        let held: std::collections::BTreeSet<u32> = blocks.collect();
+        assert_eq!(held.len(), self.cache.pool().len() - self.cache.pool().available());
+    }
+
+    /// Keys that are remembered, those without sequences included.
+    pub(super) fn keys(&self) -> usize {
+        self.shares.len()
+    }
+}
+
 impl Plan {
     fn clear(&mut self) {
         let Self { chunks, admitted, first_places, preempted, yielded, decode_rows, prefill_rows, cached_tokens } =

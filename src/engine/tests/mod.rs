@@ -1,6 +1,8 @@
 //! The engine as a whole over a model that notices every mistake.
 
 mod behaviour;
+mod deadlines;
+mod fairness;
 pub(super) mod fake;
 mod faults;
 mod gradients;
