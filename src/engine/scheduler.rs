@@ -98,7 +98,8 @@ impl Scheduler {
     /// Queues a sequence. Its number is larger than all before; alone it fits in the cache.
     pub(super) fn add(&mut self, mut sequence: Sequence) {
         sequence.arrived = self.round;
-        self.shares.arrive(sequence);
+        let above = self.class(sequence.id.priority).start;
+        self.shares.arrive(sequence, self.limits.max_batch.saturating_sub(above));
     }
 
     /// Sequences that hold blocks.

@@ -2,7 +2,7 @@
 //!
 //! These are the virtual token counters of "Fairness in Serving Large Language Models" (VTC, arXiv 2401.00588, Algorithm 2): a key pays 1 for a prompt token and 2 for a
 //! completion token, divided by its weight, when it is computed; the key that has paid least is next. A key that had nothing waiting is lifted to the
-//! least of those that have, so that time in which it wanted nothing gives it no claim. Tokens from the prefix cache cost nothing, and nobody pays twice for
+//! least of those that want more than they have, so that time in which it wanted nothing gives it no claim. Tokens from the prefix cache cost nothing, and nobody pays twice for
 //! tokens that are computed again after a preemption.
 //!
 //! Beside the paper: prompt tokens that are about to be computed count when the next is chosen, so that a step in which many places are free does not give them all to
@@ -173,11 +173,11 @@ impl Shares {
         });
     }
 
-    /// Queues a sequence that has just come.
-    pub(super) fn arrive(&mut self, sequence: Sequence) {
+    /// Queues a sequence that has just come. `places`: those that its class divides.
+    pub(super) fn arrive(&mut self, sequence: Sequence, places: usize) {
         let owner = owner(&sequence);
         self.forget(owner.0);
-        let floor = self.floor(owner);
+        let floor = self.floor(owner, places);
         let account = self.accounts.entry(owner).or_insert_with(|| Account::new(sequence.share.weight));
         account.weight = sequence.share.weight;
         if account.waiting.is_empty() {
@@ -186,11 +186,15 @@ impl Shares {
         self.enqueue(sequence);
     }
 
-    /// The least level of the other keys that wait. If none does, everybody has what it wants; then it is that of those who run.
-    fn floor(&self, (priority, key): Owner) -> u128 {
+    /// The least level of the other keys that wait or have their part of the places: everybody else has what it wants, however little that was. Without such
+    /// keys that of those who run.
+    fn floor(&self, (priority, key): Owner, places: usize) -> u128 {
+        let part = Part { whole: places, weights: self.weights(priority) };
         let others = || self.class(priority).filter(|&(other, _)| other != key).map(|(_, account)| account);
-        let waiting = others().filter(|account| !account.waiting.is_empty()).map(Account::level).min();
-        waiting.or_else(|| others().filter(|account| account.running > 0).map(Account::level).min()).unwrap_or(0)
+        let busy =
+            |account: &&Account| !account.waiting.is_empty() || account.running >= part.ceil(account.weight).max(1);
+        let least = others().filter(busy).map(Account::level).min();
+        least.or_else(|| others().filter(|account| account.running > 0).map(Account::level).min()).unwrap_or(0)
     }
 
     /// Queues a sequence that ran, at its place.

@@ -64,6 +64,17 @@ struct Giver {
     tokens: usize,
 }
 
+/// A sequence that could be admitted.
+#[derive(Debug)]
+struct Candidate {
+    /// Where in its key's queue.
+    at: usize,
+    /// Cached blocks that it starts with, held for it.
+    prefix: Vec<Block>,
+    /// Blocks that it needs besides.
+    needed: usize,
+}
+
 /// Prompt rows of the next step, while sequences are admitted.
 #[derive(Debug, Clone, Copy)]
 struct Prefill {
@@ -89,23 +100,14 @@ impl Scheduler {
         }
         let mut prefill = self.prefill(priority);
         while let Some(owner) = self.next(priority, prefill) {
-            let Some((at, blocks)) = self.candidate(owner) else { continue };
-            let Some(needed) = self
-                .shares
-                .get(owner)
-                .and_then(|account| account.waiting.get(at))
-                .map(|next| blocks_for(next.tokens.len()) - blocks.len())
-            else {
-                self.cache.release(blocks);
-                return true;
-            };
+            let Some(candidate) = self.candidate(owner) else { continue };
             // A spare block for each running sequence: else the newcomer would be thrown out again soon.
             let spare = self.class(priority).end;
-            if !self.make_room(owner, needed + spare, plan) {
-                self.cache.release(blocks);
+            if !self.make_room(owner, candidate.needed + spare, plan) {
+                self.cache.release(candidate.prefix);
                 return false;
             }
-            self.enter(owner, at, blocks, needed, plan);
+            self.enter(owner, candidate, plan);
             prefill = self.prefill(priority);
         }
         true
@@ -141,16 +143,16 @@ impl Scheduler {
         ready.min_by_key(turn).map(|(key, _)| (priority, key))
     }
 
-    /// The first sequence of a key that need not wait for another's prefix, and the cached blocks it starts with. None: nothing of it in this round.
-    fn candidate(&mut self, owner: Owner) -> Option<(usize, Vec<Block>)> {
+    /// The first sequence of a key that need not wait for another's prefix. None: nothing of it in this round.
+    fn candidate(&mut self, owner: Owner) -> Option<Candidate> {
         // Passing over the whole of a long queue in every step would cost more than it gives.
         let horizon = 2 * self.limits.max_batch;
         loop {
             let at = self.shares.get(owner)?.next;
             if at < horizon
-                && let Some(blocks) = self.cached_prefix(owner, at)
+                && let Some(candidate) = self.ready(owner, at)
             {
-                return Some((at, blocks));
+                return Some(candidate);
             }
             let account = self.shares.get_mut(owner)?;
             if at >= horizon || at >= account.waiting.len() {
@@ -161,30 +163,32 @@ impl Scheduler {
         }
     }
 
-    /// The cached blocks that a waiting sequence starts with, or None if a running one is about to compute the block after them.
-    fn cached_prefix(&mut self, owner: Owner, at: usize) -> Option<Vec<Block>> {
+    /// A waiting sequence with the cached blocks that it starts with, or None if a running one is about to compute the block after them.
+    fn ready(&mut self, owner: Owner, at: usize) -> Option<Candidate> {
         let sequence = self.shares.get(owner)?.waiting.get(at)?;
-        let Some(chain) = &sequence.chain else { return Some(Vec::new()) };
+        let all = blocks_for(sequence.tokens.len());
+        let Some(chain) = &sequence.chain else { return Some(Candidate { at, prefix: Vec::new(), needed: all }) };
         let hashes = &chain.hashes()[..sequence.readable_blocks()];
-        let blocks = self.cache.lookup(hashes);
-        let block = blocks.len();
+        let prefix = self.cache.lookup(hashes);
+        let block = prefix.len();
         let pending = |leader: &Sequence| {
             let theirs = leader.chain.as_ref().and_then(|chain| chain.hashes().get(block));
             leader.computed < (block + 1) * BLOCK_TOKENS && theirs == hashes.get(block)
         };
         // One that may have to wait for its rows is no leader of one that need not.
         if block < hashes.len() && self.running[..self.class(owner.0).end].iter().any(pending) {
-            self.cache.release(blocks);
+            self.cache.release(prefix);
             return None;
         }
-        Some(blocks)
+        Some(Candidate { at, needed: all - block, prefix })
     }
 
     /// Gives a waiting sequence its place; there is room.
-    fn enter(&mut self, owner: Owner, at: usize, blocks: Vec<Block>, needed: usize, plan: &mut Plan) {
-        let Some(mut sequence) = self.shares.take(owner, at) else { return self.cache.release(blocks) };
-        sequence.computed = blocks.len() * BLOCK_TOKENS;
-        sequence.blocks = blocks;
+    fn enter(&mut self, owner: Owner, candidate: Candidate, plan: &mut Plan) {
+        let Candidate { at, prefix, needed } = candidate;
+        let Some(mut sequence) = self.shares.take(owner, at) else { return self.cache.release(prefix) };
+        sequence.computed = prefix.len() * BLOCK_TOKENS;
+        sequence.blocks = prefix;
         sequence.blocks.extend(std::iter::repeat_with(|| self.cache.allocate()).take(needed).flatten());
         sequence.reserve();
         if sequence.cached.is_none() {

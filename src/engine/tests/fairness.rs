@@ -60,7 +60,7 @@ impl Load {
     fn add_as(&mut self, priority: Priority, share: Share, len: usize, max_tokens: usize, cached: bool) -> SequenceId {
         let id = SequenceId { priority, number: self.next };
         self.next += 1;
-        let tokens: Vec<TokenId> = (0..len as u32).map(|at| at ^ (id.number as u32) << 10).collect();
+        let tokens: Vec<TokenId> = (0..len as u32).map(|at| at ^ ((id.number as u32) << 10)).collect();
         let chain = cached.then(|| Chain::new(CacheSalt([share.key.0 as u8; 32]), &tokens));
         self.scheduler.add(Sequence::new(id, share, tokens, max_tokens, chain, false));
         self.open.insert(id, (share.key.0, max_tokens));
@@ -218,6 +218,29 @@ fn one_thing_at_a_time_gives_no_claim_to_more_later() {
         saturate(load, b, (20, 30));
     });
     assert!((0.35..0.55).contains(&burst), "{burst}");
+}
+
+#[test]
+fn what_is_due_to_a_newcomer_goes_by_those_who_have_their_part() {
+    // One that wants little and has had little gives no claim to a third.
+    let mut load = Load::new(LIMITS, 4096);
+    let (a, b, modest) = (share(1, 1), share(2, 1), share(3, 1));
+    load.add(modest, 10, 4000);
+    load.share_of(1, 1500, |load| saturate(load, a, (20, 30)));
+    let burst = load.share_of(2, 500, |load| {
+        saturate(load, a, (20, 30));
+        saturate(load, b, (20, 30));
+    });
+    assert!((0.3..0.5).contains(&burst), "{burst}");
+    // And one that waits because it has had much delays nobody.
+    let mut load = Load::new(LIMITS, 4096);
+    (0..7).for_each(|_| drop(load.add(a, 10, 500)));
+    (0..20).for_each(|_| drop(load.step()));
+    (0..3).for_each(|_| drop(load.add(modest, 900, 50)));
+    (0..3).for_each(|_| drop(load.step()));
+    assert_eq!((load.scheduler.running(), load.scheduler.waiting()), (8, 2));
+    let id = load.add(b, 10, 20);
+    assert!(load.step().admitted.contains(&id));
 }
 
 /// Floods with one key and sends one request at a time with another, whose every request must be in the next step.
