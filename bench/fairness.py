@@ -9,7 +9,7 @@ One server, two tenants. In turn, `--rounds` times:
 - beside: the same client, while `--flood` clients of the first tenant keep the batch full;
 - both: `--flood` clients of each for `--seconds`.
 
-It reports the steps that the single client's requests waited for a place (`mote_engine_first_place_steps`: of sequences whose tenant had none running; target: 1 at p99), the
+It reports the steps that the single client's requests waited for a place (`mote_engine_first_place_steps`: of sequences that came when their tenant had none; target: 1 at p99), the
 p50 of its latency beside the flood over that in a full batch of its own (target: at most 1.2), and each tenant's part of the tokens (a prompt token counts 1, a completion token
 2) over its part by weight (target: within 5 %).
 """

@@ -62,7 +62,7 @@ pub(super) struct Plan {
     pub(super) chunks: Vec<Chunk>,
     /// Sequences that left the queue for the first time.
     pub(super) admitted: Vec<SequenceId>,
-    /// Of each admitted sequence whose key had none running: the rounds since it came. 1: it came after the round before.
+    /// Of each admitted sequence that came when its key had nothing here: the rounds since. 1: it came after the round before.
     pub(super) first_places: Vec<u64>,
     /// Sequences that lost their blocks.
     pub(super) preempted: usize,

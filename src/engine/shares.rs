@@ -72,6 +72,8 @@ pub(super) struct Account {
     pub(super) waiting: VecDeque<Sequence>,
     /// Those before this one wait for another's prefix, in this round.
     pub(super) next: usize,
+    /// It had nothing here when its oldest sequence came, which waits for its first place.
+    pub(super) fresh: bool,
     /// Nothing more of it is admitted in this round.
     pub(super) out: bool,
     /// Blocks of running sequences, shared ones of each; as counted last.
@@ -91,6 +93,7 @@ impl Account {
             running: 0,
             waiting: VecDeque::new(),
             next: 0,
+            fresh: false,
             out: false,
             blocks: 0,
             rows: 0,
@@ -180,6 +183,7 @@ impl Shares {
         let floor = self.floor(owner, places);
         let account = self.accounts.entry(owner).or_insert_with(|| Account::new(sequence.share.weight));
         account.weight = sequence.share.weight;
+        account.fresh |= !account.is_active();
         if account.waiting.is_empty() {
             account.paid += floor.saturating_sub(account.level());
         }
@@ -231,6 +235,7 @@ impl Shares {
     pub(super) fn enter(&mut self, sequence: &mut Sequence) {
         sequence.paid = sequence.paid.max(sequence.computed.min(sequence.prompt));
         if let Some(account) = self.accounts.get_mut(&owner(sequence)) {
+            account.fresh = false;
             account.running += 1;
             account.unpaid += sequence.unpaid();
         }

@@ -226,7 +226,7 @@ pub struct Stats {
     pub first_token_seconds: Histogram,
     /// Seconds between two tokens of an interactive sequence.
     pub between_tokens_seconds: Histogram,
-    /// Steps from submission to admission, of sequences whose key had none running. 1: it came into the step after the one that ran then.
+    /// Steps from submission to admission, of sequences that came when their key had nothing in the engine. 1: it came into the step after the one that ran then.
     pub first_place_steps: Histogram,
     /// Of each admitted prompt, the part that came from the prefix cache.
     pub cached_share: Histogram,

@@ -103,7 +103,7 @@ const HISTOGRAMS: [Sizes; 14] = [
     }),
     (
         "mote_engine_first_place_steps",
-        "Steps until a sequence had its place, where its tenant had none running; 1 is the next step",
+        "Steps until a sequence had its place, of those that came when their tenant had none; 1 is the next step",
         |stats| &stats.first_place_steps,
     ),
     ("mote_engine_cached_share", "Part of each prompt that came from the prefix cache", |stats| &stats.cached_share),

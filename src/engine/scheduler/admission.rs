@@ -4,8 +4,8 @@
 //! than its own part and was served at least as much. Its part is that of its weight among the keys that have anything here, the taker's rounded down and the giver's
 //! rounded up: so the giver has no claim to take it back, every such preemption brings the division nearer to the weights, and a key keeps its oldest sequence.
 //!
-//! A key with nothing running takes its first place at once: who asks for one thing at a time waits for one step, whatever the others have queued. Further places it
-//! takes only when it is behind by more than what the preemption throws away; else it gets them when sequences end.
+//! A key that had nothing here takes its first place at once: who asks for one thing at a time waits for one step, whatever the others have queued. Who has more to do
+//! takes a place only when it is behind by more than what the preemption throws away; else it gets places when sequences end.
 
 use super::{Plan, Scheduler};
 use crate::{
@@ -195,7 +195,7 @@ impl Scheduler {
             sequence.cached = Some(sequence.computed);
             plan.admitted.push(sequence.id);
             plan.cached_tokens += sequence.computed;
-            if self.shares.get(owner).is_some_and(|account| account.running == 0) {
+            if self.shares.get(owner).is_some_and(|account| account.fresh) {
                 plan.first_places.push(self.round - sequence.arrived);
             }
         }
@@ -288,5 +288,5 @@ impl Scheduler {
 /// Does a giver have to give way to this key?
 fn may_take((key, account): (ShareKey, &Account), scarce: Scarce, giver: &Giver) -> bool {
     let behind = |by: usize| account.level() + account.price(by) <= giver.level;
-    key != giver.key && (account.running == 0 && behind(0) || scarce.is_under(account) && behind(giver.tokens))
+    key != giver.key && ((account.fresh && behind(0)) || (scarce.is_under(account) && behind(giver.tokens)))
 }
