@@ -96,7 +96,9 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
         .await
         .map_err(|error| AppError::Flag(format!("loading the model failed: {error}")))??;
     let engine = base.engine.clone();
-    let service = Arc::new(Service::open(base.info, base.basis, base.engine, store.clone()).await?);
+    let mut service = Service::open(base.info, base.basis, base.engine, store.clone()).await?;
+    service.request_timeout = args.http.request_timeout();
+    let service = Arc::new(service);
     let policies = EnginePolicies::new(engine.clone(), service.base.clone(), service.library.clone());
     service.start_training(training_config(&args.training), Arc::new(policies)).await?;
     if !args.http.no_auth {

@@ -67,7 +67,7 @@ impl Service {
             logprobs,
             show,
         };
-        self.start(plan, lease, started)
+        self.start(caller, plan, lease, started)
     }
 }
 

@@ -8,6 +8,7 @@ use super::{
     BaseInfo, Error, ErrorKind, Lease, Service,
     decoding::{Checked, Decoding},
     reader::{Delta, End, Prompt, Reader, Show, TokenScore},
+    share::share_of,
 };
 use crate::{
     engine::{FinishReason, Priority, Request, SubmitError},
@@ -127,15 +128,18 @@ impl Service {
         let base = self.base.clone();
         let prompts = blocking(move || encode_all(&base, request.prompts)).await?;
         let default_max_tokens = Some(DEFAULT_MAX_TOKENS);
-        self.start(
-            Plan { prompts, checked, default_max_tokens, param: "prompt", best_of, logprobs, show },
-            lease,
-            started,
-        )
+        let plan = Plan { prompts, checked, default_max_tokens, param: "prompt", best_of, logprobs, show };
+        self.start(caller, plan, lease, started)
     }
 
     /// Submits all sequences of a plan or none.
-    pub(super) fn start(&self, plan: Plan, lease: Lease, started: Instant) -> Result<Completion, Error> {
+    pub(super) fn start(
+        &self,
+        caller: &Caller,
+        plan: Plan,
+        lease: Lease,
+        started: Instant,
+    ) -> Result<Completion, Error> {
         let Plan { prompts, checked, default_max_tokens, param, best_of, logprobs, show } = plan;
         let limits = self.engine.config();
         let (count, most) = (prompts.len() * best_of, limits.max_batch + limits.max_queue);
@@ -145,6 +149,8 @@ impl Service {
             return Err(Error::invalid(param, message));
         }
         let show = Show { adapted: lease.cores.is_some(), ..show };
+        let share = share_of(caller.tenant);
+        let deadline = self.request_timeout.and_then(|timeout| started.checked_add(timeout));
         let mut requests = Vec::with_capacity(count);
         let mut least = Vec::with_capacity(prompts.len());
         for prompt in &prompts {
@@ -165,6 +171,8 @@ impl Service {
                     salt: lease.salt,
                     use_cache: lease.cacheable,
                     priority: Priority::Interactive,
+                    share,
+                    deadline,
                 });
             }
         }

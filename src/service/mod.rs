@@ -12,6 +12,7 @@ mod models;
 mod reader;
 mod resolve;
 mod salts;
+mod share;
 mod target;
 mod tenants;
 pub mod training;
@@ -19,7 +20,7 @@ mod upload;
 
 use std::{
     sync::{Arc, OnceLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 pub use adapters::{AdapterInfo, GenerationInfo, Numbers, Retry, SchemeInfo, Uploaded};
@@ -89,6 +90,8 @@ pub struct Service {
     pub library: Arc<Library>,
     /// Everything that survives.
     pub store: Store,
+    /// A completion that is not done after so long ends with an error; None: never.
+    pub request_timeout: Option<Duration>,
     /// Set once training has started.
     training: OnceLock<Training>,
 }
@@ -111,6 +114,7 @@ impl Service {
             directory: Directory::new(Arc::new(store.clone())),
             library,
             store,
+            request_timeout: None,
             training: OnceLock::new(),
         })
     }

@@ -1,6 +1,6 @@
 //! A whole server without a socket.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -42,6 +42,7 @@ pub(crate) struct Options {
     pub(crate) limits: Limits,
     pub(crate) template: Option<&'static str>,
     pub(crate) max_queue: usize,
+    pub(crate) request_timeout: Option<Duration>,
     pub(crate) training: TrainingConfig,
     /// Where jobs get their policies; the engine when there is none.
     pub(crate) policies: Option<Arc<dyn PolicySource>>,
@@ -58,6 +59,7 @@ impl Default for Options {
                 "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}",
             ),
             max_queue: 64,
+            request_timeout: None,
             training: TrainingConfig::default(),
             policies: None,
             folder: None,
@@ -120,7 +122,9 @@ impl TestApp {
         let basis = basis(&base.sites);
         let engine = Engine::start(Box::new(model), config).unwrap();
         let folder = options.folder.unwrap_or_else(|| Arc::new(tempfile::tempdir().unwrap()));
-        let service = Arc::new(Service::open(base, basis, engine, store(&folder).await).await.unwrap());
+        let mut service = Service::open(base, basis, engine, store(&folder).await).await.unwrap();
+        service.request_timeout = options.request_timeout;
+        let service = Arc::new(service);
         let policies = options.policies.unwrap_or_else(|| {
             Arc::new(EnginePolicies::new(service.engine.clone(), service.base.clone(), service.library.clone()))
         });
