@@ -34,6 +34,11 @@ pub(super) fn owner(sequence: &Sequence) -> Owner {
     (sequence.id.priority, sequence.share.key)
 }
 
+/// What a sequence has cost so far.
+pub(super) fn cost(sequence: &Sequence) -> usize {
+    sequence.paid * PROMPT_COST + sequence.generated() * COMPLETION_COST
+}
+
 /// Something that keys divide by their weights.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Part {

@@ -5,7 +5,8 @@
 //! rounded up: so the giver has no claim to take it back, every such preemption brings the division nearer to the weights, and a key keeps its oldest sequence.
 //!
 //! A key that had nothing here takes its first place at once: who asks for one thing at a time waits for one step, whatever the others have queued. Who has more to do
-//! takes a place only when it is behind by more than what the preemption throws away; else it gets places when sequences end.
+//! takes a place only when it is behind by more than the largest sequence of the giver has cost: were they out of step, one would have ended by then; and it is more than the
+//! preemption throws away. Else it gets places when sequences end.
 
 use super::{Plan, Scheduler};
 use crate::{
@@ -13,7 +14,7 @@ use crate::{
         api::{Priority, ShareKey},
         blocks::Block,
         sequence::{Sequence, blocks_for},
-        shares::{Account, Owner, Part, owner},
+        shares::{self, Account, Owner, Part, owner},
     },
     kernel::BLOCK_TOKENS,
 };
@@ -59,9 +60,10 @@ impl Scarce {
 struct Giver {
     at: usize,
     key: ShareKey,
+    /// Of the key.
     level: u128,
-    /// What would have to be computed again, at most.
-    tokens: usize,
+    /// What the largest sequence of the key has cost, by its weight.
+    largest: u128,
 }
 
 /// A sequence that could be admitted.
@@ -251,8 +253,9 @@ impl Scheduler {
     fn givers(&self, priority: Priority, scarce: Scarce) -> Vec<Giver> {
         let over = self.shares.class(priority).filter(|(_, account)| scarce.is_over(account));
         over.filter_map(|(key, account)| {
-            let at = self.running.iter().rposition(|sequence| owner(sequence) == (priority, key))?;
-            Some(Giver { at, key, level: account.level(), tokens: self.running[at].tokens.len() })
+            let theirs = || self.running.iter().enumerate().filter(|(_, other)| owner(other) == (priority, key));
+            let largest = account.price(theirs().map(|(_, sequence)| shares::cost(sequence)).max()?);
+            Some(Giver { at: theirs().next_back()?.0, key, level: account.level(), largest })
         })
         .collect()
     }
@@ -277,16 +280,16 @@ impl Scheduler {
             let given = youngest.take(running - 1).take_while(move |sequence| {
                 let over = held > part;
                 held -= sequence.blocks.len();
-                over && may_take((key, account), scarce, &Giver { tokens: sequence.tokens.len(), ..giver })
+                over
             });
             given.flat_map(|sequence| &sequence.blocks).filter(|block| self.cache.pool().is_sole(block)).count()
         };
-        givers.map(theirs).sum()
+        givers.filter(|giver| may_take((key, account), scarce, giver)).map(theirs).sum()
     }
 }
 
 /// Does a giver have to give way to this key?
 fn may_take((key, account): (ShareKey, &Account), scarce: Scarce, giver: &Giver) -> bool {
-    let behind = |by: usize| account.level() + account.price(by) <= giver.level;
-    key != giver.key && ((account.fresh && behind(0)) || (scarce.is_under(account) && behind(giver.tokens)))
+    let behind = |by: u128| account.level() + by <= giver.level;
+    key != giver.key && ((account.fresh && behind(0)) || (scarce.is_under(account) && behind(giver.largest)))
 }

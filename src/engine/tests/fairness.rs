@@ -56,6 +56,18 @@ impl Load {
         self.add_as(Priority::Interactive, share, len, max_tokens, true)
     }
 
+    fn add_many(&mut self, count: usize, share: Share, len: usize, max_tokens: usize) {
+        (0..count).for_each(|_| {
+            self.add(share, len, max_tokens);
+        });
+    }
+
+    fn steps(&mut self, count: usize) {
+        (0..count).for_each(|_| {
+            self.step();
+        });
+    }
+
     /// Every prompt is another.
     fn add_as(&mut self, priority: Priority, share: Share, len: usize, max_tokens: usize, cached: bool) -> SequenceId {
         let id = SequenceId { priority, number: self.next };
@@ -149,7 +161,8 @@ fn two_that_saturate_get_tokens_by_their_weights() {
             let due = f64::from(second) / f64::from(first + second);
             assert!((got / due - 1.0).abs() < 0.05, "{first}:{second}, {of_first:?} {of_second:?}: {got} of {due}");
             let preempted = load.preempted;
-            assert!(preempted * 20 < load.finished, "{preempted} preemptions for {} requests", load.finished);
+            let finished = load.finished;
+            assert!(preempted * 20 < finished, "{of_first:?} {of_second:?}: {preempted} preemptions of {finished}");
         }
     }
 }
@@ -169,7 +182,7 @@ fn the_background_is_shared_too_also_beside_interactive_rows() {
             }
         };
         fill(&mut load);
-        (0..50).for_each(|_| drop(load.step()));
+        load.steps(50);
         let before = load.cost.clone();
         for _ in 0..6000 {
             fill(&mut load);
@@ -234,10 +247,10 @@ fn what_is_due_to_a_newcomer_goes_by_those_who_have_their_part() {
     assert!((0.3..0.5).contains(&burst), "{burst}");
     // And one that waits because it has had much delays nobody.
     let mut load = Load::new(LIMITS, 4096);
-    (0..7).for_each(|_| drop(load.add(a, 10, 500)));
-    (0..20).for_each(|_| drop(load.step()));
-    (0..3).for_each(|_| drop(load.add(modest, 900, 50)));
-    (0..3).for_each(|_| drop(load.step()));
+    load.add_many(7, a, 10, 500);
+    load.steps(20);
+    load.add_many(3, modest, 900, 50);
+    load.steps(3);
     assert_eq!((load.scheduler.running(), load.scheduler.waiting()), (8, 2));
     let id = load.add(b, 10, 20);
     assert!(load.step().admitted.contains(&id));
@@ -250,7 +263,7 @@ fn one_beside_a_flood(limits: Limits, blocks: usize, flood: (usize, usize), cach
     for _ in 0..64 {
         load.add_as(Priority::Interactive, a, flood.0, flood.1, cached);
     }
-    (0..10).for_each(|_| drop(load.step()));
+    load.steps(10);
     let mut asked = 0;
     while load.open_of(1) > limits.max_batch {
         if load.open_of(2) == 0 {
@@ -296,10 +309,10 @@ fn a_flood_that_holds_all_blocks_gives_some_back() {
 #[test]
 fn the_oldest_of_the_flood_is_never_the_one_that_gives_way() {
     let mut load = Load::new(LIMITS, 4096);
-    (0..16).for_each(|_| drop(load.add(share(1, 1), 20, 100)));
+    load.add_many(16, share(1, 1), 20, 100);
     let mut steps = 0;
     while !load.open.is_empty() {
-        if load.open_of(2) == 0 && load.open_of(1) > 1 {
+        if steps % 6 == 0 && load.open_of(1) > 1 {
             load.add(share(2, 1), 5, 3);
         }
         load.step();
@@ -314,10 +327,10 @@ fn the_oldest_of_the_flood_is_never_the_one_that_gives_way() {
 #[test]
 fn a_key_may_take_no_more_than_its_part_and_cannot_be_robbed_of_it() {
     let mut load = Load::new(LIMITS, 4096);
-    (0..20).for_each(|_| drop(load.add(share(1, 1), 10, 400)));
-    (0..60).for_each(|_| drop(load.step()));
-    (0..20).for_each(|_| drop(load.add(share(2, 1), 10, 400)));
-    (0..250).for_each(|_| drop(load.step()));
+    load.add_many(20, share(1, 1), 10, 400);
+    load.steps(60);
+    load.add_many(20, share(2, 1), 10, 400);
+    load.steps(250);
     // Four places each, taken one after the other, and then nothing moves any more.
     assert_eq!((load.yielded, load.preempted), (4, 4));
     let plan = load.step();
@@ -351,7 +364,7 @@ fn tokens_from_the_cache_cost_nothing_and_those_computed_again_neither() {
         let chain = Chain::new(CacheSalt([1; 32]), &tokens);
         load.scheduler.add(Sequence::new(id, share(1, 1), tokens.clone(), 5, Some(chain), false));
         load.open.insert(id, (1, 5));
-        (0..8).for_each(|_| drop(load.step()));
+        load.steps(8);
         // The last block is computed for its logits: 16 tokens of 64 the second time.
         assert_eq!(load.cost[&1], [64 + 10, 64 + 10 + 16 + 10][number as usize]);
     }
@@ -364,10 +377,10 @@ fn a_key_that_owes_is_remembered_while_others_run_and_only_then() {
     load.add(b, 10, 200);
     load.step();
     load.add(a, 60, 1);
-    (0..2).for_each(|_| drop(load.step()));
+    load.steps(2);
     assert_eq!(load.open_of(1), 0);
     assert_eq!(load.scheduler.keys(), 2, "it paid more than the one that runs");
-    (0..60).for_each(|_| drop(load.step()));
+    load.steps(60);
     assert_eq!(load.scheduler.keys(), 1, "and no longer does");
     load.drain(1000);
 }
