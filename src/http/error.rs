@@ -77,6 +77,7 @@ fn row(kind: ErrorKind) -> (StatusCode, &'static str, Option<&'static str>) {
         ErrorKind::Forbidden => (StatusCode::FORBIDDEN, "permission_error", None),
         ErrorKind::NotFound => (StatusCode::NOT_FOUND, "invalid_request_error", None),
         ErrorKind::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", None),
+        ErrorKind::TimedOut => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error", Some("request_timeout")),
         ErrorKind::Conflict => (StatusCode::CONFLICT, "conflict", None),
         ErrorKind::PreconditionFailed => {
             (StatusCode::PRECONDITION_FAILED, "generation_mismatch", Some("generation_mismatch"))
@@ -101,6 +102,10 @@ impl IntoResponse for ApiError {
         }
         if self.permanent() {
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        }
+        if self.0.kind == ErrorKind::TimedOut {
+            // The rest of the body would be read as the next request.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         if self.0.kind == ErrorKind::Unauthenticated {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

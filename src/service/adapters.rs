@@ -402,6 +402,6 @@ pub(super) fn store_error(error: StoreError, name: &str) -> Error {
         StoreError::TenantNotFound => {
             Error::new(ErrorKind::Unauthenticated, "The key's tenant is gone.").with_code("invalid_api_key")
         }
-        other => Error::internal(other),
+        other => Error::store(other),
     }
 }

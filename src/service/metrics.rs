@@ -25,6 +25,9 @@ impl Service {
         let adapters: Gauge = Gauge::default();
         adapters.set(i64::try_from(self.library.registry.len()).unwrap_or(i64::MAX));
         registry.register("mote_adapters_resident", "Adapters in memory, of all tenants", adapters);
+        let corrupt: Gauge = Gauge::default();
+        corrupt.set(i64::try_from(self.library.corrupt()).unwrap_or(i64::MAX));
+        registry.register("mote_adapters_damaged", "Adapters in the store that cannot be read", corrupt);
         let running: Gauge = Gauge::default();
         running.set(self.training.get().map_or(0, |training| i64::try_from(training.running()).unwrap_or(i64::MAX)));
         registry.register("mote_training_running", "Training jobs that run", running);

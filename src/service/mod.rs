@@ -9,9 +9,11 @@ mod follow;
 mod library;
 mod metrics;
 mod models;
+mod policy;
 mod reader;
 mod resolve;
 mod salts;
+mod shed;
 mod target;
 mod tenants;
 pub mod training;
@@ -29,6 +31,7 @@ pub use decoding::{Decoding, MAX_CHOICES, MAX_STOPS};
 pub use error::{Error, ErrorKind};
 pub use library::{BadContents, Library};
 pub use models::Model;
+pub use policy::RequestPolicy;
 pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
 pub use resolve::MAX_MIX;
 pub use target::{AdapterField, Lease, Target};
@@ -49,6 +52,7 @@ use crate::{
     text::{ChatTemplate, Tokenizer},
     types::{Fingerprint, TokenId},
 };
+use shed::Shedder;
 
 /// What is fixed about the base model while a server runs.
 #[derive(Debug)]
@@ -89,6 +93,10 @@ pub struct Service {
     pub library: Arc<Library>,
     /// Everything that survives.
     pub store: Store,
+    /// What a request may ask for.
+    policy: RequestPolicy,
+    /// Knows how long a newcomer would wait.
+    shedder: Shedder,
     /// Set once training has started.
     training: OnceLock<Training>,
 }
@@ -111,7 +119,16 @@ impl Service {
             directory: Directory::new(Arc::new(store.clone())),
             library,
             store,
+            policy: RequestPolicy::default(),
+            shedder: Shedder::default(),
             training: OnceLock::new(),
         })
+    }
+
+    /// The same with other limits of a request.
+    pub fn with_policy(mut self, policy: RequestPolicy) -> Self {
+        self.shedder = Shedder::new(policy.shed_after);
+        self.policy = policy;
+        self
     }
 }
