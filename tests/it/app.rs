@@ -11,9 +11,9 @@ use futures::StreamExt as _;
 use mote::{
     adapter::{Basis, SiteBasis, Sites},
     engine::{Engine, EngineConfig},
-    http::{AppState, AuthMode, Limits},
+    http::{AppState, AuthMode, Edge, Limits},
     service::{
-        BaseInfo, Service,
+        BaseInfo, RequestPolicy, Service,
         training::{EnginePolicies, PolicySource, TrainingConfig},
     },
     store::{Location, NewKey, Store, StoreConfig},
@@ -42,6 +42,8 @@ pub(crate) struct Options {
     pub(crate) limits: Limits,
     pub(crate) template: Option<&'static str>,
     pub(crate) max_queue: usize,
+    pub(crate) policy: RequestPolicy,
+    pub(crate) edge: Edge,
     pub(crate) training: TrainingConfig,
     /// Where jobs get their policies; the engine when there is none.
     pub(crate) policies: Option<Arc<dyn PolicySource>>,
@@ -58,6 +60,8 @@ impl Default for Options {
                 "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}",
             ),
             max_queue: 64,
+            policy: RequestPolicy::default(),
+            edge: Edge::default(),
             training: TrainingConfig::default(),
             policies: None,
             folder: None,
@@ -120,12 +124,14 @@ impl TestApp {
         let basis = basis(&base.sites);
         let engine = Engine::start(Box::new(model), config).unwrap();
         let folder = options.folder.unwrap_or_else(|| Arc::new(tempfile::tempdir().unwrap()));
-        let service = Arc::new(Service::open(base, basis, engine, store(&folder).await).await.unwrap());
+        let service = Service::open(base, basis, engine, store(&folder).await).await.unwrap();
+        let service = Arc::new(service.with_policy(options.policy));
         let policies = options.policies.unwrap_or_else(|| {
             Arc::new(EnginePolicies::new(service.engine.clone(), service.base.clone(), service.library.clone()))
         });
         service.start_training(options.training, policies).await.unwrap();
-        let state = AppState { auth: options.auth, limits: options.limits, ..AppState::new(service) };
+        let edge = Arc::new(options.edge);
+        let state = AppState { auth: options.auth, limits: options.limits, edge, ..AppState::new(service) };
         let router = mote::http::router(state.clone());
         Self { router, state, watch, script, eos_at, folder }
     }
