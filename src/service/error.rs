@@ -101,6 +101,7 @@ impl Error {
             Some(Unwritable::Full) => "its disk is full",
             Some(Unwritable::ReadOnly) => "its data directory is read-only",
             Some(Unwritable::Broken) => "its disk fails",
+            Some(Unwritable::Unreachable) => "its database cannot be opened",
             None => return Self::internal(error),
         };
         tracing::error!(%error, "nothing can be written to the store");

@@ -114,12 +114,18 @@ pub enum Unwritable {
     ReadOnly,
     /// The disk fails.
     Broken,
+    /// The database cannot be opened again.
+    Unreachable,
 }
 
 impl StoreError {
     /// Is it that nothing can be written at the moment?
     pub fn unwritable(&self) -> Option<Unwritable> {
-        let Self::Database(error) = self else { return None };
+        let error = match self {
+            Self::Database(error) => error,
+            Self::Open { .. } => return Some(Unwritable::Unreachable),
+            _ => return None,
+        };
         let code = error.as_database_error()?.code()?;
         // PostgreSQL's codes have five characters, SQLite's are numbers whose last byte is the kind.
         match (code.as_ref(), code.parse::<u32>().ok().filter(|_| code.len() < 5).map(|code| code & 0xff)) {
