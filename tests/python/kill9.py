@@ -67,7 +67,7 @@ class Server:
         self.process = subprocess.Popen(
             [binary, "serve", "--listen", "127.0.0.1:0", "--device", "cpu", "--threads", "1", "--dtype", "f32",
              "--model", str(ROOT / "tests/fixtures/golden/llama/model"), "--model-id", "tiny", "--data-dir", data,
-             "--train-queue-per-tenant", "100000", "--train-queue", "1000000", "--train-jobs-per-tenant", "1"],
+             "--train-queue-per-tenant", "100000", "--train-queue", "1000000", "--train-jobs-per-tenant", "1", "--train-max-steps", "1000000"],
             stdout=subprocess.DEVNULL, stderr=self.log, env={**os.environ, "MOTE_ADMIN_KEY": ADMIN_KEY},
         )
 
@@ -193,7 +193,7 @@ def jobs(client, journal, rng, prefix, stop):
         body = {
             "name": name, "method": "grpo", "dataset": [{"prompt": "Once", "answer": "e"}, {"prompt": "The fox", "answer": "e"}],
             "grader": {"type": "string_check", "input": "{{sample.output_text}}", "reference": "{{item.answer}}", "operation": "like"},
-            "hyperparameters": {"steps": 1000, "prompts_per_step": 2, "samples_per_prompt": 2, "max_completion_tokens": 4, "flat_reward_steps": 0},
+            "hyperparameters": {"steps": 1000000, "prompts_per_step": 2, "samples_per_prompt": 2, "max_completion_tokens": 4, "flat_reward_steps": 0},
         }
         answer = client.call("POST", "/adapters/train", body)
         if answer is None:

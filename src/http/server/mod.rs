@@ -197,7 +197,10 @@ impl Server {
                 Ok::<_, Infallible>(response.map(|body| Guarded::new(body, running)))
             }
         });
+        // Asked to end gracefully, hyper would close a connection that has said nothing yet.
+        let late = self.stop.is_cancelled();
         let connection = hyper::server::conn::http1::Builder::new()
+            .keep_alive(!late)
             .timer(TokioTimer::new())
             // Our clocks run out before; with this one hyper looks at the connection again when a request has ended, and so starts ours.
             .header_read_timeout(self.config.idle_timeout + self.config.header_timeout)
@@ -206,7 +209,7 @@ impl Server {
         let mut connection = pin!(connection);
         let ended = tokio::select! {
             ended = connection.as_mut() => ended,
-            () = self.stop.cancelled() => {
+            () = self.stop.cancelled(), if !late => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
