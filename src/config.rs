@@ -1,6 +1,9 @@
 //! Command line and environment: one struct a concern, every flag also a variable `MOTE_*`.
 
 mod bench;
+mod edge;
+mod secret;
+mod state;
 mod train;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -11,6 +14,9 @@ pub use bench::{
     AdapterChoice, BenchArgs, BenchCommand, DecodeArgs, PrefillArgs, ProfileArgs, QualityArgs, ReportArgs, ServedArgs,
     UploadArgs,
 };
+pub use edge::EdgeArgs;
+pub use secret::{Secret, SecretFile};
+pub use state::{BackupArgs, IntegrityCheck, RestoreArgs, StateArgs, SyncMode};
 pub use train::{DataArgs, EvalArgs, MethodChoice, TaskArgs, TaskChoice, TrainArgs};
 
 /// One frozen language model in memory, thousands of 26-byte adapters over it, every request under its own, all in one batch.
@@ -46,6 +52,10 @@ pub enum Command {
     Pull(PullArgs),
     /// Create, list and revoke API keys, also while a server runs on the same data directory.
     Keys(KeysArgs),
+    /// Copy the state of a data directory into one file, also while a server runs on it.
+    Backup(BackupArgs),
+    /// Make a data directory of a backup.
+    Restore(RestoreArgs),
     /// List, export and import adapters of a data directory.
     Adapters(AdaptersArgs),
     /// Print the OpenAPI document.
@@ -72,6 +82,9 @@ pub struct ServeArgs {
     /// Addresses, keys and limits of the HTTP server.
     #[command(flatten)]
     pub http: HttpArgs,
+    /// What connections and requests may take, and how the server shows itself.
+    #[command(flatten)]
+    pub edge: EdgeArgs,
     /// Batch, queue and memory of the engine.
     #[command(flatten)]
     pub engine: EngineArgs,
@@ -202,7 +215,10 @@ pub struct HttpArgs {
     pub force_no_auth: bool,
     /// The admin key of an empty store, instead of a random one printed once. 8 to 256 characters; 24 or more to be safe.
     #[arg(long, env = "MOTE_ADMIN_KEY", value_name = "KEY", hide_env_values = true)]
-    pub admin_key: Option<String>,
+    pub admin_key: Option<Secret>,
+    /// The same in a file, as secret stores give it.
+    #[arg(long, env = "MOTE_ADMIN_KEY_FILE", value_name = "FILE", conflicts_with = "admin_key")]
+    pub admin_key_file: Option<SecretFile>,
     /// Largest JSON body in MiB.
     #[arg(long, env = "MOTE_MAX_BODY_MB", value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_body_mb: u32,
@@ -223,34 +239,18 @@ impl HttpArgs {
         (self.request_timeout_s > 0).then(|| Duration::from_secs(self.request_timeout_s))
     }
 
+    /// The admin key, if one is given.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn admin_key(&self) -> Result<Option<Secret>, String> {
+        secret::given(self.admin_key.as_ref(), self.admin_key_file.as_ref())
+    }
+
     /// The drain deadline.
     pub fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_seconds)
     }
-}
-
-/// Where state lives.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "State")]
-pub struct StateArgs {
-    /// Folder of the database (tenants, keys, adapters).
-    #[arg(long, env = "MOTE_DATA_DIR", value_name = "DIR", default_value = "data")]
-    pub data_dir: PathBuf,
-    /// What an acknowledged write survives: `normal` the death of the process (kill -9), `full` also the loss of power.
-    #[arg(long, env = "MOTE_SYNC", value_enum, default_value_t = SyncMode::Normal)]
-    pub sync: SyncMode,
-    /// A PostgreSQL URL instead of the embedded database.
-    #[arg(long, env = "MOTE_DATABASE_URL", value_name = "URL", hide_env_values = true)]
-    pub database_url: Option<String>,
-}
-
-/// What an acknowledged write survives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum SyncMode {
-    /// kill -9
-    Normal,
-    /// power loss
-    Full,
 }
 
 /// How weights are held.

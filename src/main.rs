@@ -39,7 +39,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
     match cli.command {
         Command::Serve(args) => {
-            Ok(runtime()?.block_on(async { anyhow::Ok(app::serve(*args, asked_to_stop()?).await?) })?)
+            let runtime = runtime()?;
+            let outcome = runtime.block_on(async { anyhow::Ok(app::serve(*args, asked_to_stop()?).await?) });
+            // What is still on a thread (a model that loads, above all) has no one left to work for.
+            runtime.shutdown_background();
+            outcome
         }
         Command::Train(args) => {
             say(&runtime()?.block_on(async { anyhow::Ok(app::train(*args, asked_to_stop()?).await?) })?)
@@ -54,6 +58,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Openapi => say(&http::openapi().to_pretty_json()?),
         Command::Keys(args) => runtime()?.block_on(keys(args.command)),
+        Command::Backup(args) => say(&runtime()?.block_on(app::backup(&args))?),
+        Command::Restore(args) => runtime()?.block_on(app::restore(&args)).map_err(Into::into),
         Command::Bench(args) => say(&app::bench(args.command)?),
         Command::Adapters(args) => runtime()?.block_on(adapters(args.command)),
     }

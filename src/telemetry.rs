@@ -2,9 +2,11 @@
 //!
 //! Labels are bounded: routes, statuses and kinds, never an adapter, a key or a path.
 
+use std::sync::Arc;
+
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
@@ -48,6 +50,40 @@ pub struct JobLabels {
     pub status: &'static str,
 }
 
+/// Which clock of a connection ran out.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TimeoutLabels {
+    /// `header`, `idle`, `body` or `write`.
+    pub what: &'static str,
+}
+
+/// What the listener counts.
+#[derive(Debug, Default)]
+pub struct ConnectionMetrics {
+    /// `mote_connections`
+    pub open: Gauge,
+    /// `mote_connections_refused_total`: beyond `--max-connections`.
+    pub refused: Counter,
+    /// `mote_connection_timeouts_total`
+    pub timeouts: Family<TimeoutLabels, Counter>,
+}
+
+impl ConnectionMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register("mote_connections", "Open connections", self.open.clone());
+        registry.register(
+            "mote_connections_refused",
+            "Connections refused because there were --max-connections",
+            self.refused.clone(),
+        );
+        registry.register(
+            "mote_connection_timeouts",
+            "Connections and bodies given up, by the clock that ran out",
+            self.timeouts.clone(),
+        );
+    }
+}
+
 /// Counters of the server; the engine keeps its own and is asked on each scrape.
 #[derive(Debug)]
 pub struct Metrics {
@@ -67,6 +103,10 @@ pub struct Metrics {
     pub train_steps: Counter,
     /// `mote_training_tokens_total`: of completions and demonstrations.
     pub train_tokens: Counter,
+    /// Of the listener.
+    pub connections: Arc<ConnectionMetrics>,
+    /// `mote_requests_shed_total`: answered 503 because the queue's expected wait was beyond `--shed-after-s`.
+    pub shed: Counter,
 }
 
 fn seconds() -> Histogram {
@@ -89,6 +129,8 @@ impl Default for Metrics {
             train_jobs: Family::default(),
             train_steps: Counter::default(),
             train_tokens: Counter::default(),
+            connections: Arc::default(),
+            shed: Counter::default(),
         }
     }
 }
@@ -119,6 +161,12 @@ impl Metrics {
             "mote_training_tokens",
             "Tokens of completions and demonstrations in training",
             self.train_tokens.clone(),
+        );
+        self.connections.register(registry);
+        registry.register(
+            "mote_requests_shed",
+            "Completions refused because they would have waited too long",
+            self.shed.clone(),
         );
     }
 }

@@ -1,15 +1,19 @@
 //! Puts the rooms together: a base that runs, the store, the use cases, the HTTP server, and the order in which they start and stop.
 
+mod backup;
 mod base;
 mod bench;
+mod exposure;
 mod state;
 mod train;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use axum::serve::ListenerExt as _;
+use futures::FutureExt as _;
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
+pub use backup::{backup, restore};
 pub use base::{Base, start as start_base};
 pub use bench::run as bench;
 pub use state::{create_key, export_adapter, list_adapters, list_keys, open_store, revoke_key};
@@ -17,21 +21,26 @@ pub use train::{eval, task, train};
 
 use crate::{
     adapter::BasisError,
-    config::{HttpArgs, ServeArgs, TrainingArgs},
+    config::{HttpArgs, Secret, ServeArgs, TrainingArgs},
     engine::{Handle, Health, StartError},
-    http::{self, AppState, AuthMode, Limits},
+    http::{
+        self, AppState, AuthMode, Limits,
+        server::{ServerConfig, TlsError, serve as serve_http},
+    },
     kernel::KernelError,
     model::ModelError,
     service::{
         Service,
         training::{DataLimits, EnginePolicies, RemoteAccess, TrainingConfig},
     },
-    store::StoreError,
+    store::{Store, StoreError},
     text::{TemplateError, TokenizerError},
 };
 
 /// How long jobs have at least to write their checkpoints when the server stops.
 const JOB_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the database has to write what it has and close.
+const STORE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The program could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +69,9 @@ pub enum AppError {
     /// The database cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Certificate or key.
+    #[error("TLS: {0}")]
+    Tls(#[from] TlsError),
     /// No randomness for a key.
     #[error("the system gave no random bytes: {0}")]
     Random(#[from] getrandom::Error),
@@ -85,82 +97,99 @@ pub enum AppError {
 /// # Errors
 /// What kept it from starting; [`AppError::EngineDead`] when the engine died under it.
 pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), AppError> {
-    check_exposure(&args.http)?;
+    let admin_key = check_exposure(&args.http)?;
+    let server = exposure::server_config(&args.edge)?;
+    let edge = exposure::edge(&args.edge)?;
     let listen = args.http.listen;
     // Bound before the model is loaded, so that a taken port is known at once.
     let listener =
         TcpListener::bind(listen).await.map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
+    let stop = stop.shared();
     let store = open_store(&args.state).await?;
+    state::check_integrity(&store, args.edge.integrity_check).await?;
     let (model, engine) = (args.model.clone(), args.engine.clone());
-    let base = tokio::task::spawn_blocking(move || start_base(&model, &engine))
-        .await
-        .map_err(|error| AppError::Flag(format!("loading the model failed: {error}")))??;
+    let loading = tokio::task::spawn_blocking(move || start_base(&model, &engine));
+    let base = tokio::select! {
+        base = loading => base.map_err(|error| AppError::Flag(format!("loading the model failed: {error}")))??,
+        () = stop.clone() => {
+            tracing::info!("stopping: the model was not loaded yet");
+            close(&store).await;
+            return Ok(());
+        }
+    };
     let engine = base.engine.clone();
-    let mut service = Service::open(base.info, base.basis, base.engine, store.clone()).await?;
+    let service = Service::open(base.info, base.basis, base.engine, store.clone()).await?;
+    let mut service = service.with_policy(exposure::policy(&args.edge));
     service.request_timeout = args.http.request_timeout();
     let service = Arc::new(service);
     let policies = EnginePolicies::new(engine.clone(), service.base.clone(), service.library.clone());
     service.start_training(training_config(&args.training), Arc::new(policies)).await?;
     if !args.http.no_auth {
-        state::first_admin_key(&store, args.http.admin_key.as_deref()).await?;
+        state::first_admin_key(&store, admin_key.as_ref().map(Secret::expose)).await?;
     }
     let state = AppState {
         limits: Limits { body: mebibytes(args.http.max_body_mb), batch: mebibytes(args.http.max_batch_body_mb) },
         auth: if args.http.no_auth { AuthMode::Open } else { AuthMode::Keys },
+        edge: Arc::new(edge),
         ..AppState::new(service)
     };
     let address = listener.local_addr().map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
-    tracing::info!("listening on http://{address} (documentation at http://{address}/docs)");
-    let outcome = until_stopped(listener, state, engine, stop, args.http.drain()).await;
-    store.close().await;
+    let scheme = if server.tls.is_some() { "https" } else { "http" };
+    tracing::info!("listening on {scheme}://{address} (documentation at {scheme}://{address}/docs)");
+    let outcome = until_stopped(listener, state, server, stop, args.http.drain()).await;
+    close(&store).await;
     outcome
 }
 
-/// Serves, drains and stops the engine.
-async fn until_stopped(
+/// Closes the store, which takes as long as the last writes do, within a deadline.
+async fn close(store: &Store) {
+    if tokio::time::timeout(STORE_PATIENCE, store.close()).await.is_err() {
+        tracing::warn!("the database did not close in time: it is put right at the next start");
+    }
+}
+
+/// Serves, drains and stops the engine. Whoever watches sees it in this order: not ready, no new work, the last answers, the end.
+///
+/// # Errors
+/// [`AppError::EngineDead`] when the engine died.
+pub async fn until_stopped(
     listener: TcpListener,
     state: AppState,
-    engine: Handle,
+    config: ServerConfig,
     stop: impl Future<Output = ()> + Send + 'static,
     drain: Duration,
 ) -> Result<(), AppError> {
     let (lifecycle, service) = (state.lifecycle.clone(), state.service.clone());
-    let draining = Arc::new(tokio::sync::Notify::new());
-    let left = Arc::new(tokio::sync::Notify::new());
-    let (watched, begun, leaving) = (engine.clone(), draining.clone(), left.clone());
+    let engine = service.engine.clone();
+    let metrics = service.metrics.connections.clone();
+    let draining = CancellationToken::new();
+    let (watched, begun) = (engine.clone(), draining.clone());
     let shutdown = async move {
         tokio::select! {
             () = stop => tracing::info!("stopping: running requests have {} s", drain.as_secs()),
             () = engine_death(&watched) => {}
         }
         lifecycle.drain();
-        begun.notify_one();
-        leaving.notify_one();
+        begun.cancel();
     };
     // Jobs write their checkpoints while requests still run; who follows a job's events is sent home.
+    let begun = draining.clone();
     let jobs = tokio::spawn(async move {
-        left.notified().await;
+        begun.cancelled().await;
         if let Ok(training) = service.training()
             && !training.stop(drain.max(JOB_PATIENCE)).await
         {
             tracing::warn!("a training job did not stop in time: it goes on from its last checkpoint");
         }
     });
-    // Without this the first token of a stream waits for the client to acknowledge the headers: 40 ms on Linux.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection stays with Nagle's algorithm");
-        }
-    });
-    let server = std::future::IntoFuture::into_future(
-        axum::serve(listener, http::router(state)).with_graceful_shutdown(shutdown),
-    );
     let deadline = async {
-        draining.notified().await;
+        draining.cancelled().await;
         tokio::time::sleep(drain).await;
     };
     tokio::select! {
-        served = server => served.map_err(|error| AppError::Io("the HTTP server".into(), error))?,
+        served = serve_http(listener, http::router(state), config, metrics, shutdown) => {
+            served.map_err(|error| AppError::Io("the HTTP server".into(), error))?;
+        }
         () = deadline => tracing::warn!("the drain deadline is over: open requests are cut off"),
     }
     let _ = jobs.await; // it does not panic
@@ -202,14 +231,15 @@ fn mebibytes(count: u32) -> usize {
     (count as usize) << 20
 }
 
-fn check_exposure(http: &HttpArgs) -> Result<(), AppError> {
+/// The admin key that the flags give, if they do: read and checked before the model is loaded.
+fn check_exposure(http: &HttpArgs) -> Result<Option<Secret>, AppError> {
     if http.no_auth && !http.listen.ip().is_loopback() && !http.force_no_auth {
         return Err(AppError::Flag(format!(
             "--no-auth on {}: anybody who reaches this address could use and change everything; listen on 127.0.0.1, or add --force-no-auth",
             http.listen
         )));
     }
-    // Also checked here, before the model is loaded.
-    http.admin_key.as_deref().map(state::chosen_key).transpose()?;
-    Ok(())
+    let key = http.admin_key().map_err(|words| AppError::Flag(format!("--admin-key-file {words}")))?;
+    key.as_ref().map(|key| state::chosen_key(key.expose())).transpose()?;
+    Ok(key)
 }

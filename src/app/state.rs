@@ -1,11 +1,11 @@
 //! The database of a data directory, for the server and for the commands that work without one.
 
-use std::fmt::Write;
+use std::{fmt::Write, time::Instant};
 
 use super::AppError;
 use crate::{
-    config::{RoleArg, StateArgs, SyncMode},
-    store::{Location, NewKey, Store, StoreConfig, Sync},
+    config::{IntegrityCheck, RoleArg, StateArgs, SyncMode},
+    store::{Check, Location, NewKey, Store, StoreConfig, Sync},
     tenant::{ApiKey, Role, check_tenant_name},
     types::TenantId,
 };
@@ -20,15 +20,33 @@ const PAGE: u32 = 1000;
 /// # Errors
 /// The place cannot be used, or a newer program wrote it.
 pub async fn open_store(state: &StateArgs) -> Result<Store, AppError> {
-    let location = match &state.database_url {
-        Some(url) => Location::Postgres(url.clone()),
+    let location = match state.url().map_err(|words| AppError::Flag(format!("--database-url-file {words}")))? {
+        Some(url) => Location::Postgres(url.expose().to_owned()),
         None => Location::Directory(state.data_dir.clone()),
     };
     let sync = match state.sync {
         SyncMode::Normal => Sync::Process,
         SyncMode::Full => Sync::Full,
     };
-    Ok(Store::open(StoreConfig { sync, ..StoreConfig::new(location) }).await?)
+    let most_bytes = state.max_database_mb.map(|mebibytes| mebibytes << 20);
+    Ok(Store::open(StoreConfig { sync, most_bytes, ..StoreConfig::new(location) }).await?)
+}
+
+/// Refuses a damaged database: every write would damage it more. A row that no program of ours wrote is another matter, and found when it is read.
+pub(super) async fn check_integrity(store: &Store, check: IntegrityCheck) -> Result<(), AppError> {
+    let check = match check {
+        IntegrityCheck::Off => return Ok(()),
+        IntegrityCheck::Quick => Check::Quick,
+        IntegrityCheck::Full => Check::Full,
+    };
+    let began = Instant::now();
+    let found = store.check(check).await?;
+    tracing::info!(seconds = began.elapsed().as_secs_f32(), findings = found.len(), "database checked");
+    let Some(first) = found.first() else { return Ok(()) };
+    found.iter().for_each(|line| tracing::error!(finding = line, "the database is damaged"));
+    Err(AppError::Flag(format!(
+        "the database is damaged ({first}): restore a backup with `mote restore --force`, or start with --integrity-check off to save what can be read"
+    )))
 }
 
 /// The admin key that an operator chose.

@@ -247,6 +247,11 @@ impl Handle {
         sampling_problem(request)
     }
 
+    /// Interactive sequences in the engine, waiting ones included.
+    pub fn in_flight(&self) -> usize {
+        self.inner.gate.in_flight(Priority::Interactive)
+    }
+
     /// What the engine counts.
     pub fn stats(&self) -> &Arc<Stats> {
         &self.inner.stats

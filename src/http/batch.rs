@@ -22,7 +22,7 @@ use utoipa::ToSchema;
 use super::{
     auth::Auth,
     error::{ApiError, ApiResult, BodyErrors, CommonErrors, ErrorObject},
-    extract::{parse_json, require_media_type},
+    extract::{parse_json, require_media_type, unreadable},
     state::AppState,
     upload::AdapterUpload,
 };
@@ -131,9 +131,7 @@ impl Reader {
                     None
                 }
                 Some(Ok(_)) => Some(Err(too_large("The request body", self.limit))),
-                Some(Err(_)) => {
-                    Some(Err(Error::new(ErrorKind::Invalid, "The request body could not be read to its end.")))
-                }
+                Some(Err(error)) => Some(Err(unreadable(&error))),
                 None => Some(Ok(())),
             };
             while let Some(line) = self.lines.next(last.is_some()) {

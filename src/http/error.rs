@@ -77,6 +77,7 @@ fn row(kind: ErrorKind) -> (StatusCode, &'static str, Option<&'static str>) {
         ErrorKind::Forbidden => (StatusCode::FORBIDDEN, "permission_error", None),
         ErrorKind::NotFound => (StatusCode::NOT_FOUND, "invalid_request_error", None),
         ErrorKind::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", None),
+        ErrorKind::TimedOut => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error", Some("request_timeout")),
         ErrorKind::Conflict => (StatusCode::CONFLICT, "conflict", None),
         ErrorKind::PreconditionFailed => {
             (StatusCode::PRECONDITION_FAILED, "generation_mismatch", Some("generation_mismatch"))
@@ -102,6 +103,10 @@ impl IntoResponse for ApiError {
         if self.permanent() {
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
+        if self.0.kind == ErrorKind::TimedOut {
+            // The rest of the body would be read as the next request.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         if self.0.kind == ErrorKind::Unauthenticated {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -115,9 +120,12 @@ pub enum CommonErrors {
     /// No key, or one that is unknown or revoked (code `invalid_api_key`).
     #[response(status = 401)]
     Unauthenticated(ErrorBody),
-    /// The server failed; the message says no more than that.
+    /// The server failed; the message says no more than that. Code `adapter_damaged`: the adapter cannot be read from the store.
     #[response(status = 500)]
     Internal(ErrorBody),
+    /// The server is stopping (code `draining`), or cannot store anything at the moment (`storage_unavailable`); `retry-after` says when to come again.
+    #[response(status = 503)]
+    Unavailable(ErrorBody),
 }
 
 /// What a route for admins may answer besides, for the OpenAPI document.
@@ -134,6 +142,9 @@ pub enum BodyErrors {
     /// The body is not JSON, or a field is missing, of the wrong type, out of range or not supported; `param` names it.
     #[response(status = 400)]
     Invalid(ErrorBody),
+    /// The body did not come in time (code `request_timeout`).
+    #[response(status = 408)]
+    TimedOut(ErrorBody),
     /// The body is larger than the server takes (32 MiB unless configured).
     #[response(status = 413)]
     TooLarge(ErrorBody),
@@ -154,7 +165,7 @@ pub enum ModelErrors {
     /// Too many requests wait (code `queue_full`); `retry-after` says how long to wait.
     #[response(status = 429)]
     RateLimited(ErrorBody),
-    /// The server is stopping or overloaded.
+    /// The server is stopping (code `draining`), or the request would wait too long for its turn (`overloaded`); `retry-after` says when to come again.
     #[response(status = 503)]
     Unavailable(ErrorBody),
 }

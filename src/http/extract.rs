@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
 use serde::de::DeserializeOwned;
 
-use super::{error::ApiError, state::AppState};
+use super::{drain::timed_out, error::ApiError, state::AppState};
 use crate::service::{Error, ErrorKind};
 
 /// A JSON body. Unknown fields are ignored; a field of the wrong type is a 400 that names it.
@@ -59,14 +59,21 @@ pub async fn read_body(request: Request, limit: usize) -> Result<Bytes, ApiError
     let mut chunks = request.into_body().into_data_stream();
     let mut body = BytesMut::new();
     while let Some(chunk) = chunks.next().await {
-        let chunk =
-            chunk.map_err(|_| Error::new(ErrorKind::Invalid, "The request body could not be read to its end."))?;
+        let chunk = chunk.map_err(|error| unreadable(&error))?;
         if body.len() + chunk.len() > limit {
             return Err(too_large());
         }
         body.extend_from_slice(&chunk);
     }
     Ok(body.freeze())
+}
+
+/// Why a body ended before its end: 408 when the client was too slow.
+pub(super) fn unreadable(error: &axum::Error) -> Error {
+    if timed_out(error) {
+        return Error::new(ErrorKind::TimedOut, "The request body took too long to come.");
+    }
+    Error::new(ErrorKind::Invalid, "The request body could not be read to its end.")
 }
 
 /// JSON to a type. A malformed document has no `param`; a wrong type names the path of the field.

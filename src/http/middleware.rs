@@ -9,7 +9,13 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use super::{drain::drained, error::ApiError, state::AppState};
+use super::{
+    drain::{Patience, drained},
+    edge,
+    error::ApiError,
+    peer::{ClientAddress, Socket},
+    state::AppState,
+};
 use crate::{
     service::{Error, ErrorKind},
     telemetry::{RequestLabels, RouteLabels},
@@ -19,6 +25,8 @@ use crate::{
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
 const MAX_REQUEST_ID: usize = 128;
+/// Answered to the end, so that whoever watches the server sees it leave.
+const OPERATIONS: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 
 /// The id of a request; handlers find it among the extensions.
 #[derive(Debug, Clone)]
@@ -34,11 +42,22 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
         .filter(|id| is_sane(id))
         .map_or_else(|| format!("req-{}", uuid::Uuid::now_v7().simple()), str::to_owned);
     request.extensions_mut().insert(RequestId(id.clone()));
+    if let Some(&Socket(peer)) = request.extensions().get() {
+        let client = state.edge.trusted.client(peer.ip(), request.headers());
+        request.extensions_mut().insert(ClientAddress(client));
+    }
+    let page = request.uri().path().starts_with("/docs");
+    let patience = Patience { timeout: state.edge.body_timeout, metrics: state.service.metrics.connections.clone() };
     // The pattern and not the path: one series a route, however many adapters there are.
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let method = known_method(request.method());
 
-    let mut response = next.run(request.map(drained)).await;
+    let request = request.map(|body| drained(body, patience));
+    let mut response = if state.lifecycle.is_draining() && !OPERATIONS.contains(&route.as_str()) {
+        draining().into_response()
+    } else {
+        next.run(request).await
+    };
 
     let elapsed = started.elapsed();
     let status = response.status().as_u16();
@@ -47,11 +66,17 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
     state.service.metrics.request_seconds.get_or_create(&route).observe(elapsed.as_secs_f64());
     state.service.metrics.requests.get_or_create(&RequestLabels { route, status }).inc();
     let headers = response.headers_mut();
+    edge::secure(headers, page);
     if let Ok(id) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, id);
     }
     headers.insert(PROCESSING_MS, HeaderValue::from(elapsed.as_millis().try_into().unwrap_or(u64::MAX)));
     response
+}
+
+fn draining() -> ApiError {
+    let error = Error::new(ErrorKind::Unavailable, "The server is shutting down.").with_code("draining");
+    Error { retry_after: Some(1), ..error }.into()
 }
 
 /// The method as a label: anybody can send any word as one, and every label is a series for ever.

@@ -11,6 +11,7 @@ mod body;
 mod chat;
 mod completions;
 mod drain;
+mod edge;
 pub mod error;
 pub mod extract;
 mod files;
@@ -22,6 +23,8 @@ mod job_objects;
 mod messages;
 mod middleware;
 mod models;
+mod peer;
+pub mod server;
 mod sse;
 mod state;
 mod system;
@@ -37,7 +40,9 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
+pub use edge::Edge;
 pub use middleware::{REQUEST_ID, RequestId};
+pub use peer::{ClientAddress, TrustedProxies, client_address};
 pub use state::{AppState, AuthMode, Lifecycle, Limits};
 
 /// The head of the OpenAPI document; paths and schemas are added by `routes!`, together with the handlers.
@@ -111,12 +116,17 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// The server: routes, documents at `/openapi.json` and `/docs`, and what happens around every request, outermost last.
 pub fn router(state: AppState) -> Router {
     let (router, document) = routes().split_for_parts();
-    router
+    let cors = state.edge.cors();
+    let router = router
         .with_state(state.clone())
         .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)
         .layer(DefaultBodyLimit::disable()) // every extractor of ours has its own limit
-        .layer(CatchPanicLayer::custom(middleware::panicked))
-        .layer(from_fn_with_state(state, middleware::observe))
+        .layer(CatchPanicLayer::custom(middleware::panicked));
+    let router = match cors {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.layer(from_fn_with_state(state, middleware::observe))
 }

@@ -7,6 +7,7 @@ use std::sync::{
 
 use axum::extract::FromRef;
 
+use super::edge::Edge;
 use crate::service::Service;
 
 /// Sizes that a request may not exceed, in bytes.
@@ -62,12 +63,20 @@ pub struct AppState {
     pub auth: AuthMode,
     /// Running or draining.
     pub lifecycle: Arc<Lifecycle>,
+    /// Addresses, origins, patience.
+    pub edge: Arc<Edge>,
 }
 
 impl AppState {
     /// A state with default limits that asks for keys.
     pub fn new(service: Arc<Service>) -> Self {
-        Self { service, limits: Limits::default(), auth: AuthMode::Keys, lifecycle: Arc::default() }
+        Self {
+            service,
+            limits: Limits::default(),
+            auth: AuthMode::Keys,
+            lifecycle: Arc::default(),
+            edge: Arc::default(),
+        }
     }
 }
 

@@ -229,15 +229,23 @@ impl Service {
             Some(id) => self.store.adapter_name(caller.tenant, id).await.ok(),
             None => None,
         };
-        let after = by_id.as_deref().or(after);
-        let mut records = self
-            .store
-            .list_adapters(caller.tenant, prefix, after, limit + 1)
-            .await
-            .map_err(|error| store_error(error, ""))?;
-        let more = records.len() > limit as usize;
-        records.truncate(limit as usize);
-        Ok((records.into_iter().map(|record| self.info(record)).collect::<Result<_, _>>()?, more))
+        let mut after = by_id.or_else(|| after.map(str::to_owned));
+        loop {
+            let mut records = self
+                .store
+                .list_adapters(caller.tenant, prefix, after.as_deref(), limit + 1)
+                .await
+                .map_err(|error| store_error(error, ""))?;
+            let more = records.len() > limit as usize;
+            records.truncate(limit as usize);
+            after = records.last().map(|record| record.name.clone());
+            // Damaged ones were named in the log when they were found, and are no reason to show none.
+            records.retain(|record| self.library.adapter_of(&record.contents).is_ok());
+            // An empty page would be taken for the end.
+            if !more || !records.is_empty() {
+                return Ok((records.into_iter().map(|record| self.info(record)).collect::<Result<_, _>>()?, more));
+            }
+        }
     }
 
     /// An adapter that the caller sees.
@@ -402,6 +410,6 @@ pub(super) fn store_error(error: StoreError, name: &str) -> Error {
         StoreError::TenantNotFound => {
             Error::new(ErrorKind::Unauthenticated, "The key's tenant is gone.").with_code("invalid_api_key")
         }
-        other => Error::internal(other),
+        other => Error::store(other),
     }
 }

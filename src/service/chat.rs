@@ -53,11 +53,14 @@ impl Service {
         if request.messages.is_empty() {
             return Err(Error::invalid("messages", "'messages' must hold at least one message."));
         }
+        self.policy.check_choices(checked.n, checked.n)?;
         let lease = self.resolve(caller, &request.target).await?;
+        let place = self.admit(caller, checked.n)?;
         let base = self.base.clone();
         let prompt = blocking(move || prompt(&base, &request.messages)).await?;
         let show = Show { end_tokens: request.return_token_ids, ..Show::default() };
         let best_of = checked.n;
+        self.policy.log(caller.tenant, std::slice::from_ref(&prompt));
         let plan = Plan {
             prompts: vec![prompt],
             checked,
@@ -66,6 +69,7 @@ impl Service {
             best_of,
             logprobs,
             show,
+            place,
         };
         self.start(caller, plan, lease, started)
     }

@@ -9,6 +9,7 @@ use super::{
     decoding::{Checked, Decoding},
     reader::{Delta, End, Prompt, Reader, Show, TokenScore},
     share::share_of,
+    shed::Place,
 };
 use crate::{
     engine::{FinishReason, Priority, Request, SubmitError},
@@ -93,6 +94,7 @@ pub(super) struct Plan {
     pub(super) best_of: usize,
     pub(super) logprobs: Option<usize>,
     pub(super) show: Show,
+    pub(super) place: Place,
 }
 
 /// Sequences in the engine. Dropping it cancels them.
@@ -116,7 +118,8 @@ impl Service {
             let message = format!("'logprobs' must be between 0 and {MAX_LOGPROBS}; it is {logprobs}.");
             return Err(Error::invalid("logprobs", message));
         }
-        check_count(&request.prompts, best_of)?;
+        self.policy.check_choices(checked.n, best_of)?;
+        let sequences = check_count(&request.prompts, best_of, self.policy.sequences)?;
         let logprobs = request.logprobs.map(|logprobs| logprobs as usize);
         let show = Show {
             echo: request.echo,
@@ -125,11 +128,20 @@ impl Service {
             adapted: false,
         };
         let lease = self.resolve(caller, &request.target).await?;
+        let place = self.admit(caller, sequences)?;
         let base = self.base.clone();
         let prompts = blocking(move || encode_all(&base, request.prompts)).await?;
+        self.policy.log(caller.tenant, &prompts);
         let default_max_tokens = Some(DEFAULT_MAX_TOKENS);
-        let plan = Plan { prompts, checked, default_max_tokens, param: "prompt", best_of, logprobs, show };
+        let plan = Plan { prompts, checked, default_max_tokens, param: "prompt", best_of, logprobs, show, place };
         self.start(caller, plan, lease, started)
+    }
+
+    /// A place for a request, unless it would wait too long for its turn.
+    pub(super) fn admit(&self, caller: &Caller, sequences: usize) -> Result<Place, Error> {
+        self.shedder.admit(&self.engine, caller.tenant, sequences).inspect_err(|_| {
+            self.metrics.shed.inc();
+        })
     }
 
     /// Submits all sequences of a plan or none.
@@ -140,7 +152,7 @@ impl Service {
         lease: Lease,
         started: Instant,
     ) -> Result<Completion, Error> {
-        let Plan { prompts, checked, default_max_tokens, param, best_of, logprobs, show } = plan;
+        let Plan { prompts, checked, default_max_tokens, param, best_of, logprobs, show, place } = plan;
         let limits = self.engine.config();
         let (count, most) = (prompts.len() * best_of, limits.max_batch + limits.max_queue);
         if count > most {
@@ -177,13 +189,14 @@ impl Service {
             }
         }
         let events = self.engine.submit_many(requests).map_err(refused)?;
+        place.submitted();
         let reader = |(choice, events)| {
             let prompt = choice / best_of;
             let stops = StopStrings::new(checked.stop.iter().cloned());
             Reader::new(choice, self.base.clone(), prompts[prompt].clone(), events, show, stops, least[prompt])
         };
         let readers = events.into_iter().enumerate().map(reader).collect();
-        let meter = Meter::new(self.metrics.clone(), &prompts, best_of, started);
+        let meter = Meter::new(self.metrics.clone(), &prompts, best_of, started, place);
         Ok(Completion { generation: lease.generation, prompts, readers, n: checked.n, best_of, meter })
     }
 }
@@ -280,13 +293,14 @@ struct Meter {
     usage: Usage,
     prompt_counted: bool,
     first: bool,
+    _place: Place,
 }
 
 impl Meter {
-    fn new(metrics: Arc<Metrics>, prompts: &[Prompt], best_of: usize, started: Instant) -> Self {
+    fn new(metrics: Arc<Metrics>, prompts: &[Prompt], best_of: usize, started: Instant, place: Place) -> Self {
         let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let usage = Usage { prompt_tokens, ..Usage::default() };
-        Self { metrics, started, best_of, usage, prompt_counted: false, first: true }
+        Self { metrics, started, best_of, usage, prompt_counted: false, first: true, _place: place }
     }
 
     fn count(&mut self, delta: &Delta) {
@@ -322,7 +336,8 @@ fn best_of(request: &CompletionRequest, n: usize) -> Result<usize, Error> {
     Ok(best_of as usize)
 }
 
-fn check_count(prompts: &Prompts, best_of: usize) -> Result<(), Error> {
+/// Sequences of the request.
+fn check_count(prompts: &Prompts, best_of: usize, most: usize) -> Result<usize, Error> {
     let count = match prompts {
         Prompts::Texts(texts) => texts.len(),
         Prompts::Tokens(lists) => lists.len(),
@@ -330,11 +345,12 @@ fn check_count(prompts: &Prompts, best_of: usize) -> Result<(), Error> {
     if count == 0 {
         return Err(Error::invalid("prompt", "'prompt' must not be an empty list."));
     }
-    if count.saturating_mul(best_of) > MAX_SEQUENCES {
-        let message = format!("{count} prompts of {best_of} sequences are more than {MAX_SEQUENCES} in one request.");
+    let sequences = count.saturating_mul(best_of);
+    if sequences > most {
+        let message = format!("{count} prompts of {best_of} sequences are more than {most} in one request.");
         return Err(Error::invalid("prompt", message));
     }
-    Ok(())
+    Ok(sequences)
 }
 
 fn encode_all(base: &BaseInfo, prompts: Prompts) -> Result<Vec<Prompt>, Error> {

@@ -1,5 +1,10 @@
 //! What can go wrong with a use case, in the words of the API; `http` alone knows the status codes.
 
+use crate::store::{StoreError, Unwritable};
+
+/// Seconds after which a write that found the disk full may be tried again.
+const UNWRITABLE_RETRY: u64 = 30;
+
 /// The kind decides status, `type` and default `code` of the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -13,6 +18,8 @@ pub enum ErrorKind {
     NotFound,
     /// 405 invalid_request_error
     MethodNotAllowed,
+    /// 408 invalid_request_error: the body did not come in time
+    TimedOut,
     /// 409 conflict
     Conflict,
     /// 412 generation_mismatch
@@ -98,6 +105,21 @@ impl Error {
             retry_after: Some(OVERLOADED_SECONDS),
             ..Self::new(ErrorKind::Unavailable, message)
         }
+    }
+
+    /// The database's failure. Where nothing can be written at the moment, the client is told: reading goes on, and another try may do.
+    pub fn store(error: StoreError) -> Self {
+        let why = match error.unwritable() {
+            Some(Unwritable::Full) => "its disk is full",
+            Some(Unwritable::ReadOnly) => "its data directory is read-only",
+            Some(Unwritable::Broken) => "its disk fails",
+            Some(Unwritable::Unreachable) => "its database cannot be opened",
+            None => return Self::internal(error),
+        };
+        tracing::error!(%error, "nothing can be written to the store");
+        let message = format!("The server cannot store anything at the moment: {why}.");
+        let error = Self::new(ErrorKind::Unavailable, message).with_code("storage_unavailable");
+        Self { retry_after: Some(UNWRITABLE_RETRY), ..error }
     }
 
     /// The same error with a code.

@@ -27,6 +27,7 @@ impl Observer for Follower {
             Change::Deleted { tenant, name, generations } => {
                 // A name that could not be read at start is not there.
                 let _ = self.library.registry.remove(tenant, &name, None);
+                self.library.mended(tenant, &name);
                 for generation in generations {
                     self.library.take_salts((tenant, generation)).into_iter().for_each(|salt| self.erase(salt));
                 }

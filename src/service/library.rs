@@ -1,7 +1,7 @@
 //! The adapters in memory: the registry that requests look into, and how it is filled from the store at start.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Weak},
     time::Instant,
 };
@@ -18,7 +18,7 @@ use crate::{
         Adapter, Basis, Cores, Expander, Facts, Frame, Interner, NumberType, Registry, RegistryError, Scheme, Sites,
         cache_salt,
     },
-    store::{Contents, Facts as StoredFacts, Store, StoreError},
+    store::{Contents, CorruptAdapter, Facts as StoredFacts, LoadedAdapter, Store, StoreError},
     telemetry,
     types::{AdapterId, CacheSalt, Fingerprint, TenantId},
 };
@@ -45,6 +45,8 @@ pub struct Library {
     live: Mutex<HashMap<CacheSalt, Weak<Cores>>>,
     /// Under which salts a generation may have cached KV.
     salts: Mutex<Salts>,
+    /// Names of adapters whose rows cannot be read: they mean an error, and not whatever else has the name.
+    corrupt: Mutex<HashSet<(TenantId, String)>>,
     /// The store's facts in our terms, and ours in the store's: an upload or a row costs no JSON.
     read: Mutex<HashMap<Arc<StoredFacts>, OurFacts>>,
     written: Mutex<HashMap<FactsKey, Arc<StoredFacts>>>,
@@ -72,29 +74,58 @@ impl Library {
             expand_seconds: telemetry::short_seconds(),
             live: Mutex::default(),
             salts: Mutex::default(),
+            corrupt: Mutex::default(),
             read: Mutex::default(),
             written: Mutex::default(),
         }
     }
 
-    /// Reads every adapter of the store into the registry. A row that cannot be read is logged and left out.
+    /// Reads every adapter of the store into the registry. A row that cannot be read is logged and set apart.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn fill(&self, store: &Store) -> Result<u64, StoreError> {
-        store
-            .load_all(|loaded| self.publish(loaded.id, loaded.tenant, &loaded.name, loaded.public, &loaded.contents))
-            .await
+        let read = |loaded: Result<LoadedAdapter, CorruptAdapter>| match loaded {
+            Ok(loaded) => self.publish(loaded.id, loaded.tenant, &loaded.name, loaded.public, &loaded.contents),
+            Err(corrupt) => self.set_apart(corrupt.id, corrupt.tenant, &corrupt.name, &corrupt.cause),
+        };
+        store.load_all(read).await
     }
 
-    /// Points a name at what the store has for it now. What cannot be read is logged, and the name means nothing.
+    /// A name whose row cannot be read.
+    fn set_apart(&self, id: AdapterId, tenant: TenantId, name: &str, error: &str) {
+        tracing::error!(adapter = id.0, tenant = tenant.0, name, error, "an adapter in the store cannot be read");
+        let _ = self.registry.remove(tenant, name, None);
+        self.corrupt.lock().insert((tenant, name.to_owned()));
+    }
+
+    /// The name is gone, or means something again.
+    pub fn mended(&self, tenant: TenantId, name: &str) {
+        let mut corrupt = self.corrupt.lock();
+        if !corrupt.is_empty() {
+            corrupt.remove(&(tenant, name.to_owned()));
+        }
+    }
+
+    /// Is this a name of the tenant's whose adapter cannot be read?
+    pub fn is_corrupt(&self, tenant: TenantId, name: &str) -> bool {
+        let corrupt = self.corrupt.lock();
+        !corrupt.is_empty() && corrupt.contains(&(tenant, name.to_owned()))
+    }
+
+    /// Adapters that cannot be read.
+    pub fn corrupt(&self) -> usize {
+        self.corrupt.lock().len()
+    }
+
+    /// Points a name at what the store has for it now. What cannot be read is logged, and the name means an error.
     pub fn publish(&self, id: AdapterId, tenant: TenantId, name: &str, public: bool, contents: &Contents) {
         let published = self.adapter_of(contents).map_err(|error| error.to_string()).and_then(|adapter| {
             self.registry.put(tenant, name, adapter, public).map_err(|error: RegistryError| error.to_string())
         });
-        if let Err(error) = published {
-            tracing::error!(adapter = id.0, tenant = tenant.0, error, "an adapter in the store cannot be read");
-            let _ = self.registry.remove(tenant, name, None);
+        match published {
+            Ok(_) => self.mended(tenant, name),
+            Err(error) => self.set_apart(id, tenant, name, &error),
         }
     }
 

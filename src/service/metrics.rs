@@ -27,6 +27,9 @@ impl Service {
         registry.register("mote_adapters_resident", "Adapters in memory, of all tenants", adapters);
         let help = "Time to expand an adapter's numbers to cores";
         registry.register("mote_cores_expand_seconds", help, self.library.expand_seconds.clone());
+        let corrupt: Gauge = Gauge::default();
+        corrupt.set(i64::try_from(self.library.corrupt()).unwrap_or(i64::MAX));
+        registry.register("mote_adapters_damaged", "Adapters in the store that cannot be read", corrupt);
         let running: Gauge = Gauge::default();
         running.set(self.training.get().map_or(0, |training| i64::try_from(training.running()).unwrap_or(i64::MAX)));
         registry.register("mote_training_running", "Training jobs that run", running);

@@ -9,10 +9,12 @@ mod follow;
 mod library;
 mod metrics;
 mod models;
+mod policy;
 mod reader;
 mod resolve;
 mod salts;
 mod share;
+mod shed;
 mod target;
 mod tenants;
 pub mod training;
@@ -30,6 +32,7 @@ pub use decoding::{Decoding, MAX_CHOICES, MAX_STOPS};
 pub use error::{Error, ErrorKind};
 pub use library::{BadContents, Library};
 pub use models::Model;
+pub use policy::RequestPolicy;
 pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
 pub use resolve::MAX_MIX;
 pub use target::{AdapterField, Lease, Target};
@@ -50,6 +53,7 @@ use crate::{
     text::{ChatTemplate, Tokenizer},
     types::{Fingerprint, TokenId},
 };
+use shed::Shedder;
 
 /// What is fixed about the base model while a server runs.
 #[derive(Debug)]
@@ -92,6 +96,10 @@ pub struct Service {
     pub store: Store,
     /// A completion that is not done after so long ends with an error; None: never.
     pub request_timeout: Option<Duration>,
+    /// What a request may ask for.
+    policy: RequestPolicy,
+    /// Knows how long a newcomer would wait.
+    shedder: Shedder,
     /// Set once training has started.
     training: OnceLock<Training>,
 }
@@ -115,7 +123,16 @@ impl Service {
             library,
             store,
             request_timeout: None,
+            policy: RequestPolicy::default(),
+            shedder: Shedder::default(),
             training: OnceLock::new(),
         })
+    }
+
+    /// The same with other limits of a request.
+    pub fn with_policy(mut self, policy: RequestPolicy) -> Self {
+        self.shedder = Shedder::new(policy.shed_after);
+        self.policy = policy;
+        self
     }
 }

@@ -76,7 +76,7 @@ impl Service {
         let of_model: Option<Used> = match named {
             Named::Base => None,
             Named::Adapter(name) => {
-                let found = self.find(caller, name);
+                let found = self.find(caller, name)?;
                 Some(found.ok_or_else(|| Error::model_not_found(&target.model))?)
             }
             Named::Inline(data) => Some(self.inline(data, None, "model")?.into()),
@@ -95,13 +95,19 @@ impl Service {
         self.lease(caller, &parts)
     }
 
-    fn find(&self, caller: &Caller, name: &str) -> Option<Used> {
-        let lease = self.library.registry.resolve(caller.tenant, name)?;
-        Some(Used { adapter: lease.adapter, stored: Some((lease.owner, name.to_owned())) })
+    /// What a name means to the caller. An own adapter that cannot be read is an error, and never a public one of that name.
+    fn find(&self, caller: &Caller, name: &str) -> Result<Option<Used>, Error> {
+        if self.library.is_corrupt(caller.tenant, name) {
+            let message =
+                format!("Your adapter '{name}' is damaged in the server's store; upload it anew or delete it.");
+            return Err(Error::new(ErrorKind::Internal, message).with_code("adapter_damaged"));
+        }
+        let found = self.library.registry.resolve(caller.tenant, name);
+        Ok(found.map(|lease| Used { adapter: lease.adapter, stored: Some((lease.owner, name.to_owned())) }))
     }
 
     fn stored(&self, caller: &Caller, name: &str, param: &str) -> Result<Used, Error> {
-        self.find(caller, name).ok_or_else(|| Error::adapter_not_found(name, Some(param)))
+        self.find(caller, name)?.ok_or_else(|| Error::adapter_not_found(name, Some(param)))
     }
 
     /// The adapters of the body's field, with their weights.

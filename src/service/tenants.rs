@@ -114,6 +114,6 @@ fn words(error: StoreError, name: &str) -> Error {
         StoreError::BuiltInTenant => {
             Error::new(ErrorKind::Conflict, format!("'{name}' is the built-in tenant and cannot be deleted."))
         }
-        other => Error::internal(other),
+        other => Error::store(other),
     }
 }

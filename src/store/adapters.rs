@@ -14,7 +14,7 @@ use crate::types::{AdapterId, Generation, TenantId};
 
 static EXISTING: RowsSql = RowsSql::new(
     "SELECT a.id, a.tenant, a.name, a.public, a.metadata, a.created_at, g.generation \
-     FROM adapters a JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
+     FROM adapters a LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
      WHERE a.deleted = 0 AND (a.tenant, a.name) IN (VALUES",
     2,
     ")",
@@ -32,6 +32,9 @@ static INSERT_GENERATIONS: RowsSql =
 static INSERT_ONE: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_with(&INSERT_GENERATIONS, ""));
 /// The same, and the end of the transaction.
 static INSERT_LAST: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_with(&INSERT_GENERATIONS, "; COMMIT"));
+
+/// The generation of a row in which none can be read. No hash of contents is this.
+const DAMAGED: Generation = Generation([0; 16]);
 
 /// An adapter that an upload's name points at.
 struct Existing {
@@ -302,7 +305,7 @@ impl Tx<'_> {
     async fn replace(&mut self, item: NewAdapter, old: Existing, owner: Arc<str>) -> Result<AdapterRecord> {
         let facts = self.intern(&item.contents.facts).await?;
         let row = sqlx::query(
-            "SELECT MAX(seq), MAX(CASE WHEN generation = $2 THEN seq END) FROM generations WHERE adapter = $1",
+            "SELECT COALESCE(MAX(seq), 0), MAX(CASE WHEN generation = $2 THEN seq END) FROM generations WHERE adapter = $1",
         )
         .bind(old.id.0)
         .bind(&item.contents.generation.0[..])
@@ -314,9 +317,10 @@ impl Tx<'_> {
             let contents = item.contents.clone();
             self.insert_generations(&[NewGeneration { adapter: old.id, seq, facts, contents }]).await?;
         } else {
-            // Equal but perhaps for the base that it is forced onto.
-            sqlx::query("UPDATE generations SET facts = $1 WHERE adapter = $2 AND seq = $3")
+            // Equal but perhaps for the base that it is forced onto, or for what a damaged row holds.
+            sqlx::query("UPDATE generations SET facts = $1, data = $2 WHERE adapter = $3 AND seq = $4")
                 .bind(facts)
+                .bind(&*item.contents.data)
                 .bind(old.id.0)
                 .bind(seq)
                 .execute(&mut *self.connection)
@@ -361,7 +365,8 @@ impl Tx<'_> {
             .bind(id)
             .fetch_all(&mut *self.connection)
             .await?;
-        let generations = rows.iter().map(|row| decode::generation(row, 0)).collect::<Result<Vec<_>>>()?;
+        // A damaged one was never served, so nothing of it is cached; and its owner must be able to be rid of it.
+        let generations = rows.iter().filter_map(|row| decode::generation(row, 0).ok()).collect();
         let change = self.next_seq();
         sqlx::query(
             "UPDATE adapters SET deleted = 1, public = 0, metadata = '{}', updated_at = $1, change_seq = $2 WHERE id = $3",
@@ -444,6 +449,7 @@ fn decode_existing(row: &AnyRow, id: AdapterId, first: usize) -> Result<Existing
         public: row.try_get::<i64, _>(first)? != 0,
         metadata: row.try_get(first + 1)?,
         created_at: row.try_get(first + 2)?,
-        generation: decode::generation(row, first + 3)?,
+        // A damaged one is replaced like any other: an error here would fail every upload of the group.
+        generation: decode::generation(row, first + 3).unwrap_or(DAMAGED),
     })
 }

@@ -16,6 +16,9 @@ static POSTGRES: Migrator = sqlx::migrate!("src/store/migrations/postgres");
 /// The database's file in the data directory.
 pub const FILE_NAME: &str = "mote.db";
 
+/// A page of the database, which is SQLite's default.
+const PAGE_BYTES: u64 = 4096;
+
 /// How long a statement waits for another process (`mote keys`) to finish its write.
 const BUSY_MS: u32 = 10_000;
 
@@ -44,6 +47,11 @@ impl std::fmt::Debug for Location {
     }
 }
 
+/// The newest schema of the embedded database that this program knows.
+pub(super) fn known_schema() -> i64 {
+    SQLITE.iter().map(|migration| migration.version).max().unwrap_or(0)
+}
+
 /// What an acknowledged write survives. (PostgreSQL has its own setting, `synchronous_commit`.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Sync {
@@ -63,12 +71,14 @@ pub struct StoreConfig {
     pub sync: Sync,
     /// Connections for reading, besides the one that writes.
     pub readers: u32,
+    /// Bytes that the embedded database may have; a write that needs more fails as on a full disk.
+    pub most_bytes: Option<u64>,
 }
 
 impl StoreConfig {
     /// The usual configuration of a place.
     pub fn new(location: Location) -> Self {
-        Self { location, sync: Sync::default(), readers: 4 }
+        Self { location, sync: Sync::default(), readers: 4, most_bytes: None }
     }
 }
 
@@ -88,7 +98,7 @@ impl Connector {
         let (url, pragmas) = match &config.location {
             Location::Directory(path) => {
                 let file = prepare_file(path).map_err(|error| failed(error.to_string()))?;
-                (sqlite_url(&file).map_err(failed)?, Some(pragmas(config.sync)))
+                (sqlite_url(&file).map_err(failed)?, Some(pragmas(config.sync, config.most_bytes)))
             }
             Location::Postgres(url) if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
                 (url.clone(), None)
@@ -203,13 +213,16 @@ fn sqlite_url(file: &Path) -> std::result::Result<String, String> {
 
 /// WAL: readers and the writer do not wait for each other, and a commit is one append. `secure_delete`: what is deleted is
 /// overwritten with zeros.
-fn pragmas(sync: Sync) -> String {
+fn pragmas(sync: Sync, most_bytes: Option<u64>) -> String {
     let sync = match sync {
         Sync::Process => "NORMAL",
         Sync::Full => "FULL",
     };
+    // A smaller number than there are pages already means that many.
+    let most = most_bytes.map(|bytes| format!("PRAGMA max_page_count = {};", (bytes / PAGE_BYTES).max(1)));
+    let most = most.unwrap_or_default();
     format!(
         "PRAGMA busy_timeout = {BUSY_MS}; PRAGMA journal_mode = WAL; PRAGMA synchronous = {sync}; \
-         PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768;"
+         PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768; {most}"
     )
 }

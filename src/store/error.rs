@@ -86,6 +86,14 @@ pub enum StoreError {
         /// Why.
         cause: String,
     },
+    /// A file of a backup or of a data directory cannot be used.
+    #[error("{path}: {cause}")]
+    File {
+        /// Which.
+        path: String,
+        /// Why.
+        cause: String,
+    },
     /// The database refused a statement or went away.
     #[error("database: {0}")]
     Database(Arc<sqlx::Error>),
@@ -97,7 +105,37 @@ pub enum StoreError {
     Closed,
 }
 
+/// Why nothing can be written, while reading goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unwritable {
+    /// The disk, or what the database may take of it, is full.
+    Full,
+    /// The files or the database are read-only.
+    ReadOnly,
+    /// The disk fails.
+    Broken,
+    /// The database cannot be opened again.
+    Unreachable,
+}
+
 impl StoreError {
+    /// Is it that nothing can be written at the moment?
+    pub fn unwritable(&self) -> Option<Unwritable> {
+        let error = match self {
+            Self::Database(error) => error,
+            Self::Open { .. } => return Some(Unwritable::Unreachable),
+            _ => return None,
+        };
+        let code = error.as_database_error()?.code()?;
+        // PostgreSQL's codes have five characters, SQLite's are numbers whose last byte is the kind.
+        match (code.as_ref(), code.parse::<u32>().ok().filter(|_| code.len() < 5).map(|code| code & 0xff)) {
+            ("53100", _) | (_, Some(13)) => Some(Unwritable::Full),
+            ("25006", _) | (_, Some(8)) => Some(Unwritable::ReadOnly),
+            (_, Some(10)) => Some(Unwritable::Broken),
+            _ => None,
+        }
+    }
+
     /// Did the transaction fail, and not just the request in it?
     pub(super) fn is_fatal(&self) -> bool {
         matches!(self, Self::Database(_) | Self::Corrupt(_) | Self::Closed)

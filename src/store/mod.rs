@@ -18,19 +18,21 @@ mod tenants;
 #[cfg(test)]
 mod tests;
 mod training;
+mod upkeep;
 mod writer;
 
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
-pub use error::{Result, StoreError};
+pub use error::{Result, StoreError, Unwritable};
 pub use records::{
-    AdapterRecord, Change, Contents, Facts, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter, Observer,
-    OnConflict, Stored,
+    AdapterRecord, Change, Contents, CorruptAdapter, Facts, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter,
+    Observer, OnConflict, Stored,
 };
 pub use tenants::NewKey;
 pub use training::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
     NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
 };
+pub use upkeep::{Check, back_up, restore};
 
 use std::{
     sync::Arc,

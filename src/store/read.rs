@@ -6,7 +6,7 @@ use futures::TryStreamExt as _;
 use sqlx::{AnyConnection, Connection as _, Row as _, any::AnyRow};
 
 use super::{
-    AdapterRecord, Contents, Facts, GenerationRecord, LoadedAdapter, Result, Store, StoreError,
+    AdapterRecord, Contents, CorruptAdapter, Facts, GenerationRecord, LoadedAdapter, Result, Store, StoreError,
     decode::{self, select_records},
 };
 use crate::types::{AdapterId, TenantId};
@@ -49,6 +49,25 @@ impl Store {
         after: Option<&str>,
         limit: u32,
     ) -> Result<Vec<AdapterRecord>> {
+        let mut room = limit;
+        loop {
+            let (records, corrupt, more) = self.page_of_adapters(tenant, prefix, after, room).await?;
+            if records.len() >= limit as usize || corrupt == 0 || !more {
+                return Ok(records.into_iter().take(limit as usize).collect());
+            }
+            // Rows that cannot be read took places: a page that is short would be taken for the last.
+            room = room.saturating_add(corrupt);
+        }
+    }
+
+    /// A page with the rows that can be read, the number of those that cannot, and whether there may be more.
+    async fn page_of_adapters(
+        &self,
+        tenant: TenantId,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<(Vec<AdapterRecord>, u32, bool)> {
         let end = format!("{prefix}{AFTER_ALL}");
         let page = |sql: &'static str| {
             sqlx::query(sql)
@@ -68,12 +87,16 @@ impl Store {
         ))
         .fetch_all(&self.pool)
         .await?;
-        let mut records = own.iter().chain(&public).map(decode::record).collect::<Result<Vec<_>>>()?;
+        let more = own.len() >= limit as usize || public.len() >= limit as usize;
+        let rows = own.len() + public.len();
+        // A row that cannot be read was named in the log at the start.
+        let mut records: Vec<_> = own.iter().chain(&public).filter_map(|row| decode::record(row).ok()).collect();
+        let corrupt = (rows - records.len()) as u32;
         // Stable: of one name the own comes first.
         records.sort_by(|a, b| a.name.cmp(&b.name));
         records.dedup_by(|public, own| public.name == own.name);
         records.truncate(limit as usize);
-        Ok(records)
+        Ok((records, corrupt, more))
     }
 
     /// The name of an adapter that a tenant sees, by its number.
@@ -107,11 +130,15 @@ impl Store {
         rows.iter().map(generation_record).collect()
     }
 
-    /// Gives every adapter to `each`, in no order; at start. What is interned in the database is shared in memory.
+    /// Gives every adapter to `each`, in no order; at start. What is interned in the database is shared in memory. A row that cannot be read is given as
+    /// such, and stops nobody.
     ///
     /// # Errors
     /// Only the database's.
-    pub async fn load_all(&self, mut each: impl FnMut(LoadedAdapter)) -> Result<u64> {
+    pub async fn load_all(
+        &self,
+        mut each: impl FnMut(std::result::Result<LoadedAdapter, CorruptAdapter>),
+    ) -> Result<u64> {
         let mut connection = self.pool.acquire().await?;
         // One snapshot: the facts are those of the adapters read after them.
         let begin = match connection.backend_name() {
@@ -123,12 +150,17 @@ impl Store {
         let mut count = 0;
         let mut rows = sqlx::query(
             "SELECT a.id, a.tenant, a.name, a.public, g.generation, g.data, g.facts \
-             FROM adapters a JOIN generations g ON g.adapter = a.id AND g.seq = a.seq WHERE a.deleted = 0",
+             FROM adapters a LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq WHERE a.deleted = 0",
         )
         .fetch(&mut *tx);
         while let Some(row) = rows.try_next().await? {
-            each(loaded(&row, &facts)?);
-            count += 1;
+            match loaded(&row, &facts) {
+                Ok(adapter) => {
+                    each(Ok(adapter));
+                    count += 1;
+                }
+                Err(error) => each(Err(corrupt(&row, &error))),
+            }
         }
         drop(rows);
         tx.commit().await?;
@@ -170,7 +202,19 @@ impl Store {
 async fn all_facts(connection: &mut AnyConnection) -> Result<HashMap<i64, Arc<Facts>>> {
     let rows = sqlx::query("SELECT id, dtype, scheme, frame, fingerprint, forced_onto FROM facts");
     let rows = rows.fetch_all(connection).await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, Arc::new(decode::facts(row, 1)?)))).collect()
+    // Facts that cannot be read are missed by the adapters that name them.
+    let read = |row: &AnyRow| -> Result<_> { Ok((row.try_get(0)?, Arc::new(decode::facts(row, 1)?))) };
+    Ok(rows.iter().filter_map(|row| read(row).ok()).collect())
+}
+
+/// As much of a row as can be read.
+fn corrupt(row: &AnyRow, error: &StoreError) -> CorruptAdapter {
+    CorruptAdapter {
+        id: AdapterId(row.try_get(0).unwrap_or_default()),
+        tenant: TenantId(row.try_get(1).unwrap_or_default()),
+        name: row.try_get(2).unwrap_or_default(),
+        cause: error.to_string(),
+    }
 }
 
 fn loaded(row: &AnyRow, facts: &HashMap<i64, Arc<Facts>>) -> Result<LoadedAdapter> {

@@ -138,6 +138,19 @@ pub struct LoadedAdapter {
     pub contents: Contents,
 }
 
+/// A row of an adapter that cannot be read. It is left alone: only a new upload or a deletion by its owner changes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CorruptAdapter {
+    /// Its number.
+    pub id: AdapterId,
+    /// The owner.
+    pub tenant: TenantId,
+    /// Its name.
+    pub name: String,
+    /// What is wrong.
+    pub cause: String,
+}
+
 /// One of the generations that an adapter has had.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GenerationRecord {

@@ -173,9 +173,11 @@ fn civil(days: u64) -> (u64, u64, u64) {
 mod tests {
     use std::path::Path;
 
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
+    use crate::types::fuzz::{cases, edits, spoil};
 
     fn fixture(path: &str) -> String {
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)).unwrap()
@@ -239,6 +241,56 @@ mod tests {
             ChatTemplate::new("{% for i in range(9999) %}{% for j in range(9999) %}x{% endfor %}{% endfor %}", "", "");
         assert!(matches!(endless.unwrap().render(&none, true), Err(TemplateError::Render(_))));
         assert!(matches!(ChatTemplate::new("{% if %}", "", ""), Err(TemplateError::Compile(_))));
+    }
+
+    /// What would take all memory or all of the stack ends in an error instead.
+    #[test]
+    fn templates_that_blow_up_are_refused() {
+        let none: [serde_json::Value; 0] = [];
+        let deep = |open: &str, close: &str| format!("{{{{ {}1{} }}}}", open.repeat(50_000), close.repeat(50_000));
+        for source in [
+            deep("(", ")"),
+            deep("[", "]"),
+            deep("not ", ""),
+            deep("-", ""),
+            "{% if true %}".repeat(50_000),
+            "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".to_owned(),
+            "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}"
+                .to_owned(),
+            "{{ 'x' * 9999999999 }}".to_owned(),
+            "{{ range(9999999999999) | list }}".to_owned(),
+            "{{ '%9999999999d' | format(1) }}".to_owned(),
+            "{{ 'x'.center(9999999999) }}".to_owned(),
+            "{{ 9 ** 9 ** 9 }}".to_owned(),
+        ] {
+            let shown = source.chars().take(60).collect::<String>();
+            let rendered = ChatTemplate::new(&source, "", "").and_then(|template| template.render(&none, true));
+            assert!(rendered.is_err(), "{shown} gave {:?}", rendered.map(|text| text.len()));
+        }
+    }
+
+    proptest! {
+        #![proptest_config(cases(100))]
+
+        /// The templates of real models, spoilt, over messages of any kind: a text or an error.
+        #[test]
+        fn fuzz_chat_templates(
+            edits in edits(), which in 0usize..3, role in "user|assistant|system|tool|[a-z]{0,6}", content in "\\PC{0,40}", kind in 0u8..5
+        ) {
+            let source = fixture(&format!("templates/{}.jinja", ["llama3", "qwen", "smollm2"][which]));
+            let source = String::from_utf8_lossy(&spoil(source.as_bytes(), &edits, usize::MAX)).into_owned();
+            let content = match kind {
+                0 => json!(content),
+                1 => json!([{"type": "text", "text": content}]),
+                2 => json!(null),
+                3 => json!({"a": [content]}),
+                _ => json!(17),
+            };
+            let messages = [json!({"role": role, "content": content}), json!({"role": "user", "content": "x"})];
+            if let Ok(template) = ChatTemplate::new(&source, "<bos>", "<eos>") {
+                let _ = template.render(&messages, true);
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Names that every room may use: identifiers and hashes, no logic.
 
+#[cfg(test)]
+pub(crate) mod fuzz;
+
 use std::fmt;
 
 pub use mote_kernel::TokenId;

@@ -11,9 +11,9 @@ use futures::StreamExt as _;
 use mote::{
     adapter::{Basis, SiteBasis, Sites},
     engine::{Engine, EngineConfig},
-    http::{AppState, AuthMode, Limits},
+    http::{AppState, AuthMode, Edge, Limits},
     service::{
-        BaseInfo, Service,
+        BaseInfo, RequestPolicy, Service,
         training::{EnginePolicies, PolicySource, TrainingConfig},
     },
     store::{Location, NewKey, Store, StoreConfig},
@@ -43,6 +43,8 @@ pub(crate) struct Options {
     pub(crate) template: Option<&'static str>,
     pub(crate) max_queue: usize,
     pub(crate) request_timeout: Option<Duration>,
+    pub(crate) policy: RequestPolicy,
+    pub(crate) edge: Edge,
     pub(crate) training: TrainingConfig,
     /// Where jobs get their policies; the engine when there is none.
     pub(crate) policies: Option<Arc<dyn PolicySource>>,
@@ -60,6 +62,8 @@ impl Default for Options {
             ),
             max_queue: 64,
             request_timeout: None,
+            policy: RequestPolicy::default(),
+            edge: Edge::default(),
             training: TrainingConfig::default(),
             policies: None,
             folder: None,
@@ -122,14 +126,16 @@ impl TestApp {
         let basis = basis(&base.sites);
         let engine = Engine::start(Box::new(model), config).unwrap();
         let folder = options.folder.unwrap_or_else(|| Arc::new(tempfile::tempdir().unwrap()));
-        let mut service = Service::open(base, basis, engine, store(&folder).await).await.unwrap();
+        let service = Service::open(base, basis, engine, store(&folder).await).await.unwrap();
+        let mut service = service.with_policy(options.policy);
         service.request_timeout = options.request_timeout;
         let service = Arc::new(service);
         let policies = options.policies.unwrap_or_else(|| {
             Arc::new(EnginePolicies::new(service.engine.clone(), service.base.clone(), service.library.clone()))
         });
         service.start_training(options.training, policies).await.unwrap();
-        let state = AppState { auth: options.auth, limits: options.limits, ..AppState::new(service) };
+        let edge = Arc::new(options.edge);
+        let state = AppState { auth: options.auth, limits: options.limits, edge, ..AppState::new(service) };
         let router = mote::http::router(state.clone());
         Self { router, state, watch, script, eos_at, folder }
     }

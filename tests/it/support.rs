@@ -224,6 +224,25 @@ impl TestApp {
         self.log.lock().expect("log").clone()
     }
 
+    /// Sends a signal by its name.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent =
+            Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]).status().expect("kill runs");
+        assert!(sent.success());
+    }
+
+    /// The exit code, once the process has ended by itself. It has two minutes.
+    pub(crate) async fn exit_code(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                return status.code();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the server did not end:\n{}", self.log());
+    }
+
     /// kill -9, and wait until it is gone.
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();

@@ -18,6 +18,7 @@ use crate::adapter::{
     fixtures::{self, golden},
     internal_rank, reference,
 };
+use crate::types::fuzz::{cases, edits as changes, spoil};
 
 struct Model {
     sites: Sites,
@@ -466,7 +467,7 @@ fn edits() -> impl Strategy<Value = Vec<(prop::sample::Index, u8)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(cases(400))]
 
     #[test]
     fn no_bytes_make_import_panic(
@@ -513,6 +514,18 @@ proptest! {
         let (_, _, zip, gz) = checkpoint();
         let bytes = mutated(if tar { gz } else { zip }, &edits, keep.filter(|_| edits.len() > 2));
         drop(read_archive(&bytes, 1 << 20));
+    }
+
+    /// Lengths, counts and pieces in wrong places, in archives and in the header of the tensors.
+    #[test]
+    fn fuzz_archives_and_headers(changed in changes(), tar: bool, start: bool) {
+        let (config, tensors, zip, gz) = checkpoint();
+        let bytes = if tar { gz } else { zip };
+        let limit = tensors.len() + 1000;
+        if let Ok(files) = read_archive(&spoil(bytes, &changed, if start { 200 } else { usize::MAX }), limit) {
+            prop_assert!(files.config.len().max(files.model.len()) <= limit);
+        }
+        drop(model("llama").import(config, &spoil(tensors, &changed, if start { 16 } else { 6000 })));
     }
 
     #[test]

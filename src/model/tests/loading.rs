@@ -70,14 +70,14 @@ fn permute(tensor: &Tensor, heads: usize) -> Tensor {
     split.transpose(1, 2).unwrap().contiguous().unwrap().reshape(dims).unwrap()
 }
 
-struct GgufFile {
+pub(super) struct GgufFile {
     metadata: Vec<(String, Gguf)>,
     tensors: Vec<(String, QTensor)>,
 }
 
 impl GgufFile {
     /// The case as llama.cpp's converter would write it, in f32.
-    fn of(case: &str) -> Self {
+    pub(super) fn of(case: &str) -> Self {
         let spec = model_of(case).spec;
         let arch = match spec.architecture {
             Architecture::Llama => "llama",
@@ -135,7 +135,7 @@ impl GgufFile {
         self
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub(super) fn bytes(&self) -> Vec<u8> {
         let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
         let tensors: Vec<_> = self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let mut out = Cursor::new(Vec::new());
@@ -151,7 +151,7 @@ impl GgufFile {
     }
 }
 
-fn load_bytes(bytes: &[u8]) -> Result<LoadedModel, ModelError> {
+pub(super) fn load_bytes(bytes: &[u8]) -> Result<LoadedModel, ModelError> {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("tiny.gguf");
     fs::write(&path, bytes).unwrap();

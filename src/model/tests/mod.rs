@@ -1,5 +1,6 @@
 //! The model room as a whole: golden cases, broken files, the real model.
 
+mod fuzz;
 mod gguf_tokenizer;
 mod golden;
 mod gradient;

@@ -55,7 +55,7 @@ async fn rates() {
         let store = database.open().await;
         let started = Instant::now();
         let mut bytes = 0;
-        let count = store.load_all(|loaded| bytes += loaded.contents.data.len()).await.unwrap();
+        let count = store.load_all(|loaded| bytes += loaded.unwrap().contents.data.len()).await.unwrap();
         let seconds = started.elapsed().as_secs_f64();
         println!(
             "load: {count} adapters in {seconds:.2} s, {:.0} rows/s ({bytes} bytes of numbers)",

@@ -6,6 +6,7 @@ mod keys;
 mod measure;
 mod opening;
 mod training;
+mod upkeep;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -96,8 +97,13 @@ fn written(stored: Result<Stored>) -> AdapterRecord {
 
 async fn all(store: &Store) -> HashMap<(TenantId, String), LoadedAdapter> {
     let mut found = HashMap::new();
-    let count =
-        store.load_all(|loaded| drop(found.insert((loaded.tenant, loaded.name.clone()), loaded))).await.unwrap();
+    let count = store
+        .load_all(|loaded| {
+            let loaded = loaded.unwrap();
+            found.insert((loaded.tenant, loaded.name.clone()), loaded);
+        })
+        .await
+        .unwrap();
     assert_eq!(count as usize, found.len());
     found
 }

@@ -1,0 +1,244 @@
+//! Damaged rows, full disks, and copies of a database that is in use.
+
+use std::path::{Path, PathBuf};
+
+use super::*;
+
+fn directory(database: &Database) -> &Path {
+    match &database.config.location {
+        Location::Directory(path) => path,
+        Location::Postgres(_) => unreachable!("these are tests of the embedded database"),
+    }
+}
+
+/// Statements of somebody who is not the program.
+async fn tamper(directory: &Path, statements: &str) {
+    let connector = Connector::new(&StoreConfig::new(Location::Directory(directory.into()))).unwrap();
+    let mut connection = connector.connect().await.unwrap();
+    let statements = format!("PRAGMA foreign_keys = OFF; {statements}");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(statements)).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+}
+
+async fn loaded(store: &Store) -> (Vec<String>, Vec<CorruptAdapter>) {
+    let (mut good, mut bad) = (Vec::new(), Vec::new());
+    let each = |row: std::result::Result<LoadedAdapter, CorruptAdapter>| match row {
+        Ok(adapter) => good.push(adapter.name),
+        Err(corrupt) => bad.push(corrupt),
+    };
+    store.load_all(each).await.unwrap();
+    good.sort();
+    bad.sort_by(|a, b| a.name.cmp(&b.name));
+    (good, bad)
+}
+
+#[tokio::test]
+async fn rows_that_cannot_be_read_are_named_and_stop_nobody() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    let names = ["a", "b", "c", "d", "e", "f"];
+    for (number, name) in names.iter().enumerate() {
+        written(store.put_adapter(new(BUILT_IN_TENANT, name, number as u64)).await);
+    }
+    let row = |name: &str| format!("adapter = (SELECT id FROM adapters WHERE name = '{name}')");
+    tamper(
+        directory(&database),
+        &format!(
+            "UPDATE generations SET generation = x'0102' WHERE {}; DELETE FROM generations WHERE {}; UPDATE generations SET facts = 999 WHERE {};",
+            row("b"),
+            row("c"),
+            row("d"),
+        ),
+    )
+    .await;
+    let (good, bad) = loaded(&store).await;
+    assert_eq!(good, ["a", "e", "f"]);
+    assert_eq!(bad.iter().map(|bad| &*bad.name).collect::<Vec<_>>(), ["b", "c", "d"]);
+    assert!(bad.iter().all(|bad| bad.tenant == BUILT_IN_TENANT && bad.id.0 > 0 && !bad.cause.is_empty()), "{bad:?}");
+    // Lists go on behind them, however short the pages are.
+    let mut listed = Vec::new();
+    while let Some(last) = {
+        let after = listed.last().cloned();
+        let page: Vec<AdapterRecord> = store.list_adapters(BUILT_IN_TENANT, "", after.as_deref(), 1).await.unwrap();
+        page.into_iter().next()
+    } {
+        listed.push(last.name);
+    }
+    assert_eq!(listed, ["a", "e", "f"]);
+    // Their owner mends or deletes them, and uploads beside theirs are not touched.
+    let replace = |name: &str, number| NewAdapter {
+        on_conflict: OnConflict::NewGeneration,
+        ..new(BUILT_IN_TENANT, name, number)
+    };
+    let batch = vec![replace("b", 20), replace("c", 21), new(BUILT_IN_TENANT, "g", 22)];
+    for result in store.put_adapters(batch).await.unwrap() {
+        written(result);
+    }
+    written(store.put_adapter(replace("d", 23)).await);
+    let (good, bad) = loaded(&store).await;
+    assert_eq!((good.len(), bad.len()), (7, 0));
+    tamper(directory(&database), &format!("UPDATE generations SET generation = x'0102' WHERE {}", row("e"))).await;
+    store.delete_adapter(BUILT_IN_TENANT, "e").await.unwrap();
+    assert_eq!(loaded(&store).await.0.len(), 6);
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_full_disk_fails_writes_and_not_reads() {
+    let mut database = Database::sqlite();
+    database.config.most_bytes = Some(400 << 10);
+    let store = database.open().await;
+    let mut stored = 0u64;
+    let error = loop {
+        let batch = (0..500).map(|i| new(BUILT_IN_TENANT, &format!("a{stored}-{i}"), stored << 16 | i)).collect();
+        match store.put_adapters(batch).await {
+            Ok(results) => results.into_iter().for_each(|result| drop(written(result))),
+            Err(error) => break error,
+        }
+        stored += 1;
+    };
+    assert!(stored > 0, "something fits");
+    assert_eq!(error.unwritable(), Some(Unwritable::Full), "{error}");
+    assert_eq!(all(&store).await.len() as u64, stored * 500, "nothing of the failed batch, all of the others");
+    store.delete_adapter(BUILT_IN_TENANT, "a0-0").await.unwrap();
+    assert!(store.check(Check::Full).await.unwrap().is_empty());
+    store.close().await;
+    database.config.most_bytes = None;
+    let store = database.open().await;
+    written(store.put_adapter(new(BUILT_IN_TENANT, "later", 1)).await);
+    store.close().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_written_is_told_from_other_failures() {
+    assert_eq!(StoreError::NameTaken.unwritable(), None);
+    assert_eq!(StoreError::Closed.unwritable(), None);
+    let database = Database::sqlite();
+    let store = database.open().await;
+    let refused = async |statement: &'static str| {
+        let connector = Connector::new(&database.config).unwrap();
+        let mut connection = connector.connect().await.unwrap();
+        let error = sqlx::raw_sql(statement).execute(&mut connection).await.unwrap_err();
+        StoreError::from(error).unwritable()
+    };
+    assert_eq!(
+        refused("PRAGMA query_only = ON; UPDATE counter SET value = value + 1").await,
+        Some(Unwritable::ReadOnly)
+    );
+    assert_eq!(refused("UPDATE no_such_table SET x = 1").await, None);
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_damaged_database_is_found_by_the_check() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    let batch = (0..2000).map(|i| new(BUILT_IN_TENANT, &format!("a{i}"), i)).collect();
+    store.put_adapters(batch).await.unwrap();
+    assert!(store.check(Check::Quick).await.unwrap().is_empty());
+    assert!(store.check(Check::Full).await.unwrap().is_empty());
+    store.close().await;
+    let file = directory(&database).join(FILE_NAME);
+    let mut bytes = std::fs::read(&file).unwrap();
+    // Pages in the middle, which are of the tables that adapters are in.
+    let middle = bytes.len() / 2 / 4096 * 4096;
+    bytes[middle..middle + 3 * 4096].fill(0xaa);
+    std::fs::write(&file, bytes).unwrap();
+    let store = database.open().await;
+    for check in [Check::Quick, Check::Full] {
+        assert!(!store.check(check).await.unwrap().is_empty());
+    }
+    store.close().await;
+}
+
+/// A folder beside the database, which goes with it.
+fn beside(database: &Database, name: &str) -> PathBuf {
+    directory(database).parent().unwrap().join(name)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_made_while_others_write_is_of_one_instant() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    let (writing, source) = (store.clone(), directory(&database).to_owned());
+    let (begun, first) = tokio::sync::oneshot::channel();
+    let writer = tokio::spawn(async move {
+        let mut begun = Some(begun);
+        for turn in 0..200u64 {
+            let batch = (0..50).map(|i| new(BUILT_IN_TENANT, &format!("t{turn}-{i}"), turn << 16 | i)).collect();
+            writing.put_adapters(batch).await.unwrap();
+            begun.take().map(|begun| begun.send(()));
+        }
+    });
+    first.await.unwrap();
+    let copy = beside(&database, "copy, 100% odd?#.db");
+    let sum = back_up(&source, &copy).await.unwrap();
+    writer.await.unwrap();
+    let listed = std::fs::read_to_string(beside(&database, "copy, 100% odd?#.db.sha256")).unwrap();
+    assert_eq!(listed, format!("{sum}  copy, 100% odd?#.db\n"));
+    let again = back_up(&source, &copy).await.unwrap_err();
+    assert!(again.to_string().contains("exists already"), "{again}");
+
+    let target = beside(&database, "restored");
+    restore(&copy, &target, false).await.unwrap();
+    let restored = Store::open(StoreConfig::new(Location::Directory(target.clone()))).await.unwrap();
+    let found = all(&restored).await;
+    assert!(!found.is_empty() && found.len() % 50 == 0, "{} adapters: a batch is all or nothing", found.len());
+    let original = all(&store).await;
+    assert!(found.iter().all(|(name, adapter)| original.get(name) == Some(adapter)));
+    restored.close().await;
+    assert!(!target.join("restore.part").exists());
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_restore_refuses_what_would_lose_something() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    written(store.put_adapter(new(BUILT_IN_TENANT, "kept", 1)).await);
+    let copy = beside(&database, "copy.db");
+    back_up(directory(&database), &copy).await.unwrap();
+    written(store.put_adapter(new(BUILT_IN_TENANT, "later", 2)).await);
+    let refused =
+        async |from: &Path, force: bool| restore(from, directory(&database), force).await.unwrap_err().to_string();
+    assert!(refused(&copy, false).await.contains("not empty"));
+    assert!(refused(&copy, true).await.contains("has the database open"));
+    assert_eq!(all(&store).await.len(), 2, "nothing was touched");
+    store.close().await;
+
+    let cut = beside(&database, "cut.db");
+    let bytes = std::fs::read(&copy).unwrap();
+    std::fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
+    let words = refused(&cut, true).await;
+    assert!(words.contains("damaged") || words.contains("malformed"), "{words}");
+    std::fs::write(&cut, b"no database at all, but long enough to look at").unwrap();
+    assert!(refused(&cut, true).await.contains("cut.db"));
+    let mut changed = bytes.clone();
+    changed[bytes.len() - 1] ^= 1;
+    std::fs::write(&cut, changed).unwrap();
+    std::fs::copy(beside(&database, "copy.db.sha256"), beside(&database, "cut.db.sha256")).unwrap();
+    assert!(refused(&cut, true).await.contains("SHA-256"));
+    let store = database.open().await;
+    assert_eq!(all(&store).await.len(), 2, "still nothing was touched");
+    store.close().await;
+
+    restore(&copy, directory(&database), true).await.unwrap();
+    let store = database.open().await;
+    assert_eq!(all(&store).await.into_keys().map(|(_, name)| name).collect::<Vec<_>>(), ["kept"]);
+    assert!(directory(&database).join("mote.db.replaced").exists());
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_backup_of_a_newer_program_is_refused() {
+    let database = Database::sqlite();
+    database.open().await.close().await;
+    let later = "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+                 SELECT 999, 'later', success, checksum, 0 FROM _sqlx_migrations WHERE version = 1";
+    tamper(directory(&database), later).await;
+    let copy = beside(&database, "copy.db");
+    back_up(directory(&database), &copy).await.unwrap();
+    let error = restore(&copy, &beside(&database, "restored"), false).await.unwrap_err();
+    assert!(matches!(error, StoreError::NewerSchema { found: 999, .. }), "{error}");
+    assert!(back_up(&beside(&database, "nothing here"), &copy).await.unwrap_err().to_string().contains("no such file"));
+}
