@@ -1,6 +1,8 @@
 //! Command line and environment: one struct a concern, every flag also a variable `MOTE_*`.
 
 mod bench;
+mod limits;
+mod tenants;
 mod train;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -11,6 +13,8 @@ pub use bench::{
     AdapterChoice, BenchArgs, BenchCommand, DecodeArgs, PrefillArgs, ProfileArgs, QualityArgs, ReportArgs, ServedArgs,
     UploadArgs,
 };
+pub use limits::LimitArgs;
+pub use tenants::{KeysArgs, KeysCommand, LimitChoice, RoleArg, SetLimits, TenantsArgs, TenantsCommand};
 pub use train::{DataArgs, EvalArgs, MethodChoice, TaskArgs, TaskChoice, TrainArgs};
 
 /// One frozen language model in memory, thousands of 26-byte adapters over it, every request under its own, all in one batch.
@@ -44,8 +48,10 @@ pub enum Command {
     Task(TaskArgs),
     /// Fetch a model into the cache and print the path of its file.
     Pull(PullArgs),
-    /// Create, list and revoke API keys, also while a server runs on the same data directory.
+    /// Create, list, rotate and revoke API keys, also while a server runs on the same data directory.
     Keys(KeysArgs),
+    /// Create and list tenants and set their limits, also while a server runs on the same data directory.
+    Tenants(TenantsArgs),
     /// List, export and import adapters of a data directory.
     Adapters(AdaptersArgs),
     /// Print the OpenAPI document.
@@ -81,6 +87,9 @@ pub struct ServeArgs {
     /// Limits of training.
     #[command(flatten)]
     pub training: TrainingArgs,
+    /// Limits of a tenant.
+    #[command(flatten)]
+    pub limits: LimitArgs,
 }
 
 /// Limits of training.
@@ -313,57 +322,6 @@ pub struct PullArgs {
     /// The model to fetch: `smollm2-135m` or a hub name.
     #[arg(default_value = "smollm2-135m")]
     pub model: String,
-}
-
-/// `mote keys`
-#[derive(Debug, Args)]
-pub struct KeysArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: KeysCommand,
-}
-
-/// Key management on a data directory.
-#[derive(Debug, Subcommand)]
-pub enum KeysCommand {
-    /// Create a key and print it, alone, on stdout. The tenant is made when it does not exist.
-    Create {
-        /// Whose key.
-        #[arg(long, value_name = "NAME")]
-        tenant: String,
-        /// What the key may do.
-        #[arg(long, value_enum, default_value_t = RoleArg::Member)]
-        role: RoleArg,
-        /// Where state lives.
-        #[command(flatten)]
-        state: StateArgs,
-    },
-    /// List keys: id, tenant, role, prefix, state. Never the keys themselves.
-    List {
-        /// Only this tenant's.
-        #[arg(long, value_name = "NAME")]
-        tenant: Option<String>,
-        /// Where state lives.
-        #[command(flatten)]
-        state: StateArgs,
-    },
-    /// Revoke a key by id; a running server refuses it within a second.
-    Revoke {
-        /// The id that `list` shows.
-        id: String,
-        /// Where state lives.
-        #[command(flatten)]
-        state: StateArgs,
-    },
-}
-
-/// A key's role.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum RoleArg {
-    /// Its tenant's adapters and requests.
-    Member,
-    /// Tenants, keys, everything.
-    Admin,
 }
 
 /// `mote adapters`

@@ -3,21 +3,23 @@
 mod base;
 mod bench;
 mod state;
+mod tenants;
 mod train;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::serve::ListenerExt as _;
 use tokio::net::TcpListener;
 
 pub use base::{Base, start as start_base};
 pub use bench::run as bench;
-pub use state::{create_key, export_adapter, list_adapters, list_keys, open_store, revoke_key};
+pub use state::{export_adapter, list_adapters, open_store};
+pub use tenants::{create_key, create_tenant, list_keys, list_tenants, revoke_key, rotate_key, set_limits};
 pub use train::{eval, task, train};
 
 use crate::{
     adapter::BasisError,
-    config::{HttpArgs, ServeArgs, TrainingArgs},
+    config::{HttpArgs, LimitArgs, ServeArgs, TrainingArgs},
     engine::{Handle, Health, StartError},
     http::{self, AppState, AuthMode, Limits},
     kernel::KernelError,
@@ -97,6 +99,13 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
         .map_err(|error| AppError::Flag(format!("loading the model failed: {error}")))??;
     let engine = base.engine.clone();
     let service = Arc::new(Service::open(base.info, base.basis, base.engine, store.clone()).await?);
+    // --no-auth serves one tenant without quotas.
+    if !args.http.no_auth {
+        limit(&service, &args.limits);
+    }
+    if args.limits.audit_days > 0 {
+        service.keep_audit(args.limits.audit_days);
+    }
     let policies = EnginePolicies::new(engine.clone(), service.base.clone(), service.library.clone());
     service.start_training(training_config(&args.training), Arc::new(policies)).await?;
     if !args.http.no_auth {
@@ -109,7 +118,11 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
     };
     let address = listener.local_addr().map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
     tracing::info!("listening on http://{address} (documentation at http://{address}/docs)");
+    let service = state.service.clone();
     let outcome = until_stopped(listener, state, engine, stop, args.http.drain()).await;
+    if let Err(error) = service.write_usage().await {
+        tracing::error!(%error, "what tenants used in the last second could not be written");
+    }
     store.close().await;
     outcome
 }
@@ -151,7 +164,8 @@ async fn until_stopped(
         }
     });
     let server = std::future::IntoFuture::into_future(
-        axum::serve(listener, http::router(state)).with_graceful_shutdown(shutdown),
+        axum::serve(listener, http::router(state).into_make_service_with_connect_info::<SocketAddr>())
+            .with_graceful_shutdown(shutdown),
     );
     let deadline = async {
         draining.notified().await;
@@ -186,6 +200,20 @@ fn training_config(args: &TrainingArgs) -> TrainingConfig {
         remote: RemoteAccess::new(args.grader_hosts.clone(), args.grader_concurrency.into()),
         ..default
     }
+}
+
+/// What tenants may use unless something else was set for them.
+fn limit(service: &Service, args: &LimitArgs) {
+    service.accounts.set_defaults(|limits| {
+        limits.adapters = args.tenant_adapters;
+        limits.stored_bytes = args.tenant_stored_bytes;
+        limits.concurrent_requests = args.tenant_concurrent_requests;
+        limits.requests_per_minute = args.tenant_requests_per_minute;
+        limits.tokens_per_minute = args.tenant_tokens_per_minute;
+        limits.trained_tokens_per_day = args.tenant_trained_tokens_per_day;
+    });
+    let failures = u64::from(args.auth_failures_per_minute);
+    service.directory.limit_failures((failures > 0).then_some(failures));
 }
 
 /// Resolves when the engine can do no more.

@@ -115,6 +115,10 @@ pub enum CommonErrors {
     /// No key, or one that is unknown or revoked (code `invalid_api_key`).
     #[response(status = 401)]
     Unauthenticated(ErrorBody),
+    /// A limit of the caller's tenant is reached (code `rate_limit_exceeded` with `retry-after`; or `insufficient_quota`, which no wait ends), the server has too many
+    /// requests or jobs waiting (code `queue_full`), or too many wrong keys came from this address (code `rate_limit_exceeded`).
+    #[response(status = 429)]
+    RateLimited(ErrorBody),
     /// The server failed; the message says no more than that.
     #[response(status = 500)]
     Internal(ErrorBody),
@@ -151,9 +155,6 @@ pub enum ModelErrors {
     /// The adapter was made for another base; the message names both fingerprints.
     #[response(status = 422)]
     Incompatible(ErrorBody),
-    /// Too many requests wait (code `queue_full`); `retry-after` says how long to wait.
-    #[response(status = 429)]
-    RateLimited(ErrorBody),
     /// The server is stopping or overloaded.
     #[response(status = 503)]
     Unavailable(ErrorBody),

@@ -66,6 +66,11 @@ impl RowsSql {
         AssertSqlSafe(format!("{}; {}", one(self).as_str(), one(other).as_str())).into_sql_str()
     }
 
+    /// A row of this and another statement in one text: SQLite only.
+    pub(super) fn one_then(&self, statement: &str) -> SqlStr {
+        AssertSqlSafe(format!("{}; {statement}", self.build(Dialect::Sqlite, 1).as_str())).into_sql_str()
+    }
+
     fn statement(&self, dialect: Dialect, index: usize) -> SqlStr {
         self.statements[dialect as usize][index].get_or_init(|| self.build(dialect, SIZES[index])).clone()
     }

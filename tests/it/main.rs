@@ -3,6 +3,7 @@
 
 mod adapters;
 mod app;
+mod audit;
 mod bench;
 mod chat;
 mod command_train;
@@ -10,6 +11,9 @@ mod completions;
 mod contract;
 mod errors;
 mod golden;
+mod huge;
+mod keys;
+mod limits;
 mod many;
 mod mixed;
 mod models;
