@@ -119,7 +119,6 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
             return Ok(());
         }
     };
-    let engine = base.engine.clone();
     let service = Service::open(base.info, base.basis, base.engine, store.clone()).await?;
     let mut service = service.with_policy(exposure::policy(&args.edge));
     service.request_timeout = args.http.request_timeout();
@@ -131,7 +130,7 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
     if args.limits.audit_days > 0 {
         service.keep_audit(args.limits.audit_days);
     }
-    let policies = EnginePolicies::new(engine.clone(), service.base.clone(), service.library.clone());
+    let policies = EnginePolicies::of(&service);
     service.start_training(training_config(&args.training), Arc::new(policies)).await?;
     if !args.http.no_auth {
         state::first_admin_key(&store, admin_key.as_ref().map(Secret::expose)).await?;

@@ -167,7 +167,7 @@ impl Service {
             return Err(Error::invalid(param, message));
         }
         let show = Show { adapted: lease.cores.is_some(), ..show };
-        let share = share_of(caller.tenant);
+        let share = share_of(caller.tenant, &admission.limits());
         let deadline = self.request_timeout.and_then(|timeout| started.checked_add(timeout));
         let mut requests = Vec::with_capacity(count);
         let mut budgets = Vec::with_capacity(prompts.len());
