@@ -352,7 +352,9 @@ async fn begin(connection: &mut AnyConnection, dialect: Dialect, seqs: i64) -> R
             "UPDATE counter SET value = value + $1 WHERE id = 1 RETURNING value"
         }
     };
-    Ok(sqlx::query(count).bind(seqs).fetch_one(connection).await?.try_get(0)?)
+    // All rows: asked for one, sqlx looks no further than the first statement.
+    let rows = sqlx::query(count).bind(seqs).fetch_all(connection).await?;
+    Ok(rows.first().ok_or(sqlx::Error::RowNotFound)?.try_get(0)?)
 }
 
 /// Runs a group's jobs in order. Uploads next to each other are written together.
