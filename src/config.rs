@@ -225,12 +225,20 @@ pub struct HttpArgs {
     /// Largest body of POST /adapters/batch in MiB.
     #[arg(long, env = "MOTE_MAX_BATCH_BODY_MB", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub max_batch_body_mb: u32,
+    /// Seconds that a completion may take, its time in the queue included; then it ends with 503 overloaded, or a stream with an error. 0: as long as it takes.
+    #[arg(long, env = "MOTE_REQUEST_TIMEOUT_S", value_name = "N", default_value_t = 600)]
+    pub request_timeout_s: u64,
     /// Seconds that running requests have to finish after SIGTERM.
     #[arg(long, env = "MOTE_DRAIN_SECONDS", value_name = "N", default_value_t = 30)]
     pub drain_seconds: u64,
 }
 
 impl HttpArgs {
+    /// How long a completion may take.
+    pub fn request_timeout(&self) -> Option<Duration> {
+        (self.request_timeout_s > 0).then(|| Duration::from_secs(self.request_timeout_s))
+    }
+
     /// The admin key, if one is given.
     ///
     /// # Errors

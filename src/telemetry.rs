@@ -13,6 +13,10 @@ use prometheus_client::{
 /// Upper bounds of the buckets for durations, in seconds.
 const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
 
+/// The same for what takes less than a request.
+const SHORT_SECONDS: [f64; 12] =
+    [0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.1, 1.0];
+
 /// A route, by its pattern.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RouteLabels {
@@ -107,6 +111,11 @@ pub struct Metrics {
 
 fn seconds() -> Histogram {
     Histogram::new(SECONDS)
+}
+
+/// Durations of what takes less than a request.
+pub fn short_seconds() -> Histogram {
+    Histogram::new(SHORT_SECONDS)
 }
 
 impl Default for Metrics {

@@ -45,11 +45,12 @@ class Load:
         return sum(a.prompt_tokens for a in self.answers) / len(self.answers)
 
 
-def request(path: str, body: dict | bytes | None, content_type: str = "application/json", method: str | None = None) -> bytes:
-    """The bytes of one request."""
+def request(path: str, body: dict | bytes | None, content_type: str = "application/json", method: str | None = None, key: str | None = None) -> bytes:
+    """The bytes of one request, with a bearer key or none."""
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body, separators=(",", ":")).encode()
     method = method or ("GET" if body is None else "POST")
-    head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: {content_type}\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: {content_type}\r\ncontent-length: {len(data)}\r\n"
+    head += f"authorization: Bearer {key}\r\n\r\n" if key else "\r\n"
     return head.encode() + data
 
 
@@ -146,17 +147,32 @@ def load(port: int, work: list[list[bytes]], stream: bool = False, expect: int |
     return result
 
 
-def call(port: int, path: str, body: dict | bytes | None = None, content_type: str = "application/json", method: str | None = None) -> tuple[int, bytes]:
+def call(port: int, path: str, body: dict | bytes | None = None, content_type: str = "application/json", method: str | None = None, key: str | None = None) -> tuple[int, bytes]:
     """One request on its own connection: (status, body)."""
 
     async def once():
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
         try:
-            return await asyncio.wait_for(_send(reader, writer, request(path, body, content_type, method)), TIMEOUT_S)
+            return await asyncio.wait_for(_send(reader, writer, request(path, body, content_type, method, key)), TIMEOUT_S)
         finally:
             writer.close()
 
     return asyncio.run(once())
+
+
+async def closed_loop(port: int, next_request, stream: bool, goes_on, start: float) -> list[Answer]:
+    """One client on one connection that sends what `next_request()` gives, one after another, while `goes_on(answers so far)`."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    one = _streamed if stream else _whole
+    answers: list[Answer] = []
+    try:
+        while goes_on(answers):
+            answer = Answer(time.perf_counter() - start)
+            await one(reader, writer, next_request(), answer, start)
+            answers.append(answer)
+    finally:
+        writer.close()
+    return answers
 
 
 def exchange(port: int, data: bytes) -> tuple[float, bytes]:

@@ -119,7 +119,9 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
     };
     let engine = base.engine.clone();
     let service = Service::open(base.info, base.basis, base.engine, store.clone()).await?;
-    let service = Arc::new(service.with_policy(exposure::policy(&args.edge)));
+    let mut service = service.with_policy(exposure::policy(&args.edge));
+    service.request_timeout = args.http.request_timeout();
+    let service = Arc::new(service);
     let policies = EnginePolicies::new(engine.clone(), service.base.clone(), service.library.clone());
     service.start_training(training_config(&args.training), Arc::new(policies)).await?;
     if !args.http.no_auth {

@@ -1,6 +1,6 @@
 //! What goes into the engine and what comes out.
 
-use std::sync::Arc;
+use std::{num::NonZeroU32, sync::Arc, time::Instant};
 
 use crate::{
     kernel::Cores,
@@ -57,6 +57,25 @@ pub enum Priority {
     Background,
 }
 
+/// Whose sequences take turns with those of others. Opaque: the engine knows no tenants.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ShareKey(pub u64);
+
+/// Whose a sequence is, and how much of the engine its key gets beside others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Whose.
+    pub key: ShareKey,
+    /// Keys that both have more to do than fits get tokens in proportion to their weights. Of the requests of a key the latest one's counts.
+    pub weight: NonZeroU32,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { key: ShareKey::default(), weight: NonZeroU32::MIN }
+    }
+}
+
 /// One sequence to complete. A completion with n choices is n requests.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -84,6 +103,10 @@ pub struct Request {
     pub use_cache: bool,
     /// Who goes first. It changes when the tokens come, never which.
     pub priority: Priority,
+    /// Whose it is. This too changes when the tokens come, never which.
+    pub share: Share,
+    /// If it is not done by then, waiting or running, it ends with [`Event::Expired`] between two steps.
+    pub deadline: Option<Instant>,
 }
 
 /// The log-prob of a token and the likeliest alternatives at its place.
@@ -133,7 +156,7 @@ pub struct Usage {
     pub preemptions: usize,
 }
 
-/// What a request's channel carries, in order: at most one `Prompt`, at most one `Began`, tokens, then exactly one `Finished`, `Failed` or `NotFinite`.
+/// What a request's channel carries, in order: at most one `Prompt`, at most one `Began`, tokens, then exactly one `Finished`, `Failed`, `NotFinite` or `Expired`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// Log-probs of the prompt, when asked for.
@@ -151,6 +174,8 @@ pub enum Event {
     Failed(String),
     /// The end: the logits of this request are not finite, so there is nothing to choose from.
     NotFinite,
+    /// The end: the request's deadline came first. What came before it stands.
+    Expired,
 }
 
 /// The engine did not take a request.

@@ -20,6 +20,8 @@ pub(super) struct Job {
     pub(super) outbox: Outbox,
     /// When it came.
     pub(super) submitted: Instant,
+    /// When its last token came.
+    pub(super) token_at: Option<Instant>,
     /// What its penalties need.
     pub(super) counts: Option<Counts>,
     /// Log-probs of the prompt so far, until they are sent.

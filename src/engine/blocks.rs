@@ -65,6 +65,11 @@ impl BlockPool {
         self.free.len() + self.idle
     }
 
+    /// Would releasing this reference make the block available?
+    pub(super) fn is_sole(&self, block: &Block) -> bool {
+        self.meta[block.0 as usize].holders == 1
+    }
+
     /// A block to write to: a free one, or else the idle one that was released longest ago, whose contents are lost.
     /// The flag says the latter. None if every block is held.
     pub(super) fn allocate(&mut self) -> Option<(Block, bool)> {

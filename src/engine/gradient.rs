@@ -145,7 +145,41 @@ pub(super) struct Gradients {
     pace: f64,
 }
 
-/// How much of a unit's pace makes the average.
+/// What steps leave for gradients.
+#[derive(Debug)]
+pub(super) struct Earnings {
+    /// See `EngineConfig::gradient_share`.
+    share: f64,
+    /// Seconds that the interactive rows of a step take that computes no prompt: a moving average.
+    usual: f64,
+}
+
+/// A step that computes prompts leaves at least this part of what it would else: a server that does nothing but take prompts trains too.
+const LEAST: f64 = 0.25;
+
+impl Earnings {
+    /// None yet.
+    pub(super) fn new(share: f64) -> Self {
+        Self { share, usual: 0.0 }
+    }
+
+    /// Seconds for gradients after a step: what its interactive rows took, of which there are so many beside background ones, times the share; all of it
+    /// when there were none. Whoever waits for a token behind a step with a prompt has waited longer than usual already: that comes off the pause.
+    pub(super) fn of(&mut self, time: f64, interactive: usize, background: usize, prefills: bool) -> f64 {
+        if interactive == 0 {
+            return time;
+        }
+        let own = time * interactive as f64 / (interactive + background) as f64;
+        if !prefills {
+            self.usual += if self.usual == 0.0 { own } else { NEWEST * (own - self.usual) };
+            return self.share * own;
+        }
+        let late = (own - self.usual).max(0.0);
+        (self.share * self.usual - late).max(LEAST * self.share * own)
+    }
+}
+
+/// How much of the newest makes a moving average.
 const NEWEST: f64 = 0.1;
 /// Units that cost less say nothing about the pace.
 const TELLING: u64 = 10_000_000;
@@ -216,5 +250,30 @@ impl Gradients {
         let _ = gradient.answer.send(answer);
         self.queue.pop_front();
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_earns_its_interactive_part_times_the_share() {
+        let mut earnings = Earnings::new(0.5);
+        assert_eq!(earnings.of(0.008, 0, 4, true), 0.008, "nobody waits");
+        assert_eq!(earnings.of(0.008, 4, 0, false), 0.004);
+        assert_eq!(earnings.of(0.008, 1, 3, false), 0.001);
+    }
+
+    #[test]
+    fn what_a_prompt_takes_comes_off_the_pause() {
+        let mut earnings = Earnings::new(1.0);
+        assert_eq!(earnings.of(0.004, 8, 0, false), 0.004);
+        let pause = earnings.of(0.006, 30, 0, true);
+        assert!((pause - 0.002).abs() < 1e-12, "6 ms and the pause are as long as 4 ms and theirs: {pause}");
+        assert!((earnings.of(0.020, 99, 0, true) - 0.005).abs() < 1e-12, "a quarter at least");
+        assert!((earnings.of(0.003, 30, 0, true) - 0.004).abs() < 1e-12, "a quick one is as the usual");
+        assert_eq!(Earnings::new(1.0).of(0.020, 99, 0, true), 0.005, "where nothing but prompts comes");
+        assert_eq!(Earnings::new(0.0).of(0.020, 99, 0, true), 0.0);
     }
 }

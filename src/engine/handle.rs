@@ -199,7 +199,8 @@ impl Handle {
         let chain = shared.then(|| Chain::new(request.salt, &tokens));
         // The worker numbers sequences as they come to it.
         let id = SequenceId { priority: request.priority, number: 0 };
-        let sequence = Sequence::new(id, tokens, request.max_tokens, chain, request.prompt_logprobs.is_some());
+        let scored = request.prompt_logprobs.is_some();
+        let sequence = Sequence::new(id, request.share, tokens, request.max_tokens, chain, scored);
         (Submission { request, sequence, outbox, submitted: Instant::now() }, events)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! It knows no HTTP, no tenant's name and no text. The scheduler, blocks and sequences are integers only.
 //!
-//! One step: `worker` receives commands, `scheduler` plans rows (over `sequence`, `blocks` and `prefix`), `batch` writes the plan as a
+//! One step: `worker` receives commands, `scheduler` plans rows (over `sequence`, `shares`, `blocks` and `prefix`), `batch` writes the plan as a
 //! ragged batch, the model runs it, `sampler` (over `logits`) chooses tokens on the model's threads, and the worker commits and sends them (`events`).
 //! Between two steps `gradient` advances what training jobs have asked for.
 //!
@@ -21,6 +21,7 @@ mod prefix;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod shares;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -28,7 +29,8 @@ mod worker;
 
 pub use crate::model::{CoreGradient, GradientJob};
 pub use api::{
-    Event, FinishReason, LogProbs, Priority, PromptLogProbs, Request, Sampling, SubmitError, TokenOut, Usage,
+    Event, FinishReason, LogProbs, Priority, PromptLogProbs, Request, Sampling, Share, ShareKey, SubmitError, TokenOut,
+    Usage,
 };
 pub use events::Events;
 pub use gate::Health;

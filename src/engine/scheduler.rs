@@ -1,20 +1,24 @@
 //! Which rows run in the next step: continuous batching over integers.
 //!
-//! A step holds one row of every decoding sequence, then chunks of prompts, oldest sequence first, up to a budget: a running stream waits for its next
-//! token no longer than a step of that many prompt rows takes. Sequences are admitted in order of arrival when their blocks are there. When a decoding
-//! sequence needs a block and none is left, the youngest running sequence gives all of its blocks back and waits to be recomputed. So the
-//! oldest sequence always advances, and nobody starves.
+//! A step holds one row of every decoding sequence, then chunks of prompts up to a budget: a running stream waits for its next token no longer than a step of that many
+//! prompt rows takes. Sequences are admitted when their blocks are there ([`admission`]): first those of the key that was served least ([`Shares`]), of a key in order of
+//! arrival. Prompt rows are divided among keys in the same way.
+//!
+//! When a decoding sequence needs a block and none is left, the key with the most blocks by its weight gives back all of those of its youngest sequence, which waits to be
+//! recomputed. Nobody loses its only running sequence while another has more than one, so the oldest of all always advances, and nobody starves.
 //!
 //! All of this first for interactive sequences, then, with what is left, for background ones. Those make room, places and blocks, for interactive ones that
 //! wait, and beside interactive rows they add a bounded number of their own.
 
-use std::{collections::VecDeque, ops::Range};
+mod admission;
+
+use std::ops::Range;
 
 use super::{
-    api::Priority,
-    blocks::Block,
+    api::{Priority, ShareKey},
     prefix::PrefixCache,
     sequence::{Sequence, SequenceId, blocks_for},
+    shares::{Shares, owner},
 };
 use crate::{
     kernel::BLOCK_TOKENS,
@@ -58,8 +62,12 @@ pub(super) struct Plan {
     pub(super) chunks: Vec<Chunk>,
     /// Sequences that left the queue for the first time.
     pub(super) admitted: Vec<SequenceId>,
+    /// Of each admitted sequence that came when its key had nothing here: the rounds since. 1: it came after the round before.
+    pub(super) first_places: Vec<u64>,
     /// Sequences that lost their blocks.
     pub(super) preempted: usize,
+    /// Those of them that lost them to another key's share.
+    pub(super) yielded: usize,
     /// Rows that only decode, at the start.
     pub(super) decode_rows: usize,
     /// Prompt rows.
@@ -75,20 +83,23 @@ pub(super) struct Scheduler {
     cache: PrefixCache,
     /// In order of their ids: background ones last.
     running: Vec<Sequence>,
-    /// In the same order.
-    waiting: VecDeque<Sequence>,
+    /// Those that wait, and whose turn it is.
+    shares: Shares,
+    /// Rounds so far.
+    round: u64,
 }
 
 impl Scheduler {
     /// Nothing to do, all blocks free.
     pub(super) fn new(limits: Limits, blocks: usize) -> Self {
-        Self { limits, cache: PrefixCache::new(blocks), running: Vec::new(), waiting: VecDeque::new() }
+        Self { limits, cache: PrefixCache::new(blocks), running: Vec::new(), shares: Shares::default(), round: 0 }
     }
 
     /// Queues a sequence. Its number is larger than all before; alone it fits in the cache.
-    pub(super) fn add(&mut self, sequence: Sequence) {
-        let at = self.waiting.partition_point(|other| other.id < sequence.id);
-        self.waiting.insert(at, sequence);
+    pub(super) fn add(&mut self, mut sequence: Sequence) {
+        sequence.arrived = self.round;
+        let above = self.class(sequence.id.priority).start;
+        self.shares.arrive(sequence, self.limits.max_batch.saturating_sub(above));
     }
 
     /// Sequences that hold blocks.
@@ -98,7 +109,7 @@ impl Scheduler {
 
     /// Sequences that wait for the first time or again.
     pub(super) fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.shares.waiting()
     }
 
     /// The prefix cache, to count.
@@ -115,52 +126,74 @@ impl Scheduler {
         self.running.binary_search_by_key(&id, |sequence| sequence.id).ok()
     }
 
+    /// The running sequences of a class.
+    fn class(&self, priority: Priority) -> Range<usize> {
+        let upto = |priority| self.running.partition_point(|sequence| sequence.id.priority <= priority);
+        match priority {
+            Priority::Interactive => 0..upto(priority),
+            Priority::Background => upto(Priority::Interactive)..self.running.len(),
+        }
+    }
+
     /// Plans the next step, over what the plan held. Whatever it says must then be committed or removed.
     pub(super) fn schedule(&mut self, plan: &mut Plan) {
         plan.clear();
+        self.round += 1;
+        self.shares.begin();
         self.grow(plan);
-        if plan.preempted == 0 && self.admit(Priority::Interactive, plan) {
+        let short = plan.preempted > 0;
+        if self.admit(Priority::Interactive, plan) && !short {
             self.admit(Priority::Background, plan);
         }
-        // Interactive sequences come first in `running`, so whether there are any is known before the first of the others.
-        let mut room =
-            if self.running.first().is_some_and(is_interactive) { self.limits.background_rows } else { usize::MAX };
-        for sequence in self.running.iter().filter(|sequence| sequence.remaining() == 1) {
-            if !is_interactive(sequence) {
-                if room == 0 {
-                    break;
-                }
-                room -= 1;
-            }
-            plan.chunks.push(chunk(sequence, 1));
-        }
+        let decode = |sequence: &Sequence| usize::from(sequence.remaining() == 1);
+        let prefill = |sequence: &Sequence| if sequence.remaining() > 1 { sequence.remaining() } else { 0 };
+        let beside = !self.class(Priority::Interactive).is_empty();
+        let mut room = if beside { self.limits.background_rows } else { usize::MAX };
+        self.add_rows(Priority::Interactive, usize::MAX, decode, plan);
+        room -= self.add_rows(Priority::Background, room, decode, plan);
         plan.decode_rows = plan.chunks.len();
         let mut budget = self.prefill_budget();
+        plan.prefill_rows = self.add_rows(Priority::Interactive, budget, prefill, plan);
+        budget -= plan.prefill_rows;
         // An interactive request that comes meanwhile waits for this step, so prompts of background ones are always cut short.
-        let mut background = room.min(self.limits.prefill_chunk);
-        for sequence in self.running.iter().filter(|sequence| sequence.remaining() > 1) {
-            let most = if is_interactive(sequence) { budget } else { budget.min(background) };
-            let rows = sequence.remaining().min(most);
-            if rows == 0 {
-                break;
-            }
-            budget -= rows;
-            if !is_interactive(sequence) {
-                background -= rows;
-            }
-            plan.prefill_rows += rows;
-            plan.chunks.push(chunk(sequence, rows));
+        let background = budget.min(room).min(self.limits.prefill_chunk);
+        plan.prefill_rows += self.add_rows(Priority::Background, background, prefill, plan);
+    }
+
+    /// Plans as many rows of each sequence of a class as it wants, oldest first. If those are more than `most`, the keys share. Says how many.
+    fn add_rows(
+        &mut self,
+        priority: Priority,
+        most: usize,
+        wanted: impl Fn(&Sequence) -> usize,
+        plan: &mut Plan,
+    ) -> usize {
+        let class = self.class(priority);
+        let sequences = &self.running[class];
+        let all: usize = sequences.iter().map(&wanted).sum();
+        if all > most {
+            self.shares.divide(priority, most, sequences.iter().map(|sequence| (sequence.share.key, wanted(sequence))));
         }
+        let mut planned = 0;
+        for sequence in sequences {
+            let wanted = wanted(sequence);
+            let rows = if all > most { self.shares.draw(sequence, wanted) } else { wanted };
+            if rows > 0 {
+                plan.chunks.push(chunk(sequence, rows));
+                planned += rows;
+            }
+        }
+        planned
     }
 
     /// Prompt rows of the next step: fewer if somebody waits for the next token of a stream.
     fn prefill_budget(&self) -> usize {
-        let interactive = self.running.iter().take_while(|sequence| is_interactive(sequence));
-        let decoding = interactive.into_iter().any(|sequence| sequence.remaining() == 1);
+        let interactive = &self.running[self.class(Priority::Interactive)];
+        let decoding = interactive.iter().any(|sequence| sequence.remaining() == 1);
         if decoding { self.limits.prefill_chunk } else { self.limits.idle_prefill_chunk }
     }
 
-    /// Gives every running sequence blocks for all of its tokens, oldest first, from the youngest if need be.
+    /// Gives every running sequence blocks for all of its tokens, oldest first, from others if need be.
     fn grow(&mut self, plan: &mut Plan) {
         let mut at = 0;
         while at < self.running.len() {
@@ -169,104 +202,46 @@ impl Scheduler {
                 at += 1;
             } else if let Some(block) = self.cache.allocate() {
                 sequence.blocks.push(block);
-            } else if let Some(victim) = self.running.pop() {
-                plan.preempted += 1;
-                self.suspend(victim);
+            } else if let Some(victim) = self.victim() {
+                self.suspend(victim, plan);
+                at -= usize::from(victim < at);
+            } else {
+                break;
             }
         }
     }
 
-    /// Puts a sequence back into the queue, at its place.
-    fn suspend(&mut self, mut sequence: Sequence) {
+    /// Who loses its blocks when somebody has to: of the lowest class that runs, the youngest sequence of the key with the most blocks by its weight; if no key has two,
+    /// the youngest of all.
+    fn victim(&mut self) -> Option<usize> {
+        let youngest = self.running.len().checked_sub(1)?;
+        let priority = self.running[youngest].id.priority;
+        self.count(priority);
+        let several = self.shares.class(priority).filter(|(_, account)| account.running > 1);
+        let most: Option<ShareKey> =
+            several.max_by_key(|(_, account)| account.price(account.blocks)).map(|(key, _)| key);
+        most.map_or(Some(youngest), |key| self.running.iter().rposition(|other| owner(other) == (priority, key)))
+    }
+
+    /// Counts blocks and prompt rows of the keys of a class anew.
+    fn count(&mut self, priority: Priority) {
+        self.shares.class_mut(priority).for_each(|account| (account.blocks, account.rows) = (0, 0));
+        for sequence in &self.running[self.class(priority)] {
+            if let Some(account) = self.shares.get_mut(owner(sequence)) {
+                account.blocks += sequence.blocks.len();
+                account.rows += if sequence.remaining() > 1 { sequence.remaining() } else { 0 };
+            }
+        }
+    }
+
+    /// Puts a running sequence back into the queue, at its place.
+    fn suspend(&mut self, at: usize, plan: &mut Plan) {
+        let mut sequence = self.running.remove(at);
         self.cache.release(std::mem::take(&mut sequence.blocks));
         sequence.computed = 0;
         sequence.preemptions += 1;
-        let at = self.waiting.partition_point(|other| other.id < sequence.id);
-        self.waiting.insert(at, sequence);
-    }
-
-    /// Moves sequences of this priority from the queue to the running ones while there is room. Only sequences that wait for another one's prefix
-    /// are passed over; one that lacks blocks holds up all behind it: then the answer is false.
-    fn admit(&mut self, priority: Priority, plan: &mut Plan) -> bool {
-        let prefilling: usize = self.upto(priority).map(Sequence::remaining).filter(|&rows| rows > 1).sum();
-        let mut budget = self.prefill_budget().saturating_sub(prefilling);
-        let mut at = self.waiting.partition_point(|sequence| sequence.id.priority < priority);
-        // Passing over the whole of a long queue in every step would cost more than it gives.
-        let horizon = at + 2 * self.limits.max_batch;
-        while budget > 0 && at < horizon && self.waiting.get(at).is_some_and(|next| next.id.priority == priority) {
-            if self.upto(priority).count() >= self.limits.max_batch {
-                break;
-            }
-            let Some(blocks) = self.cached_prefix(at) else {
-                at += 1;
-                continue;
-            };
-            let needed = blocks_for(self.waiting[at].tokens.len()) - blocks.len();
-            // A spare block for each running sequence: else the newcomer would be thrown out again soon.
-            let spare = self.upto(priority).count();
-            if !self.make_room(priority, needed + spare, plan) {
-                self.cache.release(blocks);
-                return false;
-            }
-            let Some(mut sequence) = self.waiting.remove(at) else { break };
-            sequence.computed = blocks.len() * BLOCK_TOKENS;
-            sequence.blocks = blocks;
-            sequence.blocks.extend(std::iter::repeat_with(|| self.cache.allocate()).take(needed).flatten());
-            sequence.reserve();
-            budget = budget.saturating_sub(sequence.remaining());
-            if sequence.cached.is_none() {
-                sequence.cached = Some(sequence.computed);
-                plan.admitted.push(sequence.id);
-                plan.cached_tokens += sequence.computed;
-            }
-            let place = self.running.partition_point(|other| other.id < sequence.id);
-            self.running.insert(place, sequence);
-        }
-        true
-    }
-
-    /// Running sequences that do not have to give way to this priority.
-    fn upto(&self, priority: Priority) -> impl Iterator<Item = &Sequence> {
-        self.running.iter().take_while(move |sequence| sequence.id.priority <= priority)
-    }
-
-    /// Makes sure of a place and so many blocks, at the cost of sequences of a lower priority if need be; false, and nobody has lost anything, if that
-    /// cannot be done.
-    fn make_room(&mut self, priority: Priority, blocks: usize, plan: &mut Plan) -> bool {
-        let lower = self.running.iter().filter(|sequence| sequence.id.priority > priority);
-        let theirs: usize = lower.map(|sequence| sequence.blocks.len()).sum();
-        // Blocks that they share count twice: then room is made that is not enough, and what lost it comes back later.
-        if self.cache.pool().available() + theirs < blocks {
-            return false;
-        }
-        while self.running.len() >= self.limits.max_batch || self.cache.pool().available() < blocks {
-            let Some(victim) = self.running.pop_if(|last| last.id.priority > priority) else {
-                return self.running.len() < self.limits.max_batch && self.cache.pool().available() >= blocks;
-            };
-            plan.preempted += 1;
-            self.suspend(victim);
-        }
-        true
-    }
-
-    /// The cached blocks that a waiting sequence starts with, or None if a running one is about to compute the block after them.
-    fn cached_prefix(&mut self, at: usize) -> Option<Vec<Block>> {
-        let sequence = &self.waiting[at];
-        let Some(chain) = &sequence.chain else { return Some(Vec::new()) };
-        let hashes = &chain.hashes()[..sequence.readable_blocks()];
-        let blocks = self.cache.lookup(hashes);
-        let block = blocks.len();
-        // One that may have to wait for its rows is no leader of one that need not.
-        let priority = sequence.id.priority;
-        let pending = |leader: &Sequence| {
-            let theirs = leader.chain.as_ref().and_then(|chain| chain.hashes().get(block));
-            leader.computed < (block + 1) * BLOCK_TOKENS && theirs == hashes.get(block)
-        };
-        if block < hashes.len() && self.upto(priority).any(pending) {
-            self.cache.release(blocks);
-            return None;
-        }
-        Some(blocks)
+        plan.preempted += 1;
+        self.shares.suspend(sequence);
     }
 
     /// A planned chunk was computed; `token` is what its last row chose. Publishes the blocks that it filled.
@@ -284,17 +259,14 @@ impl Scheduler {
             }
         }
         sequence.tokens.extend(token);
+        self.shares.charge(sequence, usize::from(token.is_some()));
     }
 
     /// Takes a sequence out, wherever it is; its blocks are free or cached at once.
     pub(super) fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
-        let mut sequence = match self.position(id) {
-            Some(at) => self.running.remove(at),
-            None => {
-                let at = self.waiting.binary_search_by_key(&id, |sequence| sequence.id).ok()?;
-                self.waiting.remove(at)?
-            }
-        };
+        let Some(at) = self.position(id) else { return self.shares.remove(id) };
+        let mut sequence = self.running.remove(at);
+        self.shares.leave(&sequence);
         self.cache.release(std::mem::take(&mut sequence.blocks));
         Some(sequence)
     }
@@ -302,23 +274,40 @@ impl Scheduler {
     /// Forgets the cached blocks of a salt. Sequences under it go on and publish nothing more.
     pub(super) fn purge(&mut self, salt: CacheSalt) {
         self.cache.purge(salt);
-        for sequence in self.running.iter_mut().chain(&mut self.waiting) {
+        for sequence in self.running.iter_mut().chain(self.shares.all_waiting()) {
             sequence.chain.take_if(|chain| chain.salt() == salt);
         }
     }
 }
 
-impl Plan {
-    fn clear(&mut self) {
-        let Self { chunks, admitted, preempted, decode_rows, prefill_rows, cached_tokens } = self;
-        chunks.clear();
-        admitted.clear();
-        (*preempted, *decode_rows, *prefill_rows, *cached_tokens) = (0, 0, 0, 0);
+#[cfg(test)]
+impl Scheduler {
+    /// Everything that is kept twice agrees.
+    pub(super) fn check(&self) {
+        self.shares.check(&self.running);
+        assert!(
+            self.running.windows(2).all(|pair| pair[0].id < pair[1].id) && self.running.len() <= self.limits.max_batch
+        );
+        let blocks = self.running.iter().flat_map(|sequence| &sequence.blocks).map(|block| block.id());
+        let held: std::collections::BTreeSet<u32> = blocks.collect();
+        assert_eq!(held.len(), self.cache.pool().len() - self.cache.pool().available());
+    }
+
+    /// Keys that are remembered, those without sequences included.
+    pub(super) fn keys(&self) -> usize {
+        self.shares.len()
     }
 }
 
-fn is_interactive(sequence: &Sequence) -> bool {
-    sequence.id.priority == Priority::Interactive
+impl Plan {
+    fn clear(&mut self) {
+        let Self { chunks, admitted, first_places, preempted, yielded, decode_rows, prefill_rows, cached_tokens } =
+            self;
+        chunks.clear();
+        admitted.clear();
+        first_places.clear();
+        (*preempted, *yielded, *decode_rows, *prefill_rows, *cached_tokens) = (0, 0, 0, 0, 0);
+    }
 }
 
 fn chunk(sequence: &Sequence, rows: usize) -> Chunk {

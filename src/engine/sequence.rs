@@ -1,6 +1,10 @@
 //! One sequence as the scheduler sees it: tokens, how far its KV is computed, and in which blocks.
 
-use super::{api::Priority, blocks::Block, prefix::Chain};
+use super::{
+    api::{Priority, Share},
+    blocks::Block,
+    prefix::Chain,
+};
 use crate::{kernel::BLOCK_TOKENS, types::TokenId};
 
 /// Orders sequences as they are served: interactive ones first, each class in order of arrival.
@@ -27,6 +31,8 @@ pub(super) fn blocks_at_end(prompt: usize, max_tokens: usize) -> usize {
 pub(super) struct Sequence {
     /// Whose turn it is.
     pub(super) id: SequenceId,
+    /// Who pays for it.
+    pub(super) share: Share,
     /// The prompt and what was generated after it.
     pub(super) tokens: Vec<TokenId>,
     /// Prompt tokens.
@@ -45,6 +51,10 @@ pub(super) struct Sequence {
     pub(super) scored: usize,
     /// Prompt tokens found in the cache at the first admission; None before it.
     pub(super) cached: Option<usize>,
+    /// Leading prompt tokens that were paid for or came from the cache; survives preemption, so that nobody pays for being preempted.
+    pub(super) paid: usize,
+    /// The round of the scheduler in which it came.
+    pub(super) arrived: u64,
     /// How often the blocks were taken away.
     pub(super) preemptions: usize,
 }
@@ -53,6 +63,7 @@ impl Sequence {
     /// A sequence that has just arrived.
     pub(super) fn new(
         id: SequenceId,
+        share: Share,
         tokens: Vec<TokenId>,
         max_tokens: usize,
         chain: Option<Chain>,
@@ -61,6 +72,7 @@ impl Sequence {
         let prompt = tokens.len();
         Self {
             id,
+            share,
             tokens,
             prompt,
             max_tokens,
@@ -70,6 +82,8 @@ impl Sequence {
             score_prompt,
             scored: 0,
             cached: None,
+            paid: 0,
+            arrived: 0,
             preemptions: 0,
         }
     }
@@ -88,6 +102,11 @@ impl Sequence {
     /// Tokens generated so far.
     pub(super) fn generated(&self) -> usize {
         self.tokens.len() - self.prompt
+    }
+
+    /// Prompt tokens that nobody has paid for.
+    pub(super) fn unpaid(&self) -> usize {
+        self.prompt - self.paid
     }
 
     /// Tokens whose KV is still to be computed.
@@ -111,7 +130,7 @@ mod tests {
     #[test]
     fn at_least_the_last_token_and_all_unread_positions_are_computed() {
         let id = SequenceId { priority: Priority::Interactive, number: 0 };
-        let mut sequence = Sequence::new(id, vec![1; 33], 4, None, false);
+        let mut sequence = Sequence::new(id, Share::default(), vec![1; 33], 4, None, false);
         assert_eq!(sequence.readable_blocks(), 2);
         sequence.tokens.pop();
         sequence.prompt -= 1;

@@ -124,6 +124,11 @@ impl Histogram {
         Self::new(bounds)
     }
 
+    /// Tenths, with nothing and everything apart.
+    fn shares() -> Self {
+        Self::new((0..=9).map(|tenths| f64::from(tenths) / 10.0).chain([0.999, 1.0]).collect())
+    }
+
     pub(super) fn observe(&self, value: f64) {
         let bucket = self.bounds.partition_point(|&bound| bound < value).min(self.counts.len() - 1);
         self.counts[bucket].fetch_add(1, Relaxed);
@@ -161,6 +166,8 @@ pub struct Stats {
     pub cancelled: Reading,
     /// Sequences that ended with `Failed`.
     pub failed: Reading,
+    /// Sequences that ended with `Expired`.
+    pub expired: Reading,
     /// Rows of prompts (and of recomputed completions) that were run in chunks.
     pub prefill_tokens: Reading,
     /// Prompt tokens that came from the prefix cache.
@@ -177,6 +184,8 @@ pub struct Stats {
     pub background_seconds: Seconds,
     /// Times a sequence lost its blocks.
     pub preemptions: Reading,
+    /// Of those, the times a sequence gave way to another key, which had less than its part.
+    pub yielded: Reading,
     /// Sequences in the queue now, preempted ones included.
     pub waiting: Reading,
     /// Sequences that hold blocks now.
@@ -215,7 +224,18 @@ pub struct Stats {
     pub queue_seconds: Histogram,
     /// Seconds from submission to the first token.
     pub first_token_seconds: Histogram,
+    /// Seconds between two tokens of an interactive sequence.
+    pub between_tokens_seconds: Histogram,
+    /// Steps from submission to admission, of sequences that came when their key had nothing in the engine. 1: it came into the step after the one that ran then.
+    pub first_place_steps: Histogram,
+    /// Of each admitted prompt, the part that came from the prefix cache.
+    pub cached_share: Histogram,
+    /// The part of the KV blocks that sequences held in each step.
+    pub step_kv_share: Histogram,
 }
+
+/// Waiting longer than so many steps is all the same.
+const MANY_STEPS: usize = 1 << 12;
 
 impl Stats {
     pub(super) fn new(max_batch: usize, prefill_rows: usize) -> Self {
@@ -228,6 +248,7 @@ impl Stats {
             finished: r(),
             cancelled: r(),
             failed: r(),
+            expired: r(),
             prefill_tokens: r(),
             cached_tokens: r(),
             generated_tokens: r(),
@@ -236,6 +257,7 @@ impl Stats {
             interactive_seconds: Seconds::default(),
             background_seconds: Seconds::default(),
             preemptions: r(),
+            yielded: r(),
             waiting: r(),
             running: r(),
             blocks_free: r(),
@@ -255,6 +277,10 @@ impl Stats {
             phases: Phases::default(),
             queue_seconds: Histogram::seconds(),
             first_token_seconds: Histogram::seconds(),
+            between_tokens_seconds: Histogram::seconds(),
+            first_place_steps: Histogram::sizes(MANY_STEPS),
+            cached_share: Histogram::shares(),
+            step_kv_share: Histogram::shares(),
         }
     }
 }

@@ -16,7 +16,7 @@ use super::{
     batch::{Job, Jobs, Step},
     events::Wakes,
     gate::{Gate, Health, Outbox},
-    gradient::{Gradient, Gradients},
+    gradient::{Earnings, Gradient, Gradients},
     logits::LogitsError,
     sampler::{Counts, Sampler},
     scheduler::{Chunk, Limits, Plan, Scheduler},
@@ -65,8 +65,7 @@ pub(super) struct Worker {
     scheduler: Scheduler,
     jobs: Jobs,
     gradients: Gradients,
-    /// See `EngineConfig::gradient_share`.
-    gradient_share: f64,
+    earnings: Earnings,
     next_number: u64,
     commands: Receiver<Command>,
     gate: Arc<Gate>,
@@ -100,7 +99,7 @@ impl Worker {
             scheduler,
             jobs: Jobs::new(),
             gradients: Gradients::default(),
-            gradient_share,
+            earnings: Earnings::new(gradient_share),
             next_number: 0,
             commands,
             gate,
@@ -154,6 +153,7 @@ impl Worker {
         let Some(mut clock) = self.receive() else { return false };
         let stats = Arc::clone(&self.stats);
         self.cancel_deserted();
+        self.expire(clock.last);
         stats.phases.receive.add(clock.lap());
         let mut earned = None;
         if !self.jobs.is_empty() {
@@ -184,8 +184,8 @@ impl Worker {
         true
     }
 
-    /// Seconds that a step earns for gradients: a share of what its interactive rows took, and as long as itself when it had none.
-    fn earned(&self, plan: &Plan, time: Duration) -> f64 {
+    /// Seconds that a step earns for gradients; counts whose time it was.
+    fn earned(&mut self, plan: &Plan, time: Duration) -> f64 {
         let rows = |priority: Priority| -> usize {
             plan.chunks.iter().filter(|chunk| chunk.id.priority == priority).map(|chunk| chunk.rows).sum()
         };
@@ -193,7 +193,7 @@ impl Worker {
         let part = interactive as f64 / (interactive + background).max(1) as f64;
         self.stats.interactive_seconds.add(time.mul_f64(part));
         self.stats.background_seconds.add(time.mul_f64(1.0 - part));
-        if interactive == 0 { time.as_secs_f64() } else { time.as_secs_f64() * part * self.gradient_share }
+        self.earnings.of(time.as_secs_f64(), interactive, background, plan.prefill_rows > 0)
     }
 
     /// Takes what handles sent; waits for it if there is nothing else to do. None when it is time to end, else a clock that began when the waiting ended.
@@ -241,7 +241,7 @@ impl Worker {
         self.next_number += 1;
         let counts = Counts::for_request(&request.sampling, &sequence.tokens);
         let scores = request.prompt_logprobs.map(|_| vec![None]);
-        self.jobs.insert(sequence.id, Job { request, outbox, submitted, counts, scores });
+        self.jobs.insert(sequence.id, Job { request, outbox, submitted, token_at: None, counts, scores });
         self.scheduler.add(sequence);
     }
 
@@ -253,6 +253,19 @@ impl Worker {
             self.scheduler.remove(id);
             self.jobs.remove(&id);
             self.stats.cancelled.add(1);
+        }
+    }
+
+    /// Ends the requests whose deadline has come.
+    fn expire(&mut self, now: Instant) {
+        let late = |job: &Job| job.request.deadline.is_some_and(|deadline| deadline <= now);
+        let expired: Vec<SequenceId> = self.jobs.iter().filter(|(_, job)| late(job)).map(|(&id, _)| id).collect();
+        for id in expired {
+            self.scheduler.remove(id);
+            if let Some(job) = self.jobs.remove(&id) {
+                self.stats.expired.add(1);
+                job.outbox.close(Event::Expired, &mut self.wakes);
+            }
         }
     }
 
@@ -273,7 +286,7 @@ impl Worker {
             Ok(Ok(forward)) => {
                 stats.phases.sample.add(clock.lap());
                 self.failed_steps = 0;
-                self.commit(plan);
+                self.commit(plan, clock.last);
                 stats.phases.commit.add(clock.lap());
                 return Some(forward);
             }
@@ -307,13 +320,13 @@ impl Worker {
         sampler.answer(logits, model.vocab_size(), &question, &mut |rows, work| model.parallel(rows, work));
     }
 
-    /// Tells the scheduler and the clients what came out.
-    fn commit(&mut self, plan: &Plan) {
+    /// Tells the scheduler and the clients what came out, and when.
+    fn commit(&mut self, plan: &Plan, now: Instant) {
         let mut row = 0;
         for chunk in &plan.chunks {
             let rows = row..row + chunk.scores.len() + usize::from(chunk.sample);
             row = rows.end;
-            if let Err(error) = self.commit_chunk(chunk, rows) {
+            if let Err(error) = self.commit_chunk(chunk, rows, now) {
                 tracing::error!(%error, "a request failed");
                 self.end_failed(chunk.id, Event::NotFinite);
             }
@@ -321,7 +334,7 @@ impl Worker {
     }
 
     /// `rows` are the rows of logits that are about this chunk. Fails, and then the request has to, if one of them cannot be read.
-    fn commit_chunk(&mut self, chunk: &Chunk, rows: Range<usize>) -> Result<(), LogitsError> {
+    fn commit_chunk(&mut self, chunk: &Chunk, rows: Range<usize>, now: Instant) -> Result<(), LogitsError> {
         let Some(job) = self.jobs.get_mut(&chunk.id) else { return Ok(()) };
         for answer in rows.clone().take(chunk.scores.len()).filter_map(|row| self.sampler.take(row)) {
             let (_, logprobs) = answer?;
@@ -344,7 +357,12 @@ impl Worker {
         let (generated, most) = (sequence.generated(), sequence.max_tokens);
         if generated == 1 {
             job.outbox.send(Event::Began { cached_tokens: sequence.cached.unwrap_or(0) }, &mut self.wakes);
-            self.stats.first_token_seconds.observe_time(job.submitted.elapsed());
+            self.stats.first_token_seconds.observe_time(now.saturating_duration_since(job.submitted));
+        }
+        if let Some(before) = job.token_at.replace(now)
+            && chunk.id.priority == Priority::Interactive
+        {
+            self.stats.between_tokens_seconds.observe_time(now.saturating_duration_since(before));
         }
         self.stats.generated_tokens.add(1);
         if let Some(counts) = &mut job.counts {
@@ -403,10 +421,19 @@ impl Worker {
     }
 
     fn count_plan(&self, plan: &Plan) {
-        self.stats.preemptions.add(plan.preempted);
-        self.stats.cached_tokens.add(plan.cached_tokens);
-        for job in plan.admitted.iter().filter_map(|id| self.jobs.get(id)) {
-            self.stats.queue_seconds.observe_time(job.submitted.elapsed());
+        let stats = &self.stats;
+        stats.preemptions.add(plan.preempted);
+        stats.yielded.add(plan.yielded);
+        stats.cached_tokens.add(plan.cached_tokens);
+        if !plan.chunks.is_empty() {
+            let pool = self.scheduler.cache().pool();
+            stats.step_kv_share.observe((pool.len() - pool.available()) as f64 / pool.len() as f64);
+        }
+        plan.first_places.iter().for_each(|&rounds| stats.first_place_steps.observe(rounds as f64));
+        for &id in &plan.admitted {
+            let (Some(job), Some(sequence)) = (self.jobs.get(&id), self.scheduler.get(id)) else { continue };
+            stats.queue_seconds.observe_time(job.submitted.elapsed());
+            stats.cached_share.observe(sequence.cached.unwrap_or(0) as f64 / sequence.prompt as f64);
         }
     }
 

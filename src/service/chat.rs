@@ -71,7 +71,7 @@ impl Service {
             show,
             place,
         };
-        self.start(plan, lease, started)
+        self.start(caller, plan, lease, started)
     }
 }
 

@@ -8,6 +8,7 @@ use super::{
     BaseInfo, Error, ErrorKind, Lease, Service,
     decoding::{Checked, Decoding},
     reader::{Delta, End, Prompt, Reader, Show, TokenScore},
+    share::share_of,
     shed::Place,
 };
 use crate::{
@@ -132,11 +133,8 @@ impl Service {
         let prompts = blocking(move || encode_all(&base, request.prompts)).await?;
         self.policy.log(caller.tenant, &prompts);
         let default_max_tokens = Some(DEFAULT_MAX_TOKENS);
-        self.start(
-            Plan { prompts, checked, default_max_tokens, param: "prompt", best_of, logprobs, show, place },
-            lease,
-            started,
-        )
+        let plan = Plan { prompts, checked, default_max_tokens, param: "prompt", best_of, logprobs, show, place };
+        self.start(caller, plan, lease, started)
     }
 
     /// A place for a request, unless it would wait too long for its turn.
@@ -147,7 +145,13 @@ impl Service {
     }
 
     /// Submits all sequences of a plan or none.
-    pub(super) fn start(&self, plan: Plan, lease: Lease, started: Instant) -> Result<Completion, Error> {
+    pub(super) fn start(
+        &self,
+        caller: &Caller,
+        plan: Plan,
+        lease: Lease,
+        started: Instant,
+    ) -> Result<Completion, Error> {
         let Plan { prompts, checked, default_max_tokens, param, best_of, logprobs, show, place } = plan;
         let limits = self.engine.config();
         let (count, most) = (prompts.len() * best_of, limits.max_batch + limits.max_queue);
@@ -157,6 +161,8 @@ impl Service {
             return Err(Error::invalid(param, message));
         }
         let show = Show { adapted: lease.cores.is_some(), ..show };
+        let share = share_of(caller.tenant);
+        let deadline = self.request_timeout.and_then(|timeout| started.checked_add(timeout));
         let mut requests = Vec::with_capacity(count);
         let mut least = Vec::with_capacity(prompts.len());
         for prompt in &prompts {
@@ -177,6 +183,8 @@ impl Service {
                     salt: lease.salt,
                     use_cache: lease.cacheable,
                     priority: Priority::Interactive,
+                    share,
+                    deadline,
                 });
             }
         }

@@ -38,6 +38,9 @@ pub enum ErrorKind {
     Unavailable,
 }
 
+/// When an overloaded server may be asked again.
+const OVERLOADED_SECONDS: u64 = 5;
+
 /// An error with the words a client sees.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
@@ -93,6 +96,15 @@ impl Error {
     pub fn internal(cause: impl std::fmt::Display) -> Self {
         tracing::error!(%cause, "internal error");
         Self::new(ErrorKind::Internal, "The server had an error while processing your request.")
+    }
+
+    /// 503 overloaded: it may go better later.
+    pub fn overloaded(message: impl Into<String>) -> Self {
+        Self {
+            code: Some("overloaded"),
+            retry_after: Some(OVERLOADED_SECONDS),
+            ..Self::new(ErrorKind::Unavailable, message)
+        }
     }
 
     /// The database's failure. Where nothing can be written at the moment, the client is told: reading goes on, and another try may do.

@@ -3,9 +3,11 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Weak},
+    time::Instant,
 };
 
 use parking_lot::Mutex;
+use prometheus_client::metrics::histogram::Histogram;
 
 use super::{
     Error,
@@ -17,6 +19,7 @@ use crate::{
         cache_salt,
     },
     store::{Contents, CorruptAdapter, Facts as StoredFacts, LoadedAdapter, Store, StoreError},
+    telemetry,
     types::{AdapterId, CacheSalt, Fingerprint, TenantId},
 };
 
@@ -36,6 +39,8 @@ pub struct Library {
     pub expander: Expander,
     /// The base's fingerprint.
     pub fingerprint: Fingerprint,
+    /// `mote_cores_expand_seconds`
+    pub expand_seconds: Histogram,
     /// Cores of running requests: requests under one adapter share them, and so a slot of the batch.
     live: Mutex<HashMap<CacheSalt, Weak<Cores>>>,
     /// Under which salts a generation may have cached KV.
@@ -66,6 +71,7 @@ impl Library {
             interner: Interner::new(),
             fingerprint: basis.fingerprint,
             expander: Expander::new(sites, basis, served),
+            expand_seconds: telemetry::short_seconds(),
             live: Mutex::default(),
             salts: Mutex::default(),
             corrupt: Mutex::default(),
@@ -216,7 +222,9 @@ impl Library {
         if let Some(cores) = self.live.lock().get(&salt).and_then(Weak::upgrade) {
             return Ok(cores);
         }
+        let began = Instant::now();
         let cores = self.expander.expand(parts).map_err(|error| Error::invalid("adapter", error.to_string()))?;
+        self.expand_seconds.observe(began.elapsed().as_secs_f64());
         let mut live = self.live.lock();
         // Swept only when the map is about to grow: the cost stays constant an insertion.
         if live.len() >= SWEEP_FROM && live.len() == live.capacity() {

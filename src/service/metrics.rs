@@ -25,6 +25,8 @@ impl Service {
         let adapters: Gauge = Gauge::default();
         adapters.set(i64::try_from(self.library.registry.len()).unwrap_or(i64::MAX));
         registry.register("mote_adapters_resident", "Adapters in memory, of all tenants", adapters);
+        let help = "Time to expand an adapter's numbers to cores";
+        registry.register("mote_cores_expand_seconds", help, self.library.expand_seconds.clone());
         let corrupt: Gauge = Gauge::default();
         corrupt.set(i64::try_from(self.library.corrupt()).unwrap_or(i64::MAX));
         registry.register("mote_adapters_damaged", "Adapters in the store that cannot be read", corrupt);
@@ -50,7 +52,7 @@ type Blocks = (&'static str, fn(&Stats) -> &Reading);
 type Counter = (&'static str, &'static str, fn(&Stats) -> &Reading);
 type Sizes = (&'static str, &'static str, fn(&Stats) -> &Histogram);
 
-const COUNTERS: [Counter; 13] = [
+const COUNTERS: [Counter; 15] = [
     ("mote_engine_steps", "Steps of the engine", |stats| &stats.steps),
     ("mote_engine_failed_steps", "Steps that an error ended", |stats| &stats.failed_steps),
     ("mote_engine_accepted", "Sequences taken into the queue", |stats| &stats.accepted),
@@ -58,12 +60,14 @@ const COUNTERS: [Counter; 13] = [
     ("mote_engine_finished", "Sequences that came to their end", |stats| &stats.finished),
     ("mote_engine_cancelled", "Sequences whose client went away or had enough", |stats| &stats.cancelled),
     ("mote_engine_failed", "Sequences that a failed step ended", |stats| &stats.failed),
+    ("mote_engine_expired", "Sequences whose deadline came before their end", |stats| &stats.expired),
     ("mote_engine_prefill_tokens", "Rows of prompts that were computed", |stats| &stats.prefill_tokens),
     ("mote_engine_cached_tokens", "Prompt tokens whose KV came from the prefix cache", |stats| &stats.cached_tokens),
     ("mote_engine_generated_tokens", "Tokens sampled", |stats| &stats.generated_tokens),
     ("mote_engine_wakes", "Tasks woken to read what a step made", |stats| &stats.wakes),
     ("mote_engine_gradients", "Gradients of training jobs that ended, well or not", |stats| &stats.gradients),
     ("mote_engine_preemptions", "Times a sequence lost its KV blocks to another", |stats| &stats.preemptions),
+    ("mote_engine_yielded", "Times a sequence gave way to a tenant with less than its share", |stats| &stats.yielded),
 ];
 
 const GAUGES: [Counter; 5] = [
@@ -80,7 +84,7 @@ const BLOCKS: [Blocks; 3] = [
     ("cached", |stats| &stats.blocks_cached),
 ];
 
-const HISTOGRAMS: [Sizes; 10] = [
+const HISTOGRAMS: [Sizes; 14] = [
     ("mote_engine_step_rows", "Rows of each step", |stats| &stats.step_rows),
     ("mote_engine_step_sequences", "Sequences of each step", |stats| &stats.step_sequences),
     ("mote_engine_step_adapters", "Distinct adapters of each step", |stats| &stats.step_adapters),
@@ -97,6 +101,18 @@ const HISTOGRAMS: [Sizes; 10] = [
     ("mote_engine_step_overhead_seconds", "Time of each step outside the model", |stats| &stats.overhead_seconds),
     ("mote_engine_queue_seconds", "Time from submission to the first step", |stats| &stats.queue_seconds),
     ("mote_engine_first_token_seconds", "Time from submission to the first token", |stats| &stats.first_token_seconds),
+    ("mote_engine_between_tokens_seconds", "Time between two tokens of a sequence that is no rollout", |stats| {
+        &stats.between_tokens_seconds
+    }),
+    (
+        "mote_engine_first_place_steps",
+        "Steps until a sequence had its place, of those that came when their tenant had none; 1 is the next step",
+        |stats| &stats.first_place_steps,
+    ),
+    ("mote_engine_cached_share", "Part of each prompt that came from the prefix cache", |stats| &stats.cached_share),
+    ("mote_engine_step_kv_share", "Part of the KV cache that sequences hold in each step", |stats| {
+        &stats.step_kv_share
+    }),
 ];
 
 impl Collector for EngineCollector {

@@ -13,6 +13,7 @@ mod policy;
 mod reader;
 mod resolve;
 mod salts;
+mod share;
 mod shed;
 mod target;
 mod tenants;
@@ -21,7 +22,7 @@ mod upload;
 
 use std::{
     sync::{Arc, OnceLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 pub use adapters::{AdapterInfo, GenerationInfo, Numbers, Retry, SchemeInfo, Uploaded};
@@ -93,6 +94,8 @@ pub struct Service {
     pub library: Arc<Library>,
     /// Everything that survives.
     pub store: Store,
+    /// A completion that is not done after so long ends with an error; None: never.
+    pub request_timeout: Option<Duration>,
     /// What a request may ask for.
     policy: RequestPolicy,
     /// Knows how long a newcomer would wait.
@@ -119,6 +122,7 @@ impl Service {
             directory: Directory::new(Arc::new(store.clone())),
             library,
             store,
+            request_timeout: None,
             policy: RequestPolicy::default(),
             shedder: Shedder::default(),
             training: OnceLock::new(),

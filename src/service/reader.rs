@@ -182,6 +182,12 @@ impl Reader {
                 }
                 Some(Event::NotFinite) => return Some(Err(self.fail("the base's logits are not finite"))),
                 Some(Event::Failed(cause)) => return Some(Err(self.fail(&cause))),
+                Some(Event::Expired) => {
+                    self.ended = true;
+                    return Some(Err(Error::overloaded(
+                        "The request was not done within the time that this server gives to one.",
+                    )));
+                }
                 None => return Some(Err(self.fail("the engine dropped the request"))),
             };
             if let Some(delta) = delta {

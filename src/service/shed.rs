@@ -128,7 +128,7 @@ impl Pace {
 
 fn overloaded(wait: f64, after: Duration) -> Error {
     let message = format!("The server is overloaded: this request would wait about {wait:.0} s for its turn.");
-    let mut error = Error::new(ErrorKind::Unavailable, message).with_code("overloaded");
+    let mut error = Error::overloaded(message);
     error.retry_after = Some((wait - after.as_secs_f64()).ceil().clamp(1.0, LONGEST) as u64);
     error
 }

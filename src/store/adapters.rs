@@ -8,7 +8,7 @@ use sqlx::{Row as _, SqlStr, any::AnyRow};
 use super::{
     AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
     rows::{Dialect, RowsSql},
-    writer::{PutResults, Tx},
+    writer::{End, PutResults, Tx},
 };
 use crate::types::{AdapterId, Generation, TenantId};
 
@@ -29,7 +29,9 @@ static INSERT_GENERATIONS: RowsSql =
     RowsSql::new("INSERT INTO generations (adapter, seq, generation, data, facts, created_at) VALUES", 6, "");
 
 /// Both inserts of one adapter in one question, as SQLite takes them.
-static INSERT_ONE: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_with(&INSERT_GENERATIONS));
+static INSERT_ONE: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_with(&INSERT_GENERATIONS, ""));
+/// The same, and the end of the transaction.
+static INSERT_LAST: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_with(&INSERT_GENERATIONS, "; COMMIT"));
 
 /// The generation of a row in which none can be read. No hash of contents is this.
 const DAMAGED: Generation = Generation([0; 16]);
@@ -45,10 +47,40 @@ struct Existing {
 
 /// What the store knows about the names of some uploads.
 #[derive(Default)]
-struct Known {
+pub(super) struct Known {
     tenants: HashMap<TenantId, Arc<str>>,
     existing: HashMap<Key, Existing>,
     reserved: HashSet<Key>,
+}
+
+/// All that is to be known of a single upload: see [`bind_known`] for its parameters and [`Known::of_one`] for its row.
+pub(super) const KNOWN_OF_ONE: &str = "SELECT t.name, j.id, a.id, a.public, a.metadata, a.created_at, g.generation FROM tenants t \
+     LEFT JOIN adapters a ON a.tenant = t.id AND a.name = $2 AND a.deleted = 0 \
+     LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
+     LEFT JOIN jobs j ON j.tenant = t.id AND j.name = $2 AND j.id <> $3 \
+     AND j.status IN ('validating', 'queued', 'running', 'paused') \
+     WHERE t.id = $1 AND t.deleted = 0 LIMIT 1";
+
+/// The parameters of [`KNOWN_OF_ONE`]; a name that `publisher` has reserved is free for it.
+pub(super) fn bind_known<'q>(query: AnyQuery<'q>, item: &'q NewAdapter, publisher: Option<&'q str>) -> AnyQuery<'q> {
+    query.bind(item.tenant.0).bind(&*item.name).bind(publisher.unwrap_or(""))
+}
+
+impl Known {
+    /// Of a single upload, from the row of [`KNOWN_OF_ONE`].
+    pub(super) fn of_one(item: &NewAdapter, row: Option<&AnyRow>) -> Result<Self> {
+        let mut known = Self::default();
+        let Some(row) = row else { return Ok(known) };
+        let key = (item.tenant, item.name.clone());
+        known.tenants.insert(item.tenant, row.try_get::<&str, _>(0)?.into());
+        if row.try_get::<Option<&str>, _>(1)?.is_some() {
+            known.reserved.insert(key.clone());
+        }
+        if let Some(id) = row.try_get::<Option<i64>, _>(2)? {
+            known.existing.insert(key, decode_existing(row, AdapterId(id), 3)?);
+        }
+        Ok(known)
+    }
 }
 
 /// A generation on its way into the table.
@@ -69,7 +101,7 @@ impl Tx<'_> {
         let mut names: HashSet<Key> = HashSet::new();
         for item in items {
             // A round has each name once; what needs questions of its own is a round by itself.
-            let special = item.idempotency.is_some() || item.public == Some(true);
+            let special = item.is_special();
             let key = (item.tenant, item.name.clone());
             if special || names.contains(&key) {
                 self.put_round(std::mem::take(&mut round), &mut results, None).await?;
@@ -131,9 +163,13 @@ impl Tx<'_> {
         if items.is_empty() {
             return Ok(());
         }
-        let Known { tenants, mut existing, reserved } = match &items[..] {
-            [item] => self.known_of_one(item, publisher).await?,
-            items => Known {
+        let Known { tenants, mut existing, reserved } = match (self.known.take(), &items[..]) {
+            (Some(known), _) => known,
+            (None, [item]) => {
+                let row = bind_known(sqlx::query(KNOWN_OF_ONE), item, publisher).fetch_optional(&mut *self.connection);
+                Known::of_one(item, row.await?.as_ref())?
+            }
+            (None, items) => Known {
                 tenants: self.tenant_names(items).await?,
                 existing: self.existing(items).await?,
                 reserved: self.reserved_names(publisher).await?,
@@ -169,8 +205,13 @@ impl Tx<'_> {
         }
         match (&created[..], &generations[..]) {
             ([record], [new]) if self.dialect == Dialect::Sqlite => {
-                let query = bind_generation(bind_adapter(sqlx::query(INSERT_ONE.clone()), record), new, self.now);
+                let last = self.end == End::LastInsert;
+                let sql = if last { &INSERT_LAST } else { &INSERT_ONE };
+                let query = bind_generation(bind_adapter(sqlx::query((**sql).clone()), record), new, self.now);
                 query.execute(&mut *self.connection).await?;
+                if last {
+                    self.end = End::Done;
+                }
             }
             _ => {
                 self.insert_adapters(&created).await?;
@@ -193,34 +234,6 @@ impl Tx<'_> {
             updated_at: self.now,
             contents: item.contents,
         }
-    }
-
-    /// The same of a single upload in one question: each costs a way to the connection's thread and back, as much as the answer.
-    async fn known_of_one(&mut self, item: &NewAdapter, publisher: Option<&str>) -> Result<Known> {
-        let row = sqlx::query(
-            "SELECT t.name, j.id, a.id, a.public, a.metadata, a.created_at, g.generation FROM tenants t \
-             LEFT JOIN adapters a ON a.tenant = t.id AND a.name = $2 AND a.deleted = 0 \
-             LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
-             LEFT JOIN jobs j ON j.tenant = t.id AND j.name = $2 AND j.id <> $3 \
-             AND j.status IN ('validating', 'queued', 'running', 'paused') \
-             WHERE t.id = $1 AND t.deleted = 0 LIMIT 1",
-        )
-        .bind(item.tenant.0)
-        .bind(&*item.name)
-        .bind(publisher.unwrap_or(""))
-        .fetch_optional(&mut *self.connection)
-        .await?;
-        let mut known = Known::default();
-        let Some(row) = row else { return Ok(known) };
-        let key = (item.tenant, item.name.clone());
-        known.tenants.insert(item.tenant, row.try_get::<&str, _>(0)?.into());
-        if row.try_get::<Option<&str>, _>(1)?.is_some() {
-            known.reserved.insert(key.clone());
-        }
-        if let Some(id) = row.try_get::<Option<i64>, _>(2)? {
-            known.existing.insert(key, decode_existing(&row, AdapterId(id), 3)?);
-        }
-        Ok(known)
     }
 
     /// Names under which jobs will publish, but for `publisher`'s. They are few: jobs under way are limited.

@@ -60,6 +60,13 @@ pub struct NewAdapter {
     pub idempotency: Option<Idempotency>,
 }
 
+impl NewAdapter {
+    /// Does more have to be asked than who owns the name? It may be a retry, or claim a public name.
+    pub(super) fn is_special(&self) -> bool {
+        self.idempotency.is_some() || self.public == Some(true)
+    }
+}
+
 /// Under which key an upload happens once, and what to answer when it comes again.
 #[derive(Clone)]
 pub struct Idempotency {

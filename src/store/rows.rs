@@ -60,10 +60,10 @@ impl RowsSql {
         })
     }
 
-    /// A row of this and a row of another in one text, whose parameters follow one another: SQLite only.
-    pub(super) fn one_with(&self, other: &Self) -> SqlStr {
+    /// A row of this, a row of another and an end in one text, whose parameters follow one another: SQLite only.
+    pub(super) fn one_with(&self, other: &Self, end: &str) -> SqlStr {
         let one = |sql: &Self| sql.build(Dialect::Sqlite, 1);
-        AssertSqlSafe(format!("{}; {}", one(self).as_str(), one(other).as_str())).into_sql_str()
+        AssertSqlSafe(format!("{}; {}{end}", one(self).as_str(), one(other).as_str())).into_sql_str()
     }
 
     fn statement(&self, dialect: Dialect, index: usize) -> SqlStr {

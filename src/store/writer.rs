@@ -4,19 +4,23 @@
 //! since the next group gathers while the last one is written.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, LazyLock, OnceLock},
     time::Duration,
 };
 
 use futures::future::BoxFuture;
-use sqlx::{AnyConnection, Connection as _, Row as _};
+use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Row as _, SqlSafeStr as _, SqlStr};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
 
 use super::{
-    Change, NewAdapter, Observer, Result, StoreError, Stored, connect::Connector, intern::Interner, rows::Dialect,
+    Change, NewAdapter, Observer, Result, StoreError, Stored,
+    adapters::{KNOWN_OF_ONE, Known, bind_known},
+    connect::Connector,
+    intern::Interner,
+    rows::Dialect,
     unix_now,
 };
 
@@ -46,8 +50,23 @@ pub(super) struct Tx<'c> {
     pub(super) erased: bool,
     /// For the observer; None when there is none.
     pub(super) changes: Option<Vec<Change>>,
+    /// What the store knows of the only upload in the group, if that was asked when the transaction began.
+    pub(super) known: Option<Known>,
+    /// How the transaction ends.
+    pub(super) end: End,
     seq: i64,
     seqs_end: i64,
+}
+
+/// Who commits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The writer, after the group.
+    Writer,
+    /// The last insert may, in the same question.
+    LastInsert,
+    /// It has.
+    Done,
 }
 
 impl Tx<'_> {
@@ -280,7 +299,9 @@ impl Task {
             Some(connection) => connection,
             None => self.connection.insert(self.connector.connect().await?),
         };
-        let seqs_end = begin(connection, self.connector.dialect(), seqs).await?;
+        let only = only_upload(group).filter(|_| self.connector.is_sqlite());
+        let end = if only.is_some() { End::LastInsert } else { End::Writer };
+        let (seqs_end, known) = begin(connection, self.connector.dialect(), seqs, only).await?;
         let mut tx = Tx {
             connection: &mut *connection,
             interner: &mut self.interner,
@@ -288,12 +309,16 @@ impl Task {
             now: unix_now(),
             erased: false,
             changes: self.observer.get().map(|_| Vec::new()),
+            known,
+            end,
             seq: seqs_end - seqs,
             seqs_end,
         };
         run_group(&mut tx, group).await?;
-        let (erased, changes) = (tx.erased, tx.changes.take());
-        sqlx::query("COMMIT").execute(connection).await?;
+        let (erased, changes, end) = (tx.erased, tx.changes.take(), tx.end);
+        if end != End::Done {
+            sqlx::query("COMMIT").execute(connection).await?;
+        }
         if let (Some(observer), Some(changes)) = (self.observer.get(), changes) {
             changes.into_iter().for_each(|change| observer.committed(change));
         }
@@ -326,20 +351,46 @@ impl Task {
     }
 }
 
-/// Begins a writing transaction and takes so many numbers of the change sequence; the last of them. The counter's row is the first that every
-/// writer takes, so that numbers rise in the order of commits on PostgreSQL too. Nothing but [`Task::write`] ends what is begun here: by COMMIT, or by
-/// giving the connection up.
-async fn begin(connection: &mut AnyConnection, dialect: Dialect, seqs: i64) -> Result<i64> {
-    let count = match dialect {
-        // One question: each costs a way to the connection's thread and back.
-        Dialect::Sqlite => "BEGIN IMMEDIATE; UPDATE counter SET value = value + ? WHERE id = 1 RETURNING value",
-        Dialect::Postgres => {
+/// The upload that a group consists of, if it is one that nothing else must be asked about.
+fn only_upload(group: &[Message]) -> Option<&NewAdapter> {
+    match group {
+        [Message::Put { items, .. }] => match &items[..] {
+            [item] if !item.is_special() => Some(item),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// Begins a writing transaction and takes so many numbers of the change sequence; the last of them, and what is known of `only`. The counter's row is the
+/// first that every writer takes, so that numbers rise in the order of commits on PostgreSQL too. What is begun here ends by COMMIT, or by [`Task::write`].
+async fn begin(
+    connection: &mut AnyConnection,
+    dialect: Dialect,
+    seqs: i64,
+    only: Option<&NewAdapter>,
+) -> Result<(i64, Option<Known>)> {
+    // SQLite takes all of it as one question: each costs a way to the connection's thread and back, as much as the answer.
+    let query = match (dialect, only) {
+        (Dialect::Sqlite, Some(item)) => bind_known(sqlx::query(BEGIN_WITH_KNOWN.clone()), item, None).bind(seqs),
+        (Dialect::Sqlite, None) => sqlx::query(BEGIN).bind(seqs),
+        (Dialect::Postgres, _) => {
             sqlx::query("BEGIN").execute(&mut *connection).await?;
-            "UPDATE counter SET value = value + $1 WHERE id = 1 RETURNING value"
+            sqlx::query("UPDATE counter SET value = value + $1 WHERE id = 1 RETURNING value").bind(seqs)
         }
     };
-    Ok(sqlx::query(count).bind(seqs).fetch_one(connection).await?.try_get(0)?)
+    // All rows: asked for one, sqlx looks no further than the first statement.
+    let rows = query.fetch_all(connection).await?;
+    let seqs_end = rows.first().ok_or(sqlx::Error::RowNotFound)?.try_get(0)?;
+    let known = only.map(|item| Known::of_one(item, rows.get(1))).transpose()?;
+    Ok((seqs_end, known))
 }
+
+const BEGIN: &str = "BEGIN IMMEDIATE; UPDATE counter SET value = value + $1 WHERE id = 1 RETURNING value";
+
+/// [`BEGIN`], whose number is the fourth parameter here, and [`KNOWN_OF_ONE`].
+static BEGIN_WITH_KNOWN: LazyLock<SqlStr> =
+    LazyLock::new(|| AssertSqlSafe(format!("{}; {KNOWN_OF_ONE}", BEGIN.replace("$1", "$4"))).into_sql_str());
 
 /// Runs a group's jobs in order. Uploads next to each other are written together.
 async fn run_group(tx: &mut Tx<'_>, group: &mut [Message]) -> Result<()> {

@@ -1,6 +1,6 @@
 //! A whole server without a socket.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -42,6 +42,7 @@ pub(crate) struct Options {
     pub(crate) limits: Limits,
     pub(crate) template: Option<&'static str>,
     pub(crate) max_queue: usize,
+    pub(crate) request_timeout: Option<Duration>,
     pub(crate) policy: RequestPolicy,
     pub(crate) edge: Edge,
     pub(crate) training: TrainingConfig,
@@ -60,6 +61,7 @@ impl Default for Options {
                 "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}",
             ),
             max_queue: 64,
+            request_timeout: None,
             policy: RequestPolicy::default(),
             edge: Edge::default(),
             training: TrainingConfig::default(),
@@ -125,7 +127,9 @@ impl TestApp {
         let engine = Engine::start(Box::new(model), config).unwrap();
         let folder = options.folder.unwrap_or_else(|| Arc::new(tempfile::tempdir().unwrap()));
         let service = Service::open(base, basis, engine, store(&folder).await).await.unwrap();
-        let service = Arc::new(service.with_policy(options.policy));
+        let mut service = service.with_policy(options.policy);
+        service.request_timeout = options.request_timeout;
+        let service = Arc::new(service);
         let policies = options.policies.unwrap_or_else(|| {
             Arc::new(EnginePolicies::new(service.engine.clone(), service.base.clone(), service.library.clone()))
         });

@@ -250,6 +250,26 @@ async fn a_stopped_engine_is_503() {
 }
 
 #[tokio::test]
+async fn a_completion_whose_time_is_over_is_a_503_and_in_a_stream_an_error_and_the_end() {
+    let app = TestApp::with(Options { request_timeout: Some(std::time::Duration::ZERO), ..Options::default() }).await;
+    let mut body = completion(json!({"prompt": [5, 5], "max_tokens": 9, "n": 3}));
+    for _ in 0..2 {
+        let answer = app.post(COMPLETIONS, body.clone()).await;
+        assert_eq!(answer.error(), row(503, "api_error", None, Some("overloaded")));
+        assert_eq!(answer.headers[header::RETRY_AFTER], "5");
+    }
+    body["stream"] = json!(true);
+    let answer = app.post(COMPLETIONS, body).await;
+    assert_eq!(answer.status, 200);
+    let lines = answer.data_lines();
+    let last: Value = serde_json::from_str(lines.last().unwrap()).unwrap();
+    assert_eq!((lines.len(), &last["error"]["code"]), (1, &json!("overloaded")), "no [DONE]");
+    // The engine has forgotten them.
+    let stats = app.state.service.engine.stats();
+    assert_eq!((stats.finished.get(), stats.running.get(), stats.waiting.get()), (0, 0, 0));
+}
+
+#[tokio::test]
 async fn a_key_is_needed_and_must_be_right() {
     let app = TestApp::new().await;
     let expected = row(401, "authentication_error", None, Some("invalid_api_key"));

@@ -80,12 +80,51 @@ async fn metrics_count_requests_tokens_and_steps() {
     assert_eq!(value(text, "mote_engine_step_sequences_count"), Some(6.0));
     assert_eq!(value(text, "mote_engine_step_sequences_bucket{le=\"1.0\"}"), Some(6.0));
     assert_eq!(value(text, "mote_engine_step_adapters_bucket{le=\"0.0\"}"), Some(6.0));
+    assert_eq!(value(text, "mote_engine_between_tokens_seconds_count"), Some(4.0));
+    assert_eq!(value(text, "mote_engine_first_place_steps_bucket{le=\"1.0\"}"), Some(2.0));
+    assert_eq!(value(text, "mote_engine_cached_share_bucket{le=\"0.0\"}"), Some(1.0), "the first prompt is new");
+    assert_eq!(value(text, "mote_engine_cached_share_sum"), Some(32.0 / 40.0));
+    assert_eq!(value(text, "mote_engine_step_kv_share_count"), Some(6.0));
     assert_eq!(value(text, "mote_engine_running"), Some(0.0));
     assert_eq!(value(text, "mote_adapters_resident"), Some(0.0));
     assert_eq!(value(text, "mote_engine_preemptions_total"), Some(0.0));
     let blocks = |state: &str| value(text, &format!("mote_engine_kv_blocks{{state=\"{state}\"}}")).unwrap();
     assert_eq!(blocks("free") + blocks("cached") + blocks("used"), 128.0);
     assert!(text.ends_with("# EOF\n"));
+}
+
+/// Is it a series of a metric that the text describes? Metrics without a value yet are described too.
+fn is_printed(text: &str, series: &str) -> bool {
+    let described = |name: &str, kind: &str| text.lines().any(|line| line == format!("# TYPE {name} {kind}"));
+    let parts = [("_total", "counter"), ("_bucket", "histogram"), ("_sum", "histogram"), ("_count", "histogram")];
+    described(series, "gauge")
+        || parts.iter().any(|(end, kind)| series.strip_suffix(end).is_some_and(|name| described(name, kind)))
+}
+
+#[tokio::test]
+async fn the_dashboard_asks_only_for_what_is_there() {
+    let app = TestApp::new().await;
+    let text = app.get("/metrics").await.text;
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/grafana.json");
+    let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
+    let mut ids: Vec<u64> = panels.iter().map(|panel| panel["id"].as_u64().unwrap()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), panels.len());
+    let mut asked = 0;
+    for target in panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten()) {
+        let expression = target["expr"].as_str().unwrap();
+        let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let series: Vec<&str> = words.filter(|word| word.starts_with("mote_")).collect();
+        assert!(!series.is_empty(), "{expression}");
+        for series in series {
+            assert!(is_printed(&text, series), "{series} of {expression}");
+            asked += 1;
+        }
+    }
+    assert!(asked > 40, "{asked}");
+    assert!(!is_printed(&text, "mote_engine_running_total") && !is_printed(&text, "mote_engine_steps"));
 }
 
 #[tokio::test]

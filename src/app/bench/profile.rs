@@ -17,7 +17,7 @@ use super::{
 use crate::{
     app::AppError,
     config::ProfileArgs,
-    engine::{Engine, EngineConfig, Event, Events, Handle, Priority, Request, Sampling},
+    engine::{Engine, EngineConfig, Event, Events, Handle, Priority, Request, Sampling, Share},
     kernel::{BLOCK_TOKENS, Clock, Cores, Part},
     types::{CacheSalt, TokenId},
 };
@@ -226,6 +226,8 @@ impl User {
                 salt: CacheSalt([0; 32]),
                 use_cache: false,
                 priority: Priority::Interactive,
+                share: Share::default(),
+                deadline: None,
             }
         };
         let requests = (0..work.sequences()).map(request).collect();
@@ -241,6 +243,7 @@ fn next_token(events: &mut Events) -> Result<(), AppError> {
             Some(Event::Began { .. } | Event::Prompt(_)) => continue,
             Some(Event::Failed(message)) => message,
             Some(Event::NotFinite) => "the logits are not finite".into(),
+            Some(Event::Expired) => "its deadline came".into(),
             Some(Event::Finished(..)) | None => "the completion ended too early".into(),
         };
         return Err(AppError::Bench(format!("the engine stopped: {ended}")));

@@ -1,6 +1,8 @@
 //! The engine as a whole over a model that notices every mistake.
 
 mod behaviour;
+mod deadlines;
+mod fairness;
 pub(super) mod fake;
 mod faults;
 mod gradients;
@@ -14,7 +16,9 @@ use std::{sync::Arc, time::Duration};
 use fake::{Fake, RANK, SITES, VOCAB, Watch};
 
 use super::{
-    api::{Event, FinishReason, LogProbs, Priority, PromptLogProbs, Request, Sampling, TokenOut, Usage},
+    api::{
+        Event, FinishReason, LogProbs, Priority, PromptLogProbs, Request, Sampling, Share, ShareKey, TokenOut, Usage,
+    },
     events::Events,
     handle::{Engine, EngineConfig, Handle},
     sampler::{Answer, Counts, Parallel, Question, Sampler},
@@ -56,6 +60,8 @@ fn request(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
         salt: CacheSalt([0; 32]),
         use_cache: true,
         priority: Priority::Interactive,
+        share: Share::default(),
+        deadline: None,
     }
 }
 
@@ -116,6 +122,7 @@ fn collect(mut events: Events) -> Outcome {
             Event::Finished(reason, usage) => outcome.finish = Some((reason, usage)),
             Event::Failed(message) => outcome.failed = Some(message),
             Event::NotFinite => outcome.failed = Some("not finite".into()),
+            Event::Expired => outcome.failed = Some("expired".into()),
         }
     }
     assert!(outcome.finish.is_some() || outcome.failed.is_some(), "the channel ended without a last event");

@@ -29,7 +29,7 @@ fn sequence(number: u64, tokens: Vec<TokenId>, max_tokens: usize) -> Sequence {
 
 fn under(id: SequenceId, tokens: Vec<TokenId>, max_tokens: usize) -> Sequence {
     let chain = Chain::new(CacheSalt([0; 32]), &tokens);
-    Sequence::new(id, tokens, max_tokens, Some(chain), false)
+    Sequence::new(id, Share::default(), tokens, max_tokens, Some(chain), false)
 }
 
 fn plan(scheduler: &mut Scheduler) -> Plan {

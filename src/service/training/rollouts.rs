@@ -12,6 +12,7 @@ use super::policy::{EnginePolicies, LOOK, not_finite};
 use crate::{
     adapter::{Adapter, Cores, Facts, NumberType, codec},
     engine::{Event, Events, FinishReason, Health, Priority, Request, Sampling, SubmitError, TokenOut},
+    service::share::share_of,
     types::{CacheSalt, TenantId},
 };
 
@@ -168,6 +169,8 @@ impl Rollouts {
                 salt: candidate.salt,
                 use_cache: true,
                 priority: Priority::Background,
+                share: share_of(self.tenant),
+                deadline: None,
             };
             match self.parts.engine.submit(sequence) {
                 Ok(mut events) => {
@@ -202,6 +205,7 @@ impl Rollouts {
                 }
                 Some(Event::NotFinite) => return Err(not_finite()),
                 Some(Event::Failed(cause)) => return Ok(Outcome::Broken(cause)),
+                Some(Event::Expired) => return Ok(Outcome::Broken("its deadline came".to_owned())),
                 Some(Event::Prompt(_) | Event::Began { .. }) => {}
                 // The engine has stopped: the server ends, and the job goes on with the next one.
                 None => return Err(PolicyError::Stopped),
