@@ -2,8 +2,10 @@
 
 mod bench;
 mod edge;
+mod limits;
 mod secret;
 mod state;
+mod tenants;
 mod train;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -15,8 +17,10 @@ pub use bench::{
     UploadArgs,
 };
 pub use edge::EdgeArgs;
+pub use limits::LimitArgs;
 pub use secret::{Secret, SecretFile};
 pub use state::{BackupArgs, IntegrityCheck, RestoreArgs, StateArgs, SyncMode};
+pub use tenants::{KeysArgs, KeysCommand, LimitChoice, RoleArg, SetLimits, TenantsArgs, TenantsCommand};
 pub use train::{DataArgs, EvalArgs, MethodChoice, TaskArgs, TaskChoice, TrainArgs};
 
 /// One frozen language model in memory, thousands of 26-byte adapters over it, every request under its own, all in one batch.
@@ -50,12 +54,14 @@ pub enum Command {
     Task(TaskArgs),
     /// Fetch a model into the cache and print the path of its file.
     Pull(PullArgs),
-    /// Create, list and revoke API keys, also while a server runs on the same data directory.
+    /// Create, list, rotate and revoke API keys, also while a server runs on the same data directory.
     Keys(KeysArgs),
     /// Copy the state of a data directory into one file, also while a server runs on it.
     Backup(BackupArgs),
     /// Make a data directory of a backup.
     Restore(RestoreArgs),
+    /// Create and list tenants and set their limits, also while a server runs on the same data directory.
+    Tenants(TenantsArgs),
     /// List, export and import adapters of a data directory.
     Adapters(AdaptersArgs),
     /// Print the OpenAPI document.
@@ -94,6 +100,9 @@ pub struct ServeArgs {
     /// Limits of training.
     #[command(flatten)]
     pub training: TrainingArgs,
+    /// Limits of a tenant.
+    #[command(flatten)]
+    pub limits: LimitArgs,
 }
 
 /// Limits of training.
@@ -321,57 +330,6 @@ pub struct PullArgs {
     /// The model to fetch: `smollm2-135m` or a hub name.
     #[arg(default_value = "smollm2-135m")]
     pub model: String,
-}
-
-/// `mote keys`
-#[derive(Debug, Args)]
-pub struct KeysArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: KeysCommand,
-}
-
-/// Key management on a data directory.
-#[derive(Debug, Subcommand)]
-pub enum KeysCommand {
-    /// Create a key and print it, alone, on stdout. The tenant is made when it does not exist.
-    Create {
-        /// Whose key.
-        #[arg(long, value_name = "NAME")]
-        tenant: String,
-        /// What the key may do.
-        #[arg(long, value_enum, default_value_t = RoleArg::Member)]
-        role: RoleArg,
-        /// Where state lives.
-        #[command(flatten)]
-        state: StateArgs,
-    },
-    /// List keys: id, tenant, role, prefix, state. Never the keys themselves.
-    List {
-        /// Only this tenant's.
-        #[arg(long, value_name = "NAME")]
-        tenant: Option<String>,
-        /// Where state lives.
-        #[command(flatten)]
-        state: StateArgs,
-    },
-    /// Revoke a key by id; a running server refuses it within a second.
-    Revoke {
-        /// The id that `list` shows.
-        id: String,
-        /// Where state lives.
-        #[command(flatten)]
-        state: StateArgs,
-    },
-}
-
-/// A key's role.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum RoleArg {
-    /// Its tenant's adapters and requests.
-    Member,
-    /// Tenants, keys, everything.
-    Admin,
 }
 
 /// `mote adapters`

@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::Parser;
 use mote::{
     app,
-    config::{AdaptersCommand, Cli, Command, KeysCommand, LogFormat},
+    config::{AdaptersCommand, Cli, Command, KeysCommand, LogFormat, TenantsCommand},
     http,
     model::Sources,
 };
@@ -60,6 +60,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Keys(args) => runtime()?.block_on(keys(args.command)),
         Command::Backup(args) => say(&runtime()?.block_on(app::backup(&args))?),
         Command::Restore(args) => runtime()?.block_on(app::restore(&args)).map_err(Into::into),
+        Command::Tenants(args) => runtime()?.block_on(tenants(args.command)),
         Command::Bench(args) => say(&app::bench(args.command)?),
         Command::Adapters(args) => runtime()?.block_on(adapters(args.command)),
     }
@@ -92,9 +93,22 @@ fn asked_to_stop() -> anyhow::Result<impl Future<Output = ()> + Send + 'static> 
 
 async fn keys(command: KeysCommand) -> anyhow::Result<()> {
     match command {
-        KeysCommand::Create { tenant, role, state } => say(&app::create_key(&state, &tenant, role).await?),
+        KeysCommand::Create { tenant, role, expires_in, state } => {
+            say(&app::create_key(&state, &tenant, role, expires_in).await?)
+        }
+        KeysCommand::Rotate { id, grace, expires_in, state } => {
+            say(&app::rotate_key(&state, &id, grace, expires_in).await?)
+        }
         KeysCommand::List { tenant, state } => say(&app::list_keys(&state, tenant.as_deref()).await?),
         KeysCommand::Revoke { id, state } => Ok(app::revoke_key(&state, &id).await?),
+    }
+}
+
+async fn tenants(command: TenantsCommand) -> anyhow::Result<()> {
+    match command {
+        TenantsCommand::List { state } => say(&app::list_tenants(&state).await?),
+        TenantsCommand::Create { name, state } => Ok(app::create_tenant(&state, &name).await?),
+        TenantsCommand::Limits { name, limits, state } => say(&app::set_limits(&state, &name, &limits).await?),
     }
 }
 

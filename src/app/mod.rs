@@ -5,6 +5,7 @@ mod base;
 mod bench;
 mod exposure;
 mod state;
+mod tenants;
 mod train;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -16,12 +17,13 @@ use tokio_util::sync::CancellationToken;
 pub use backup::{backup, restore};
 pub use base::{Base, start as start_base};
 pub use bench::run as bench;
-pub use state::{create_key, export_adapter, list_adapters, list_keys, open_store, revoke_key};
+pub use state::{export_adapter, list_adapters, open_store};
+pub use tenants::{create_key, create_tenant, list_keys, list_tenants, revoke_key, rotate_key, set_limits};
 pub use train::{eval, task, train};
 
 use crate::{
     adapter::BasisError,
-    config::{HttpArgs, Secret, ServeArgs, TrainingArgs},
+    config::{HttpArgs, LimitArgs, Secret, ServeArgs, TrainingArgs},
     engine::{Handle, Health, StartError},
     http::{
         self, AppState, AuthMode, Limits,
@@ -117,12 +119,18 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
             return Ok(());
         }
     };
-    let engine = base.engine.clone();
     let service = Service::open(base.info, base.basis, base.engine, store.clone()).await?;
     let mut service = service.with_policy(exposure::policy(&args.edge));
     service.request_timeout = args.http.request_timeout();
     let service = Arc::new(service);
-    let policies = EnginePolicies::new(engine.clone(), service.base.clone(), service.library.clone());
+    // --no-auth serves one tenant without quotas.
+    if !args.http.no_auth {
+        limit(&service, &args.limits);
+    }
+    if args.limits.audit_days > 0 {
+        service.keep_audit(args.limits.audit_days);
+    }
+    let policies = EnginePolicies::of(&service);
     service.start_training(training_config(&args.training), Arc::new(policies)).await?;
     if !args.http.no_auth {
         state::first_admin_key(&store, admin_key.as_ref().map(Secret::expose)).await?;
@@ -136,7 +144,11 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
     let address = listener.local_addr().map_err(|error| AppError::Io(format!("--listen {listen}"), error))?;
     let scheme = if server.tls.is_some() { "https" } else { "http" };
     tracing::info!("listening on {scheme}://{address} (documentation at {scheme}://{address}/docs)");
+    let service = state.service.clone();
     let outcome = until_stopped(listener, state, server, stop, args.http.drain()).await;
+    if let Err(error) = service.write_usage().await {
+        tracing::error!(%error, "what tenants used in the last second could not be written");
+    }
     close(&store).await;
     outcome
 }
@@ -217,6 +229,20 @@ fn training_config(args: &TrainingArgs) -> TrainingConfig {
         remote: RemoteAccess::new(args.grader_hosts.clone(), args.grader_concurrency.into()),
         ..default
     }
+}
+
+/// What tenants may use unless something else was set for them.
+fn limit(service: &Service, args: &LimitArgs) {
+    service.accounts.set_defaults(|limits| {
+        limits.adapters = args.tenant_adapters;
+        limits.stored_bytes = args.tenant_stored_bytes;
+        limits.concurrent_requests = args.tenant_concurrent_requests;
+        limits.requests_per_minute = args.tenant_requests_per_minute;
+        limits.tokens_per_minute = args.tenant_tokens_per_minute;
+        limits.trained_tokens_per_day = args.tenant_trained_tokens_per_day;
+    });
+    let failures = u64::from(args.auth_failures_per_minute);
+    service.directory.limit_failures((failures > 0).then_some(failures));
 }
 
 /// Resolves when the engine can do no more.

@@ -4,9 +4,9 @@ use std::{fmt::Write, time::Instant};
 
 use super::AppError;
 use crate::{
-    config::{IntegrityCheck, RoleArg, StateArgs, SyncMode},
+    config::{IntegrityCheck, StateArgs, SyncMode},
     store::{Check, Location, NewKey, Store, StoreConfig, Sync},
-    tenant::{ApiKey, Role, check_tenant_name},
+    tenant::{Actor, ApiKey, Role, Via},
     types::TenantId,
 };
 
@@ -70,74 +70,10 @@ pub(super) async fn first_admin_key(store: &Store, chosen: Option<&str>) -> Resu
         expires_at: None,
         only_first: true,
     };
-    if store.create_key(new).await?.is_some() && chosen.is_none() {
+    if store.by(Actor::operator(Via::Start)).create_key(new).await?.is_some() && chosen.is_none() {
         // Not through the log: logs are kept and shipped.
         eprintln!("admin key (shown once): {secret}");
     }
-    Ok(())
-}
-
-/// `mote keys create`: the new key.
-///
-/// # Errors
-/// The store cannot be used, or the tenant's name is not one.
-pub async fn create_key(state: &StateArgs, tenant: &str, role: RoleArg) -> Result<String, AppError> {
-    check_tenant_name(tenant).map_err(|error| AppError::Flag(format!("--tenant {tenant}: {error}")))?;
-    let store = open_store(state).await?;
-    let key = ApiKey::generate()?;
-    let secret = key.secret().to_owned();
-    let role = match role {
-        RoleArg::Member => Role::Member,
-        RoleArg::Admin => Role::Admin,
-    };
-    let new = NewKey { key, tenant: tenant.into(), create_tenant: true, role, expires_at: None, only_first: false };
-    store.create_key(new).await?;
-    store.close().await;
-    Ok(secret)
-}
-
-/// `mote keys list`: a table, newest last.
-///
-/// # Errors
-/// The store cannot be used, or has no such tenant.
-pub async fn list_keys(state: &StateArgs, tenant: Option<&str>) -> Result<String, AppError> {
-    let store = open_store(state).await?;
-    let tenants = match tenant {
-        Some(name) => vec![store.tenant(name).await?],
-        None => all_tenants(&store).await?,
-    };
-    let mut table = format!("{:<36}  {:<20}  {:<6}  {:<16}  state", "id", "tenant", "role", "key begins");
-    for tenant in tenants {
-        for key in store.keys(tenant.id).await? {
-            let state = if key.revoked_at.is_some() { "revoked" } else { "live" };
-            let role = key.role.as_str();
-            let _ = write!(table, "\n{:<36}  {:<20}  {role:<6}  {:<16}  {state}", key.id, tenant.name, key.prefix);
-        }
-    }
-    store.close().await;
-    Ok(table)
-}
-
-async fn all_tenants(store: &Store) -> Result<Vec<crate::tenant::Tenant>, AppError> {
-    let mut all: Vec<crate::tenant::Tenant> = Vec::new();
-    loop {
-        let after = all.last().map(|tenant| tenant.name.clone());
-        let page = store.tenants(after.as_deref(), PAGE).await?;
-        if page.is_empty() {
-            return Ok(all);
-        }
-        all.extend(page);
-    }
-}
-
-/// `mote keys revoke`
-///
-/// # Errors
-/// The store cannot be used, or has no such key.
-pub async fn revoke_key(state: &StateArgs, id: &str) -> Result<(), AppError> {
-    let store = open_store(state).await?;
-    store.revoke_key(id).await?;
-    store.close().await;
     Ok(())
 }
 

@@ -16,6 +16,7 @@ use super::{
     auth::Auth,
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
     extract::{ApiJson, ApiPath, ApiQuery},
+    metered::Metered,
     state::AppState,
     upload::{AdapterForm, AdapterUpload, UploadQuery, read_upload},
 };
@@ -270,7 +271,7 @@ fn with_etag(mut response: Response, generation: Generation) -> Response {
 )]
 pub(super) async fn upload_adapter(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     request: Request,
 ) -> ApiResult<Response> {
     let key = request.headers().get(IDEMPOTENCY_KEY).map(|value| value.to_str().map(str::to_owned));
@@ -341,7 +342,7 @@ pub(super) async fn show_adapter(
 )]
 pub(super) async fn replace_adapter(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     ApiPath(name): ApiPath<String>,
     request: Request,
 ) -> ApiResult<Response> {
@@ -455,7 +456,7 @@ pub(super) async fn list_generations(
 )]
 pub(super) async fn rollback_adapter(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     ApiPath(name): ApiPath<String>,
     ApiJson(body): ApiJson<RollbackBody>,
 ) -> ApiResult<Response> {

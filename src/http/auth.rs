@@ -7,11 +7,13 @@ use axum::{
 
 use super::{
     error::ApiError,
+    middleware::RequestId,
+    peer::client_address,
     state::{AppState, AuthMode},
 };
 use crate::{
     service::{Error, ErrorKind},
-    tenant::{AuthError, Caller},
+    tenant::{AuthError, Caller, Origin},
 };
 
 /// The authenticated caller. A handler that takes it needs a key; put it before the body, so that 401 comes before 415.
@@ -21,17 +23,21 @@ impl FromRequestParts<AppState> for Auth {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
+        let origin = origin(parts);
         if state.auth == AuthMode::Open {
-            return Ok(Self(Caller::built_in()));
+            return Ok(Self(Caller { origin, ..Caller::built_in() }));
         }
         let token = bearer(&parts.headers).ok_or_else(|| {
             unauthenticated(
                 "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.",
             )
         })?;
-        match state.service.directory.verify(token).await {
-            Ok(caller) => Ok(Self(caller)),
+        match state.service.directory.verify(token, origin.peer).await {
+            Ok(caller) => Ok(Self(Caller { origin, ..caller })),
             Err(error @ AuthError::UnknownKey) => Err(unauthenticated(&error.to_string())),
+            Err(AuthError::TooManyFailures(wait)) => {
+                Err(Error::rate_limited(AuthError::TooManyFailures(wait).to_string(), wait).into())
+            }
             Err(AuthError::Source(error)) => Err(Error::internal(error).into()),
         }
     }
@@ -50,6 +56,11 @@ impl FromRequestParts<AppState> for Admin {
         }
         Ok(Self(caller))
     }
+}
+
+fn origin(parts: &Parts) -> Origin {
+    let request = parts.extensions.get::<RequestId>().map(|RequestId(id)| id.as_str().into());
+    Origin { peer: client_address(&parts.extensions), request }
 }
 
 fn unauthenticated(message: &str) -> ApiError {

@@ -20,15 +20,15 @@ use tokio_stream::wrappers::ReceiverStream;
 use utoipa::ToSchema;
 
 use super::{
-    auth::Auth,
     error::{ApiError, ApiResult, BodyErrors, CommonErrors, ErrorObject},
     extract::{parse_json, require_media_type, unreadable},
+    metered::Metered,
     state::AppState,
     upload::AdapterUpload,
 };
 use crate::{
     service::{Error, ErrorKind, Service, Upload},
-    tenant::Caller,
+    tenant::{Admission, Caller},
 };
 
 /// Lines of a group. A power of two, as the store's largest statement.
@@ -77,7 +77,7 @@ fn is_ndjson(essence: &str) -> bool {
 )]
 pub(super) async fn upload_batch(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, place): Metered,
     request: Request,
 ) -> ApiResult<Response> {
     require_media_type(request.headers(), is_ndjson, "application/x-ndjson")?;
@@ -90,7 +90,7 @@ pub(super) async fn upload_batch(
     let (answers, answered) = mpsc::channel(ANSWERS);
     let reader = Reader { lines: Lines::new(limits.body), left: limits.batch, limit: limits.batch, groups };
     tokio::spawn(reader.read(request.into_body().into_data_stream()));
-    tokio::spawn(write(state.service, caller, received, answers));
+    tokio::spawn(write(state.service, caller, place, received, answers));
     let body = Body::from_stream(ReceiverStream::new(answered).map(Ok::<_, std::convert::Infallible>));
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
@@ -240,10 +240,11 @@ fn clip(name: &str) -> String {
 }
 
 /// Stores groups one after the other and answers each after its commit. Ends early when the client is gone: what it was not
-/// told of may be stored or not.
+/// told of may be stored or not. The request has its place until then.
 async fn write(
     service: Arc<Service>,
     caller: Caller,
+    _place: Admission,
     mut groups: mpsc::Receiver<Vec<Line>>,
     answers: mpsc::Sender<Bytes>,
 ) {

@@ -12,11 +12,11 @@ use utoipa::ToSchema;
 
 use super::{
     answer::{ChatLogprobs, FinishReason, Head, Usage, with_generation},
-    auth::Auth,
     body::{StreamOptions, decoding_body, refuse_unsupported, target},
     error::{ApiResult, BodyErrors, CommonErrors, ModelErrors},
     extract::ApiJson,
     messages::{ChatMessage, messages},
+    metered::Metered,
     sse,
     state::AppState,
 };
@@ -208,14 +208,22 @@ pub(super) struct ChatDelta {
         (
             status = 200, description = "The completion.",
             content((ChatAnswer = "application/json"), (ChatChunk = "text/event-stream")),
-            headers(("x-adapter-generation" = String, description = "The generation of the adapter that answered; absent for the bare base.")),
+            headers(
+                ("x-adapter-generation" = String, description = "The generation of the adapter that answered; absent for the bare base."),
+                ("x-ratelimit-limit-requests" = u64, description = "Requests a minute; this and the following are there when the limit is in force."),
+                ("x-ratelimit-remaining-requests" = u64, description = "Those that are left."),
+                ("x-ratelimit-reset-requests" = String, description = "Until all are back, as `6m0s`."),
+                ("x-ratelimit-limit-tokens" = u64, description = "Tokens a minute."),
+                ("x-ratelimit-remaining-tokens" = u64, description = "Those that are left; of a stream, with all that it may still use reserved."),
+                ("x-ratelimit-reset-tokens" = String, description = "Until all are back."),
+            ),
         ),
         CommonErrors, BodyErrors, ModelErrors,
     ),
 )]
 pub(super) async fn chat_completions(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, admission): Metered,
     ApiJson(mut body): ApiJson<ChatBody>,
 ) -> ApiResult<Response> {
     let stream = body.stream.unwrap_or(false);
@@ -235,7 +243,7 @@ pub(super) async fn chat_completions(
         return_token_ids: view.ids,
     };
     let head = Head::new("chatcmpl", request.target.model.clone(), &state.service.base);
-    let completion = state.service.chat(&caller, request).await?;
+    let completion = state.service.chat(&caller, admission, request).await?;
     let generation = completion.generation;
     let response = if stream { view.stream(head, completion) } else { view.whole(head, completion).await? };
     Ok(with_generation(response, generation))

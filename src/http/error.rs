@@ -120,6 +120,10 @@ pub enum CommonErrors {
     /// No key, or one that is unknown or revoked (code `invalid_api_key`).
     #[response(status = 401)]
     Unauthenticated(ErrorBody),
+    /// A limit of the caller's tenant is reached (code `rate_limit_exceeded` with `retry-after`; or `insufficient_quota`, which no wait ends), the server has too many
+    /// requests or jobs waiting (code `queue_full`), or too many wrong keys came from this address (code `rate_limit_exceeded`).
+    #[response(status = 429)]
+    RateLimited(ErrorBody),
     /// The server failed; the message says no more than that. Code `adapter_damaged`: the adapter cannot be read from the store.
     #[response(status = 500)]
     Internal(ErrorBody),
@@ -162,9 +166,6 @@ pub enum ModelErrors {
     /// The adapter was made for another base; the message names both fingerprints.
     #[response(status = 422)]
     Incompatible(ErrorBody),
-    /// Too many requests wait (code `queue_full`); `retry-after` says how long to wait.
-    #[response(status = 429)]
-    RateLimited(ErrorBody),
     /// The server is stopping (code `draining`), or the request would wait too long for its turn (`overloaded`); `retry-after` says when to come again.
     #[response(status = 503)]
     Unavailable(ErrorBody),

@@ -14,6 +14,7 @@ use super::{
     auth::Auth,
     error::{ApiError, ApiResult, CommonErrors, ErrorBody},
     extract::{ApiPath, ApiQuery, read_body, require_media_type},
+    metered::Metered,
     state::AppState,
 };
 use crate::service::{Error, FileRecord};
@@ -118,13 +119,12 @@ fn is_form(essence: &str) -> bool {
         (status = 400, description = "A line is no item, or a part of the form is missing; `param` names it.", body = ErrorBody),
         (status = 413, description = "The file is larger than this server takes.", body = ErrorBody),
         (status = 415, description = "The media type is not `multipart/form-data`.", body = ErrorBody),
-        (status = 429, description = "All files of the caller would be too large together (code `insufficient_quota`).", body = ErrorBody),
         CommonErrors,
     ),
 )]
 pub(super) async fn upload_file(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     request: Request,
 ) -> ApiResult<Json<FileObject>> {
     require_media_type(request.headers(), is_form, "multipart/form-data")?;

@@ -17,6 +17,7 @@ use super::{
         FineTuningCheckpoint, FineTuningCheckpointList, FineTuningEvent, FineTuningEventList, FineTuningJob,
         FineTuningJobList,
     },
+    metered::Metered,
     state::AppState,
     training::{body_and_retry, page_size},
 };
@@ -88,14 +89,13 @@ fn job(state: &AppState, info: JobInfo) -> Json<FineTuningJob> {
         (status = 404, description = "`model` or a file is not the caller's.", body = ErrorBody),
         (status = 409, description = "The name is taken (code `name_taken`).", body = ErrorBody),
         (status = 422, description = "`model` is an adapter for another base (code `incompatible_adapter`).", body = ErrorBody),
-        (status = 429, description = "The caller has as many jobs as it may (code `insufficient_quota`), or the server does (code `queue_full`).", body = ErrorBody),
         (status = 503, description = "The server is stopping.", body = ErrorBody),
         BodyErrors, CommonErrors,
     ),
 )]
 pub(super) async fn create_job(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     request: Request,
 ) -> ApiResult<Json<FineTuningJob>> {
     let (body, retry) = body_and_retry::<FineTuningBody>(request, &state, "POST /v1/fine_tuning/jobs").await?;

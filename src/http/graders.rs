@@ -6,9 +6,9 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use super::{
-    auth::Auth,
-    error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
+    error::{ApiResult, BodyErrors, CommonErrors},
     extract::ApiJson,
+    metered::Metered,
     state::AppState,
 };
 use crate::service::Error;
@@ -70,7 +70,7 @@ fn required(grader: Option<Value>) -> Result<Value, Error> {
 )]
 pub(super) async fn validate_grader(
     State(state): State<AppState>,
-    Auth(_caller): Auth,
+    Metered(_caller, _place): Metered,
     ApiJson(body): ApiJson<ValidateBody>,
 ) -> ApiResult<Json<ValidatedGrader>> {
     let grader = required(body.grader)?;
@@ -83,12 +83,12 @@ pub(super) async fn validate_grader(
     post, path = "/v1/fine_tuning/alpha/graders/run", tag = "openai", request_body = RunBody,
     responses(
         (status = 200, description = "What it said.", body = GraderResult),
-        (status = 429, description = "Too many graders run (code `queue_full`).", body = ErrorBody), BodyErrors, CommonErrors,
+        BodyErrors, CommonErrors,
     ),
 )]
 pub(super) async fn run_grader(
     State(state): State<AppState>,
-    Auth(_caller): Auth,
+    Metered(_caller, _place): Metered,
     ApiJson(body): ApiJson<RunBody>,
 ) -> ApiResult<Json<GraderResult>> {
     let grader = required(body.grader)?;

@@ -5,6 +5,7 @@
 mod adapters;
 mod admin;
 mod answer;
+mod audit;
 pub mod auth;
 mod batch;
 mod body;
@@ -20,7 +21,10 @@ mod fine_tuning_objects;
 mod graders;
 mod job_events;
 mod job_objects;
+mod keys;
+mod limits;
 mod messages;
+pub mod metered;
 mod middleware;
 mod models;
 mod peer;
@@ -30,8 +34,13 @@ mod state;
 mod system;
 mod training;
 mod upload;
+mod usage;
 
-use axum::{Router, extract::DefaultBodyLimit, middleware::from_fn_with_state};
+use axum::{
+    Router,
+    extract::DefaultBodyLimit,
+    middleware::{from_fn, from_fn_with_state},
+};
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::{
     Modify, OpenApi,
@@ -100,9 +109,13 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(graders::run_grader))
         .routes(routes!(graders::validate_grader))
         .routes(routes!(admin::list_tenants, admin::create_tenant))
-        .routes(routes!(admin::show_tenant, admin::delete_tenant))
-        .routes(routes!(admin::list_keys, admin::create_key))
-        .routes(routes!(admin::show_key, admin::revoke_key))
+        .routes(routes!(admin::show_tenant, admin::change_tenant, admin::delete_tenant))
+        .routes(routes!(keys::list_keys, keys::create_key))
+        .routes(routes!(keys::show_key, keys::revoke_key))
+        .routes(routes!(keys::rotate_key))
+        .routes(routes!(usage::tenant_usage))
+        .routes(routes!(audit::list_audit))
+        .routes(routes!(usage::own_usage))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(system::metrics))
@@ -122,6 +135,7 @@ pub fn router(state: AppState) -> Router {
         .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)
+        .layer(from_fn(metered::rate_headers))
         .layer(DefaultBodyLimit::disable()) // every extractor of ours has its own limit
         .layer(CatchPanicLayer::custom(middleware::panicked));
     let router = match cors {

@@ -19,6 +19,7 @@ use super::{
         CheckpointList, CheckpointObject, EventList, EventObject, HyperparametersSchema, JobList, JobObject,
         SamplesList, SamplesObject,
     },
+    metered::Metered,
     state::AppState,
 };
 use crate::service::{
@@ -174,12 +175,15 @@ pub(super) async fn body_and_retry<T: serde::de::DeserializeOwned>(
         (status = 404, description = "`init_from` or a file is not the caller's (codes `adapter_not_found`, `file_not_found`).", body = ErrorBody),
         (status = 409, description = "The name is taken, or reserved by another job (code `name_taken`).", body = ErrorBody),
         (status = 422, description = "`init_from` is for another base (code `incompatible_adapter`).", body = ErrorBody),
-        (status = 429, description = "The caller has as many jobs as it may (code `insufficient_quota`), or the server does (code `queue_full`).", body = ErrorBody),
         (status = 503, description = "The server is stopping.", body = ErrorBody),
         BodyErrors, CommonErrors,
     ),
 )]
-pub(super) async fn train(State(state): State<AppState>, Auth(caller): Auth, request: Request) -> ApiResult<Response> {
+pub(super) async fn train(
+    State(state): State<AppState>,
+    Metered(caller, _place): Metered,
+    request: Request,
+) -> ApiResult<Response> {
     let (body, retry) = body_and_retry::<TrainBody>(request, &state, "POST /adapters/train").await?;
     let job = state.service.train(&caller, body.into(), retry).await?;
     Ok((StatusCode::ACCEPTED, Json(JobObject::from(job))).into_response())

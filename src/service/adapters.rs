@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::{Error, ErrorKind, Service, Upload, resolve::incompatible, upload};
+use super::{Error, ErrorKind, Service, Upload, limits::exhausted, resolve::incompatible, upload};
 use crate::{
     adapter::{Adapter, Scheme, peft},
     store::{AdapterRecord, Contents, GenerationRecord, Idempotency, OnConflict, StoreError, Stored},
@@ -122,7 +122,7 @@ impl Service {
         let mut new = upload::prepare_apart(self.clone(), caller.clone(), upload, None).await?;
         new.idempotency = idempotency;
         let name = new.name.clone();
-        match self.store.put_adapter(new).await.map_err(|error| store_error(error, &name))? {
+        match self.store.by(caller.actor()).put_adapter(new).await.map_err(|error| store_error(error, &name))? {
             Stored::New { record, .. } => Ok(Uploaded::New(Box::new(self.info(record)?))),
             Stored::Replayed(answer) => Ok(Uploaded::Before(answer)),
         }
@@ -161,7 +161,8 @@ impl Service {
             }
         }
         let names: Vec<String> = prepared.iter().map(|new| new.name.clone()).collect();
-        let stored = self.store.put_adapters(prepared).await.map_err(|error| store_error(error, ""))?;
+        let store = self.store.by(caller.actor());
+        let stored = store.put_adapters(prepared).await.map_err(|error| store_error(error, ""))?;
         let written = answers.iter_mut().filter(|answer| answer.is_ok());
         for ((answer, outcome), name) in written.zip(stored).zip(names) {
             if let Err(error) = outcome {
@@ -197,7 +198,7 @@ impl Service {
         }
         let conflict = Some(OnConflict::Replace(expected));
         let new = upload::prepare_apart(self.clone(), caller.clone(), upload, conflict).await?;
-        match self.store.put_adapter(new).await.map_err(|error| store_error(error, name))? {
+        match self.store.by(caller.actor()).put_adapter(new).await.map_err(|error| store_error(error, name))? {
             Stored::New { record, .. } => self.info(record),
             Stored::Replayed(_) => Err(Error::internal("an upload without a key was replayed")),
         }
@@ -209,7 +210,8 @@ impl Service {
     /// 404.
     pub async fn delete_adapter(&self, caller: &Caller, name: &str) -> Result<(), Error> {
         possible(name)?;
-        self.store.delete_adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))?;
+        let store = self.store.by(caller.actor());
+        store.delete_adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))?;
         Ok(())
     }
 
@@ -303,7 +305,7 @@ impl Service {
     /// 404 when there is no such adapter or generation.
     pub async fn rollback(&self, caller: &Caller, name: &str, generation: Generation) -> Result<AdapterInfo, Error> {
         possible(name)?;
-        match self.store.rollback(caller.tenant, name, generation).await {
+        match self.store.by(caller.actor()).rollback(caller.tenant, name, generation).await {
             Ok((record, _)) => self.info(record),
             Err(StoreError::GenerationNotFound) => Err(Error::new(
                 ErrorKind::NotFound,
@@ -382,6 +384,9 @@ fn possible(name: &str) -> Result<(), Error> {
 
 /// The store's error in the words of the API.
 pub(super) fn store_error(error: StoreError, name: &str) -> Error {
+    if let Some(error) = exhausted(&error) {
+        return error;
+    }
     let conflict = |message: String| Error::new(ErrorKind::Conflict, message);
     match error {
         StoreError::NameTaken => {

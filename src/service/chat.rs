@@ -10,7 +10,7 @@ use super::{
     decoding::Decoding,
     reader::{Prompt, Show},
 };
-use crate::tenant::Caller;
+use crate::tenant::{Admission, Caller};
 
 /// At most so many alternatives in `/v1/chat/completions`.
 pub const MAX_TOP_LOGPROBS: u64 = 20;
@@ -43,7 +43,7 @@ pub struct ChatRequest {
 
 impl Service {
     /// Starts a chat completion. Everything that can be wrong with the request is found before the engine hears of it.
-    pub async fn chat(&self, caller: &Caller, request: ChatRequest) -> Result<Completion, Error> {
+    pub async fn chat(&self, caller: &Caller, admission: Admission, request: ChatRequest) -> Result<Completion, Error> {
         let started = Instant::now();
         let checked = request.decoding.check(&self.base)?;
         if request.decoding.max_tokens == Some(0) {
@@ -71,7 +71,7 @@ impl Service {
             show,
             place,
         };
-        self.start(caller, plan, lease, started)
+        self.start(caller, plan, admission, lease, started)
     }
 }
 

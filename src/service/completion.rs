@@ -7,14 +7,14 @@ use futures::{Stream, StreamExt as _, stream};
 use super::{
     BaseInfo, Error, ErrorKind, Lease, Service,
     decoding::{Checked, Decoding},
-    reader::{Delta, End, Prompt, Reader, Show, TokenScore},
+    reader::{Delta, End, Prompt, Reader, Show, Stake, TokenScore},
     share::share_of,
     shed::Place,
 };
 use crate::{
     engine::{FinishReason, Priority, Request, SubmitError},
     telemetry::{Metrics, TokenLabels},
-    tenant::Caller,
+    tenant::{Admission, Caller, Charge},
     text::{StopStrings, TokenizerError},
     types::{Generation, TokenId},
 };
@@ -110,7 +110,12 @@ pub struct Completion {
 
 impl Service {
     /// Starts a completion. Everything that can be wrong with the request is found before the engine hears of it.
-    pub async fn complete(&self, caller: &Caller, request: CompletionRequest) -> Result<Completion, Error> {
+    pub async fn complete(
+        &self,
+        caller: &Caller,
+        admission: Admission,
+        request: CompletionRequest,
+    ) -> Result<Completion, Error> {
         let started = Instant::now();
         let checked = request.decoding.check(&self.base)?;
         let best_of = best_of(&request, checked.n)?;
@@ -134,7 +139,7 @@ impl Service {
         self.policy.log(caller.tenant, &prompts);
         let default_max_tokens = Some(DEFAULT_MAX_TOKENS);
         let plan = Plan { prompts, checked, default_max_tokens, param: "prompt", best_of, logprobs, show, place };
-        self.start(caller, plan, lease, started)
+        self.start(caller, plan, admission, lease, started)
     }
 
     /// A place for a request, unless it would wait too long for its turn.
@@ -144,11 +149,12 @@ impl Service {
         })
     }
 
-    /// Submits all sequences of a plan or none.
+    /// Submits all sequences of a plan or none, when its tenant has the tokens for it.
     pub(super) fn start(
         &self,
         caller: &Caller,
         plan: Plan,
+        admission: Admission,
         lease: Lease,
         started: Instant,
     ) -> Result<Completion, Error> {
@@ -161,13 +167,13 @@ impl Service {
             return Err(Error::invalid(param, message));
         }
         let show = Show { adapted: lease.cores.is_some(), ..show };
-        let share = share_of(caller.tenant);
+        let share = share_of(caller.tenant, &admission.limits());
         let deadline = self.request_timeout.and_then(|timeout| started.checked_add(timeout));
         let mut requests = Vec::with_capacity(count);
-        let mut least = Vec::with_capacity(prompts.len());
+        let mut budgets = Vec::with_capacity(prompts.len());
         for prompt in &prompts {
             let budget = checked.budget(&self.base, prompt.tokens.len(), default_max_tokens, param)?;
-            least.push(budget.min_tokens);
+            budgets.push(budget);
             for k in 0..best_of {
                 requests.push(Request {
                     prompt: prompt.tokens.to_vec(),
@@ -188,15 +194,22 @@ impl Service {
                 });
             }
         }
+        let prompt_tokens: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+        // Of requests that fit the context: the sums are far from overflowing.
+        let most: usize = requests.iter().map(|request| request.max_tokens).sum();
+        let mut charge = admission.reserve(prompt_tokens as u64, most as u64)?;
         let events = self.engine.submit_many(requests).map_err(refused)?;
         place.submitted();
+        charge.begin();
+        let charge = Arc::new(charge);
         let reader = |(choice, events)| {
             let prompt = choice / best_of;
             let stops = StopStrings::new(checked.stop.iter().cloned());
-            Reader::new(choice, self.base.clone(), prompts[prompt].clone(), events, show, stops, least[prompt])
+            let stake = Stake { charge: charge.clone(), budget: budgets[prompt] };
+            Reader::new(choice, self.base.clone(), prompts[prompt].clone(), events, show, stops, stake)
         };
         let readers = events.into_iter().enumerate().map(reader).collect();
-        let meter = Meter::new(self.metrics.clone(), &prompts, best_of, started, place);
+        let meter = Meter::new(self.metrics.clone(), prompt_tokens, best_of, started, (place, charge));
         Ok(Completion { generation: lease.generation, prompts, readers, n: checked.n, best_of, meter })
     }
 }
@@ -293,14 +306,20 @@ struct Meter {
     usage: Usage,
     prompt_counted: bool,
     first: bool,
-    _place: Place,
+    /// Kept until the last choice has ended: then the tenant has the rest of its tokens back, and its places.
+    _held: (Place, Arc<Charge>),
 }
 
 impl Meter {
-    fn new(metrics: Arc<Metrics>, prompts: &[Prompt], best_of: usize, started: Instant, place: Place) -> Self {
-        let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+    fn new(
+        metrics: Arc<Metrics>,
+        prompt_tokens: usize,
+        best_of: usize,
+        started: Instant,
+        held: (Place, Arc<Charge>),
+    ) -> Self {
         let usage = Usage { prompt_tokens, ..Usage::default() };
-        Self { metrics, started, best_of, usage, prompt_counted: false, first: true, _place: place }
+        Self { metrics, started, best_of, usage, prompt_counted: false, first: true, _held: held }
     }
 
     fn count(&mut self, delta: &Delta) {

@@ -7,6 +7,7 @@ mod decoding;
 mod error;
 mod follow;
 mod library;
+mod limits;
 mod metrics;
 mod models;
 mod policy;
@@ -19,6 +20,7 @@ mod target;
 mod tenants;
 pub mod training;
 mod upload;
+mod usage;
 
 use std::{
     sync::{Arc, OnceLock},
@@ -36,8 +38,10 @@ pub use policy::RequestPolicy;
 pub use reader::{Alternative, Delta, End, Prompt, TokenScore};
 pub use resolve::MAX_MIX;
 pub use target::{AdapterField, Lease, Target};
+pub use tenants::{DEFAULT_GRACE, KeyLife, MAX_GRACE, MAX_LIFE};
 pub use training::Training;
 pub use upload::{Content, Upload};
+pub use usage::DayOfUsage;
 
 pub use crate::{
     engine::FinishReason,
@@ -49,7 +53,7 @@ use crate::{
     engine::Handle,
     store::{Store, StoreError},
     telemetry::Metrics,
-    tenant::Directory,
+    tenant::{Accounts, Directory},
     text::{ChatTemplate, Tokenizer},
     types::{Fingerprint, TokenId},
 };
@@ -90,6 +94,8 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     /// Bearer tokens to callers.
     pub directory: Directory,
+    /// What tenants may use, and what they have used that the store does not know yet.
+    pub accounts: Arc<Accounts>,
     /// Adapters in memory.
     pub library: Arc<Library>,
     /// Everything that survives.
@@ -115,11 +121,14 @@ impl Service {
         let adapters = library.fill(&store).await?;
         store.observe(Arc::new(follow::Follower { library: library.clone(), engine: engine.clone() }));
         tracing::info!(adapters, seconds = began.elapsed().as_secs_f32(), "adapters loaded");
+        let accounts = Arc::<Accounts>::default();
+        usage::keep_writing(&accounts, &store);
         Ok(Self {
             base: Arc::new(base),
             engine,
             metrics: Arc::default(),
-            directory: Directory::new(Arc::new(store.clone())),
+            directory: Directory::new(Arc::new(store.clone()), accounts.clone()),
+            accounts,
             library,
             store,
             request_timeout: None,

@@ -2,9 +2,10 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use super::{BaseInfo, Error};
+use super::{BaseInfo, Error, decoding::Budget};
 use crate::{
     engine::{Event, Events, FinishReason, LogProbs, TokenOut},
+    tenant::Charge,
     text::{Detokenizer, StopStrings, Tokenizer},
     types::TokenId,
 };
@@ -94,6 +95,12 @@ struct Pending {
     score: Option<TokenScore>,
 }
 
+/// What a choice may use, and where it is counted.
+pub(super) struct Stake {
+    pub(super) charge: Arc<Charge>,
+    pub(super) budget: Budget,
+}
+
 /// Reads one choice's events. Dropping it cancels the request.
 pub(super) struct Reader {
     choice: usize,
@@ -103,7 +110,9 @@ pub(super) struct Reader {
     show: Show,
     detokenizer: Detokenizer,
     stops: StopStrings,
-    min_tokens: usize,
+    stake: Stake,
+    // Nothing is read before the end.
+    held: bool,
     // Tokens whose text has not been shown yet.
     pending: VecDeque<Pending>,
     // Characters of the choice's text so far, and how many of them were shown.
@@ -117,7 +126,7 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// A reader of the choice with this number. Stop strings count after `min_tokens` tokens.
+    /// A reader of the choice with this number. Stop strings count after the budget's least tokens.
     pub(super) fn new(
         choice: usize,
         base: Arc<BaseInfo>,
@@ -125,7 +134,7 @@ impl Reader {
         events: Events,
         show: Show,
         stops: StopStrings,
-        min_tokens: usize,
+        stake: Stake,
     ) -> Self {
         Self {
             choice,
@@ -135,7 +144,8 @@ impl Reader {
             show,
             detokenizer: Detokenizer::default(),
             stops,
-            min_tokens,
+            stake,
+            held: false,
             pending: VecDeque::new(),
             seen: 0,
             shown: 0,
@@ -150,6 +160,7 @@ impl Reader {
     /// Nobody reads a piece before the choice is complete: unless a stop string may end it, there is nothing to do, and to be woken for, until then.
     pub(super) fn hold_until_end(&mut self) {
         if self.stops.is_empty() {
+            self.held = true;
             self.events.hold_until_end();
         }
     }
@@ -203,6 +214,7 @@ impl Reader {
 
     fn token(&mut self, out: TokenOut) -> Option<Delta> {
         self.completion_tokens += 1;
+        self.stake.charge.spend(1);
         let start = self.seen;
         self.logprob_sum += out.logprobs.as_ref().map_or(0.0, |scores| f64::from(scores.logprob));
         let score = out.logprobs.map(|scores| score(&self.base.tokenizer, out.token, Some(&scores), start));
@@ -215,7 +227,7 @@ impl Reader {
         let text = self.detokenizer.push(&self.base.tokenizer, out.token);
         self.seen += text.chars().count();
         let (text, stopped) =
-            if self.completion_tokens > self.min_tokens { self.stops.push(&text) } else { (text, false) };
+            if self.completion_tokens > self.stake.budget.min_tokens { self.stops.push(&text) } else { (text, false) };
         if stopped {
             return Some(self.stop(text));
         }
@@ -292,6 +304,21 @@ impl Reader {
         self.seen = text.chars().count();
         self.shown = self.seen;
         Delta { choice: self.choice, text, scores: shown, ..Delta::default() }
+    }
+}
+
+impl Drop for Reader {
+    /// The client left before the end: what the engine made until now is counted all the same. Of a choice that is held nobody can tell how much that was.
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        if self.held {
+            self.stake.charge.lose(self.stake.budget.max_tokens as u64);
+            return;
+        }
+        let unread = std::iter::from_fn(|| self.events.try_recv());
+        self.stake.charge.spend(unread.filter(|event| matches!(event, Event::Token(_))).count() as u64);
     }
 }
 

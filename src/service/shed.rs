@@ -12,7 +12,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{Error, ErrorKind};
+use super::Error;
 use crate::{engine::Handle, types::TenantId};
 
 /// Looks back that a window is made of.
@@ -136,6 +136,7 @@ fn overloaded(wait: f64, after: Duration) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::ErrorKind;
 
     const AFTER: Duration = Duration::from_secs(16);
 

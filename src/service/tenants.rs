@@ -1,19 +1,58 @@
 //! Tenants and their keys, for admins. Whether the caller is one is checked where the request comes in.
 
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
 use super::{Error, ErrorKind, Service};
 use crate::{
-    store::{NewKey, StoreError},
-    tenant::{ApiKey, KeyRecord, Role, Tenant, check_tenant_name},
+    store::{NewKey, Rotation, StoreError},
+    tenant::{ApiKey, AuditRecord, Caller, DAY, KeyRecord, LimitChanges, Limits, Role, Tenant, check_tenant_name},
 };
+
+/// The longest life of a key that can be asked for, in seconds: a hundred years.
+pub const MAX_LIFE: u64 = 100 * 366 * 24 * 60 * 60;
+/// The longest time for which a key that was rotated may go on working, in seconds: a year.
+pub const MAX_GRACE: u64 = 366 * 24 * 60 * 60;
+/// For how long it does when nothing else is asked for, in seconds: a day.
+pub const DEFAULT_GRACE: u64 = 24 * 60 * 60;
+
+/// How often old entries of the audit log are looked for, and how long uploads have the writer for themselves between two pieces that are dropped.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(3600);
+const BETWEEN_PIECES: Duration = Duration::from_millis(100);
+
+fn unix_now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
+
+/// How long a key lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyLife {
+    /// Up to a time, in Unix seconds.
+    Until(i64),
+    /// For so many seconds from now.
+    For(u64),
+}
+
+impl KeyLife {
+    /// The time of its end.
+    fn end(self) -> i64 {
+        match self {
+            Self::Until(at) => at,
+            Self::For(seconds) => unix_now().saturating_add_unsigned(seconds),
+        }
+    }
+}
 
 impl Service {
     /// A new tenant.
     ///
     /// # Errors
     /// 400 for a name that cannot be one, 409 for one that is taken.
-    pub async fn create_tenant(&self, name: &str) -> Result<Tenant, Error> {
+    pub async fn create_tenant(&self, caller: &Caller, name: &str) -> Result<Tenant, Error> {
         check_tenant_name(name).map_err(|error| Error::invalid("name", format!("'name': {error}.")))?;
-        self.store.create_tenant(name).await.map_err(|error| words(error, name))
+        self.store.by(caller.actor()).create_tenant(name).await.map_err(|error| words(error, name))
     }
 
     /// At most `limit` tenants by name, those after `after`; and whether there are more.
@@ -39,13 +78,64 @@ impl Service {
     ///
     /// # Errors
     /// 404; 409 for the built-in tenant.
-    pub async fn delete_tenant(&self, name: &str) -> Result<(), Error> {
-        let id = self.store.delete_tenant(name).await.map_err(|error| words(error, name))?;
+    pub async fn delete_tenant(&self, caller: &Caller, name: &str) -> Result<(), Error> {
+        let id = self.store.by(caller.actor()).delete_tenant(name).await.map_err(|error| words(error, name))?;
         self.directory.forget_all();
+        self.accounts.forget(id);
         if let Some(training) = self.training.get() {
             training.interrupt_tenant(id);
         }
         Ok(())
+    }
+
+    /// Changes what is set for a tenant, from now on.
+    ///
+    /// # Errors
+    /// 404.
+    pub async fn set_limits(&self, caller: &Caller, name: &str, changes: LimitChanges) -> Result<Tenant, Error> {
+        let store = self.store.by(caller.actor());
+        let tenant = store.set_limits(name, changes).await.map_err(|error| words(error, name))?;
+        self.accounts.set_overrides(tenant.id, tenant.limits);
+        if let Some(training) = self.training.get() {
+            training.changed();
+        }
+        Ok(tenant)
+    }
+
+    /// What holds for a tenant.
+    pub fn limits_of(&self, tenant: &Tenant) -> Limits {
+        self.accounts.defaults().under(&tenant.limits)
+    }
+
+    /// At most `limit` entries of the audit log, newest first, of those before the one with number `before`; and whether there are more.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn audit(&self, before: Option<i64>, limit: u32) -> Result<(Vec<AuditRecord>, bool), Error> {
+        let mut entries = self.store.audit(before, limit + 1).await.map_err(Error::internal)?;
+        let more = entries.len() > limit as usize;
+        entries.truncate(limit as usize);
+        Ok((entries, more))
+    }
+
+    /// From now on entries of the audit log are dropped when they are so many days old.
+    pub fn keep_audit(&self, days: u32) {
+        let (store, alive) = (self.store.clone(), Arc::downgrade(&self.accounts));
+        tokio::spawn(async move {
+            while alive.strong_count() > 0 {
+                let before = unix_now() - i64::from(days) * DAY;
+                let pause = match store.drop_audit(before).await {
+                    Ok(true) => BETWEEN_PIECES,
+                    Ok(false) => BETWEEN_LOOKS,
+                    Err(StoreError::Closed) => return,
+                    Err(error) => {
+                        tracing::error!(%error, "old entries of the audit log cannot be dropped");
+                        BETWEEN_LOOKS
+                    }
+                };
+                tokio::time::sleep(pause).await;
+            }
+        });
     }
 
     /// A new key of a tenant, which is shown this once.
@@ -54,9 +144,10 @@ impl Service {
     /// 404 for the tenant.
     pub async fn create_key(
         &self,
+        caller: &Caller,
         tenant: &str,
         role: Role,
-        expires_at: Option<i64>,
+        life: Option<KeyLife>,
     ) -> Result<(KeyRecord, ApiKey), Error> {
         let key = ApiKey::generate().map_err(Error::internal)?;
         let new = NewKey {
@@ -64,10 +155,11 @@ impl Service {
             tenant: tenant.to_owned(),
             create_tenant: false,
             role,
-            expires_at,
+            expires_at: life.map(KeyLife::end),
             only_first: false,
         };
-        let record = self.store.create_key(new).await.map_err(|error| words(error, tenant))?;
+        let store = self.store.by(caller.actor());
+        let record = store.create_key(new).await.map_err(|error| words(error, tenant))?;
         let record = record.ok_or_else(|| Error::internal("a key that need not be the first was not made"))?;
         Ok((record, key))
     }
@@ -89,12 +181,35 @@ impl Service {
         self.store.key(id).await.map_err(|error| words(error, id))
     }
 
+    /// Makes a key to take another's place, which is shown this once; the old one works for `grace` seconds more. Without a life of its own the new one lives as
+    /// long as the old one was made to.
+    ///
+    /// # Errors
+    /// 404; 409 when the old one does not work any more.
+    pub async fn rotate_key(
+        &self,
+        caller: &Caller,
+        id: &str,
+        grace: u64,
+        life: Option<KeyLife>,
+    ) -> Result<(KeyRecord, ApiKey), Error> {
+        let key = ApiKey::generate().map_err(Error::internal)?;
+        let new = Rotation {
+            key: key.clone(),
+            grace: i64::try_from(grace.min(MAX_GRACE)).unwrap_or(i64::MAX),
+            expires_at: life.map(KeyLife::end),
+        };
+        let (made, _) = self.store.by(caller.actor()).rotate_key(id, new).await.map_err(|error| words(error, id))?;
+        self.directory.forget_all();
+        Ok((made, key))
+    }
+
     /// Ends a key at once.
     ///
     /// # Errors
     /// 404.
-    pub async fn revoke_key(&self, id: &str) -> Result<(), Error> {
-        self.store.revoke_key(id).await.map_err(|error| words(error, id))?;
+    pub async fn revoke_key(&self, caller: &Caller, id: &str) -> Result<(), Error> {
+        self.store.by(caller.actor()).revoke_key(id).await.map_err(|error| words(error, id))?;
         self.directory.forget_all();
         Ok(())
     }
@@ -107,6 +222,10 @@ fn words(error: StoreError, name: &str) -> Error {
         }
         StoreError::KeyNotFound => {
             Error::new(ErrorKind::NotFound, format!("There is no key '{name}'.")).with_code("key_not_found")
+        }
+        StoreError::KeyNotLive => {
+            Error::new(ErrorKind::Conflict, format!("The key '{name}' is revoked or has expired."))
+                .with_code("key_not_live")
         }
         StoreError::TenantExists => Error::new(ErrorKind::Conflict, format!("There is a tenant named '{name}'."))
             .with_code("name_taken")

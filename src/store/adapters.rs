@@ -8,7 +8,7 @@ use sqlx::{Row as _, SqlStr, any::AnyRow};
 use super::{
     AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
     rows::{Dialect, RowsSql},
-    writer::{End, PutResults, Tx},
+    writer::{PutResults, Tx},
 };
 use crate::types::{AdapterId, Generation, TenantId};
 
@@ -29,9 +29,7 @@ static INSERT_GENERATIONS: RowsSql =
     RowsSql::new("INSERT INTO generations (adapter, seq, generation, data, facts, created_at) VALUES", 6, "");
 
 /// Both inserts of one adapter in one question, as SQLite takes them.
-static INSERT_ONE: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_with(&INSERT_GENERATIONS, ""));
-/// The same, and the end of the transaction.
-static INSERT_LAST: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_with(&INSERT_GENERATIONS, "; COMMIT"));
+static INSERT_ONE: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_then(INSERT_GENERATIONS.one().as_str()));
 
 /// The generation of a row in which none can be read. No hash of contents is this.
 const DAMAGED: Generation = Generation([0; 16]);
@@ -189,29 +187,30 @@ impl Tx<'_> {
                 }
                 (Some(owner), Some(old), _) => {
                     let replaced = Some(old.generation);
-                    let record = self.replace(item, old, owner.clone()).await?;
-                    Ok(Stored::New { record, replaced })
+                    let record = self.replace(item, old, owner.clone()).await;
+                    record.map(|record| Stored::New { record, replaced })
                 }
-                (Some(owner), None, _) => {
-                    let facts = self.intern(&item.contents.facts).await?;
-                    let adapter = AdapterId(self.next_seq());
-                    let record = self.new_record(adapter, item, owner.clone());
-                    generations.push(NewGeneration { adapter, seq: 1, facts, contents: record.contents.clone() });
-                    created.push(record.clone());
-                    Ok(Stored::New { record, replaced: None })
-                }
+                (Some(owner), None, _) => match self.make_room(item.tenant, item.room, 1, size(&item)).await {
+                    Err(error) => Err(error),
+                    Ok(()) => {
+                        let facts = self.intern(&item.contents.facts).await?;
+                        let adapter = AdapterId(self.next_seq());
+                        let record = self.new_record(adapter, item, owner.clone());
+                        generations.push(NewGeneration { adapter, seq: 1, facts, contents: record.contents.clone() });
+                        created.push(record.clone());
+                        Ok(Stored::New { record, replaced: None })
+                    }
+                },
             };
-            results.push(result);
+            match result {
+                Err(error) if error.is_fatal() => return Err(error),
+                result => results.push(result),
+            }
         }
         match (&created[..], &generations[..]) {
             ([record], [new]) if self.dialect == Dialect::Sqlite => {
-                let last = self.end == End::LastInsert;
-                let sql = if last { &INSERT_LAST } else { &INSERT_ONE };
-                let query = bind_generation(bind_adapter(sqlx::query((**sql).clone()), record), new, self.now);
+                let query = bind_generation(bind_adapter(sqlx::query(INSERT_ONE.clone()), record), new, self.now);
                 query.execute(&mut *self.connection).await?;
-                if last {
-                    self.end = End::Done;
-                }
             }
             _ => {
                 self.insert_adapters(&created).await?;
@@ -303,7 +302,6 @@ impl Tx<'_> {
 
     /// Another generation for an adapter that exists. One that it had before is pointed at again.
     async fn replace(&mut self, item: NewAdapter, old: Existing, owner: Arc<str>) -> Result<AdapterRecord> {
-        let facts = self.intern(&item.contents.facts).await?;
         let row = sqlx::query(
             "SELECT COALESCE(MAX(seq), 0), MAX(CASE WHEN generation = $2 THEN seq END) FROM generations WHERE adapter = $1",
         )
@@ -313,6 +311,10 @@ impl Tx<'_> {
         .await?;
         let (last, same): (i64, Option<i64>) = (row.try_get(0)?, row.try_get(1)?);
         let seq = same.unwrap_or(last + 1);
+        let text = item.metadata.as_ref().map_or(0, |new| new.len() as i64 - old.metadata.len() as i64);
+        let data = if same.is_some() { 0 } else { item.contents.data.len() as i64 };
+        self.make_room(item.tenant, item.room, 0, data + text).await?;
+        let facts = self.intern(&item.contents.facts).await?;
         if same.is_none() {
             let contents = item.contents.clone();
             self.insert_generations(&[NewGeneration { adapter: old.id, seq, facts, contents }]).await?;
@@ -355,18 +357,25 @@ impl Tx<'_> {
 
     /// Erases an adapter's generations and metadata; a mark stays.
     pub(super) async fn delete_adapter(&mut self, tenant: TenantId, name: &str) -> Result<AdapterId> {
-        let row = sqlx::query("SELECT id FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2")
+        let row = sqlx::query("SELECT id, metadata FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2")
             .bind(tenant.0)
             .bind(name)
             .fetch_optional(&mut *self.connection)
-            .await?;
-        let id: i64 = row.ok_or(StoreError::AdapterNotFound)?.try_get(0)?;
-        let rows = sqlx::query("DELETE FROM generations WHERE adapter = $1 RETURNING generation")
-            .bind(id)
-            .fetch_all(&mut *self.connection)
-            .await?;
+            .await?
+            .ok_or(StoreError::AdapterNotFound)?;
+        let (id, mut bytes): (i64, i64) = (row.try_get(0)?, row.try_get::<&str, _>(1)?.len() as i64);
+        let rows = sqlx::query(
+            "DELETE FROM generations WHERE adapter = $1 RETURNING generation, CAST(OCTET_LENGTH(data) AS BIGINT)",
+        )
+        .bind(id)
+        .fetch_all(&mut *self.connection)
+        .await?;
         // A damaged one was never served, so nothing of it is cached; and its owner must be able to be rid of it.
         let generations = rows.iter().filter_map(|row| decode::generation(row, 0).ok()).collect();
+        for row in &rows {
+            bytes += row.try_get::<i64, _>(1).unwrap_or(0);
+        }
+        self.totals.add(tenant, -1, -bytes);
         let change = self.next_seq();
         sqlx::query(
             "UPDATE adapters SET deleted = 1, public = 0, metadata = '{}', updated_at = $1, change_seq = $2 WHERE id = $3",
@@ -410,6 +419,12 @@ impl Tx<'_> {
 }
 
 type AnyQuery<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
+
+/// What a new adapter adds to its owner's bytes.
+fn size(item: &NewAdapter) -> i64 {
+    // Without metadata it has an empty object.
+    (item.contents.data.len() + item.metadata.as_ref().map_or(2, String::len)) as i64
+}
 
 /// The columns of [`INSERT_ADAPTERS`] for a new adapter.
 fn bind_adapter<'q>(query: AnyQuery<'q>, record: &'q AdapterRecord) -> AnyQuery<'q> {

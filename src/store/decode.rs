@@ -5,7 +5,10 @@ use std::sync::Arc;
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
 use super::{AdapterRecord, Contents, Facts, Result, StoreError};
-use crate::types::{AdapterId, Fingerprint, Generation, TenantId};
+use crate::{
+    tenant::Bound,
+    types::{AdapterId, Fingerprint, Generation, TenantId},
+};
 
 /// Adapters with owner and current generation, as [`record`] reads them.
 macro_rules! select_records {
@@ -58,6 +61,12 @@ pub(super) fn facts(row: &AnyRow, at: usize) -> Result<Facts> {
 /// A column that holds a generation.
 pub(super) fn generation(row: &AnyRow, at: usize) -> Result<Generation> {
     Ok(Generation(array(row.try_get(at)?, "generation")?))
+}
+
+/// A column that holds what was set for a tenant.
+pub(super) fn bound(row: &AnyRow, at: usize) -> Result<Option<Bound>> {
+    let number: Option<i64> = row.try_get(at)?;
+    number.map(Bound::from_number).transpose().map_err(|_| StoreError::Corrupt("limit"))
 }
 
 /// A hash of a known length.

@@ -64,6 +64,18 @@ pub enum StoreError {
     /// The tenant's files may not be larger together.
     #[error("the tenant's files are as large as they may be")]
     FilesFull,
+    /// The tenant has as many adapters as it may.
+    #[error("the tenant may have {0} adapters")]
+    AdaptersFull(u64),
+    /// The tenant has stored as many bytes as it may.
+    #[error("the tenant may store {0} bytes")]
+    BytesFull(u64),
+    /// The tenant's jobs have trained on as many tokens today as they may.
+    #[error("the tenant may train on {0} tokens a day")]
+    TrainedEnough(u64),
+    /// The key is revoked or has expired.
+    #[error("the key no longer works")]
+    KeyNotLive,
     /// The idempotency key came before with another request.
     #[error("the idempotency key was used with another request")]
     IdempotencyMismatch,

@@ -6,6 +6,7 @@
 //! **Invariant.** Nothing else in the program does disk I/O for state.
 
 mod adapters;
+mod audit;
 mod connect;
 mod decode;
 mod error;
@@ -17,8 +18,10 @@ mod rows;
 mod tenants;
 #[cfg(test)]
 mod tests;
+mod totals;
 mod training;
 mod upkeep;
+mod usage;
 mod writer;
 
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
@@ -27,7 +30,7 @@ pub use records::{
     AdapterRecord, Change, Contents, CorruptAdapter, Facts, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter,
     Observer, OnConflict, Stored,
 };
-pub use tenants::NewKey;
+pub use tenants::{NewKey, Rotation};
 pub use training::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
     NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
@@ -41,7 +44,10 @@ use std::{
 
 use sqlx::AnyPool;
 
-use crate::types::{AdapterId, Generation, TenantId};
+use crate::{
+    tenant::Actor,
+    types::{AdapterId, Generation, TenantId},
+};
 use connect::Connector;
 use writer::Writer;
 
@@ -50,6 +56,8 @@ use writer::Writer;
 pub struct Store {
     writer: Writer,
     pool: AnyPool,
+    /// Who answers for what is written through this handle; None: nobody asks.
+    actor: Option<Arc<Actor>>,
 }
 
 impl std::fmt::Debug for Store {
@@ -69,7 +77,12 @@ impl Store {
         connector.migrate(&mut connection).await?;
         let pool = connector.pool(config.readers).await?;
         let writer = Writer::start(connector, connection);
-        Ok(Self { writer, pool })
+        Ok(Self { writer, pool, actor: None })
+    }
+
+    /// The same store for somebody: what is written through it goes into the audit log under that name, in the same transaction.
+    pub fn by(&self, actor: Actor) -> Self {
+        Self { actor: Some(Arc::new(actor)), ..self.clone() }
     }
 
     /// Sets who is told of changes. Once; a second call changes nothing.
@@ -87,7 +100,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::PublicNameTaken`], [`StoreError::AdapterNotFound`],
-    /// [`StoreError::GenerationMismatch`], [`StoreError::TenantNotFound`], [`StoreError::IdempotencyMismatch`].
+    /// [`StoreError::GenerationMismatch`], [`StoreError::TenantNotFound`], [`StoreError::IdempotencyMismatch`], [`StoreError::AdaptersFull`],
+    /// [`StoreError::BytesFull`].
     pub async fn put_adapter(&self, new: NewAdapter) -> Result<Stored> {
         self.put_adapters(vec![new]).await?.pop().unwrap_or(Err(StoreError::Closed))
     }
@@ -98,7 +112,7 @@ impl Store {
     /// # Errors
     /// Only the database's.
     pub async fn put_adapters(&self, new: Vec<NewAdapter>) -> Result<Vec<Result<Stored>>> {
-        self.writer.put(new).await
+        self.writer.put(new, self.actor.clone()).await
     }
 
     /// Erases an adapter with all its generations; gives its number.
@@ -107,7 +121,12 @@ impl Store {
     /// [`StoreError::AdapterNotFound`].
     pub async fn delete_adapter(&self, tenant: TenantId, name: &str) -> Result<AdapterId> {
         let name = name.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.delete_adapter(tenant, &name).await })).await
+        let target = name.clone();
+        self.audited(
+            move |tx| Box::pin(async move { tx.delete_adapter(tenant, &name).await }),
+            |actor, _| Some(actor.did("adapter.delete", target)),
+        )
+        .await
     }
 
     /// Points a name at a generation it had before; gives the adapter as it is then, and the generation that was current.
@@ -121,7 +140,11 @@ impl Store {
         generation: Generation,
     ) -> Result<(AdapterRecord, Generation)> {
         let name = name.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.rollback(tenant, &name, generation).await })).await
+        self.audited(
+            move |tx| Box::pin(async move { tx.rollback(tenant, &name, generation).await }),
+            |actor, (record, _)| Some(actor.did("adapter.rollback", record.name.clone())),
+        )
+        .await
     }
 }
 

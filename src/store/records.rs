@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::types::{AdapterId, Fingerprint, Generation, TenantId};
+use crate::{
+    tenant::Room,
+    types::{AdapterId, Fingerprint, Generation, TenantId},
+};
 
 /// What an adapter's numbers mean. Interned: many adapters share one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -56,6 +59,8 @@ pub struct NewAdapter {
     pub contents: Contents,
     /// What to do when the name is taken.
     pub on_conflict: OnConflict,
+    /// What the owner's stored things may come to.
+    pub room: Room,
     /// Makes a retried upload the same upload.
     pub idempotency: Option<Idempotency>,
 }

@@ -60,10 +60,14 @@ impl RowsSql {
         })
     }
 
-    /// A row of this, a row of another and an end in one text, whose parameters follow one another: SQLite only.
-    pub(super) fn one_with(&self, other: &Self, end: &str) -> SqlStr {
-        let one = |sql: &Self| sql.build(Dialect::Sqlite, 1);
-        AssertSqlSafe(format!("{}; {}{end}", one(self).as_str(), one(other).as_str())).into_sql_str()
+    /// A row of this and another statement in one text, whose parameters follow one another: SQLite only.
+    pub(super) fn one_then(&self, statement: &str) -> SqlStr {
+        AssertSqlSafe(format!("{}; {statement}", self.one().as_str())).into_sql_str()
+    }
+
+    /// A row, as SQLite takes it.
+    pub(super) fn one(&self) -> SqlStr {
+        self.build(Dialect::Sqlite, 1)
     }
 
     fn statement(&self, dialect: Dialect, index: usize) -> SqlStr {

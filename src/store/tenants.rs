@@ -3,21 +3,56 @@
 use futures::future::BoxFuture;
 use sqlx::{Row as _, any::AnyRow};
 
-use super::{Change, Result, Store, StoreError, decode, writer::Tx};
+use super::{Change, Result, Store, StoreError, decode, decode::bound, writer::Tx};
 use crate::{
-    tenant::{ApiKey, BUILT_IN_TENANT, KeyHash, KeyRecord, KeySource, KeySourceError, Role, Tenant},
+    tenant::{
+        ApiKey, BUILT_IN_TENANT, KeyHash, KeyRecord, KeySource, KeySourceError, LimitChanges, Overrides, Role, Tenant,
+    },
     types::TenantId,
 };
+
+/// What was set for a tenant, as [`overrides`] reads it.
+macro_rules! limit_columns {
+    () => {
+        "t.max_adapters, t.max_stored_bytes, t.max_concurrent_requests, t.max_requests_per_minute, \
+         t.max_tokens_per_minute, t.max_running_jobs, t.max_queued_jobs, t.max_trained_tokens_per_day, t.weight"
+    };
+}
 
 /// Keys with their owners, as [`key_record`] reads them.
 macro_rules! select_keys {
     ($condition:literal) => {
         concat!(
             "SELECT k.id, k.tenant, t.name, k.hash, k.prefix, k.role, k.created_at, k.expires_at, k.revoked_at, \
-             k.last_used_at FROM keys k JOIN tenants t ON t.id = k.tenant WHERE t.deleted = 0 AND ",
+             k.last_used_at, ",
+            limit_columns!(),
+            " FROM keys k JOIN tenants t ON t.id = k.tenant WHERE t.deleted = 0 AND ",
             $condition
         )
     };
+}
+
+/// Tenants, as [`tenant`] reads them.
+macro_rules! select_tenants {
+    ($condition:literal) => {
+        concat!(
+            "SELECT t.id, t.name, t.created_at, ",
+            limit_columns!(),
+            " FROM tenants t WHERE t.deleted = 0 AND ",
+            $condition
+        )
+    };
+}
+
+/// The columns of `limit_columns`, from a position on.
+fn overrides(row: &AnyRow, at: usize) -> Result<Overrides> {
+    let mut bounds = [None; Overrides::NAMES.len()];
+    for (column, slot) in bounds.iter_mut().enumerate() {
+        *slot = bound(row, at + column)?;
+    }
+    let weight: Option<i64> = row.try_get(at + bounds.len())?;
+    let weight = weight.map(u32::try_from).transpose().map_err(|_| StoreError::Corrupt("weight"))?;
+    Ok(Overrides::new(bounds, weight))
 }
 
 fn key_record(row: &AnyRow) -> Result<KeyRecord> {
@@ -32,11 +67,17 @@ fn key_record(row: &AnyRow) -> Result<KeyRecord> {
         expires_at: row.try_get(7)?,
         revoked_at: row.try_get(8)?,
         last_used_at: row.try_get(9)?,
+        limits: overrides(row, 10)?,
     })
 }
 
 fn tenant(row: &AnyRow) -> Result<Tenant> {
-    Ok(Tenant { id: TenantId(row.try_get(0)?), name: row.try_get(1)?, created_at: row.try_get(2)? })
+    Ok(Tenant {
+        id: TenantId(row.try_get(0)?),
+        name: row.try_get(1)?,
+        created_at: row.try_get(2)?,
+        limits: overrides(row, 3)?,
+    })
 }
 
 /// A key to be made known.
@@ -56,12 +97,20 @@ pub struct NewKey {
     pub only_first: bool,
 }
 
+/// A key to take another's place.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    /// The new key.
+    pub key: ApiKey,
+    /// Seconds for which the old one still works, unless it ends before.
+    pub grace: i64,
+    /// Unix seconds from which the new one no longer works. None: it lives as long as the old one was made to.
+    pub expires_at: Option<i64>,
+}
+
 impl Tx<'_> {
     async fn living_tenant(&mut self, name: &str) -> Result<Option<Tenant>> {
-        let row = sqlx::query("SELECT id, name, created_at FROM tenants WHERE deleted = 0 AND name = $1")
-            .bind(name)
-            .fetch_optional(&mut *self.connection)
-            .await?;
+        let row = sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&mut *self.connection).await?;
         row.as_ref().map(tenant).transpose()
     }
 
@@ -77,7 +126,24 @@ impl Tx<'_> {
             .bind(id)
             .execute(&mut *self.connection)
             .await?;
-        Ok(Tenant { id: TenantId(id), name, created_at: self.now })
+        Ok(Tenant { id: TenantId(id), name, created_at: self.now, limits: Overrides::default() })
+    }
+
+    async fn set_limits(&mut self, name: &str, changes: &LimitChanges) -> Result<Tenant> {
+        let mut tenant = self.living_tenant(name).await?.ok_or(StoreError::TenantNotFound)?;
+        tenant.limits.change(changes);
+        let change = self.next_seq();
+        let mut update = sqlx::query(
+            "UPDATE tenants SET max_adapters = $1, max_stored_bytes = $2, max_concurrent_requests = $3, \
+             max_requests_per_minute = $4, max_tokens_per_minute = $5, max_running_jobs = $6, max_queued_jobs = $7, \
+             max_trained_tokens_per_day = $8, weight = $9, change_seq = $10 WHERE id = $11",
+        );
+        for set in tenant.limits.bounds() {
+            update = update.bind(set.map(|bound| bound.number()));
+        }
+        let update = update.bind(tenant.limits.weight.map(i64::from)).bind(change).bind(tenant.id.0);
+        update.execute(&mut *self.connection).await?;
+        Ok(tenant)
     }
 
     async fn delete_tenant(&mut self, name: &str) -> Result<TenantId> {
@@ -113,7 +179,12 @@ impl Tx<'_> {
             self.changed(|| Change::Deleted { tenant: id, name: of_name[0].0.clone(), generations });
         }
         self.erase_training(id).await?;
-        for sql in ["DELETE FROM idempotency WHERE tenant = $1", "DELETE FROM keys WHERE tenant = $1"] {
+        self.totals.forget(id);
+        for sql in [
+            "DELETE FROM idempotency WHERE tenant = $1",
+            "DELETE FROM keys WHERE tenant = $1",
+            "DELETE FROM tenant_usage WHERE tenant = $1",
+        ] {
             sqlx::query(sql).bind(id.0).execute(&mut *self.connection).await?;
         }
         let change = self.next_seq();
@@ -137,19 +208,30 @@ impl Tx<'_> {
             None if new.create_tenant => self.create_tenant(new.tenant).await?,
             None => return Err(StoreError::TenantNotFound),
         };
+        self.insert_key(&new.key, tenant, new.role, new.expires_at).await.map(Some)
+    }
+
+    async fn insert_key(
+        &mut self,
+        key: &ApiKey,
+        tenant: Tenant,
+        role: Role,
+        expires_at: Option<i64>,
+    ) -> Result<KeyRecord> {
         let change = self.next_seq();
         let record = KeyRecord {
             // Of the hash: unique, and tells nothing about the key.
-            id: format!("key_{}", hex(&new.key.hash().0[..8])),
+            id: format!("key_{}", hex(&key.hash().0[..8])),
             tenant: tenant.id,
             tenant_name: tenant.name,
-            hash: new.key.hash(),
-            prefix: new.key.visible_prefix().to_owned(),
-            role: new.role,
+            hash: key.hash(),
+            prefix: key.visible_prefix().to_owned(),
+            role,
             created_at: self.now,
-            expires_at: new.expires_at,
+            expires_at,
             revoked_at: None,
             last_used_at: None,
+            limits: tenant.limits,
         };
         sqlx::query(
             "INSERT INTO keys (id, tenant, hash, prefix, role, created_at, expires_at, change_seq) \
@@ -165,7 +247,28 @@ impl Tx<'_> {
         .bind(change)
         .execute(&mut *self.connection)
         .await?;
-        Ok(Some(record))
+        Ok(record)
+    }
+
+    async fn rotate_key(&mut self, id: &str, new: Rotation) -> Result<(KeyRecord, KeyRecord)> {
+        let row = sqlx::query(select_keys!("k.id = $1")).bind(id).fetch_optional(&mut *self.connection).await?;
+        let mut old = key_record(&row.ok_or(StoreError::KeyNotFound)?)?;
+        if !old.is_live(self.now) {
+            return Err(StoreError::KeyNotLive);
+        }
+        let lifetime = old.expires_at.map(|at| self.now.saturating_add(at.saturating_sub(old.created_at)));
+        let end = self.now.saturating_add(new.grace);
+        old.expires_at = Some(old.expires_at.map_or(end, |at| at.min(end)));
+        let change = self.next_seq();
+        sqlx::query("UPDATE keys SET expires_at = $1, change_seq = $2 WHERE id = $3")
+            .bind(old.expires_at)
+            .bind(change)
+            .bind(id)
+            .execute(&mut *self.connection)
+            .await?;
+        let owner = self.living_tenant(&old.tenant_name).await?.ok_or(StoreError::TenantNotFound)?;
+        let made = self.insert_key(&new.key, owner, old.role, new.expires_at.or(lifetime)).await?;
+        Ok((made, old))
     }
 
     async fn revoke_key(&mut self, id: &str) -> Result<()> {
@@ -191,6 +294,19 @@ impl Tx<'_> {
     }
 }
 
+/// What was changed, for the audit log. Names and numbers: nothing in it needs escaping.
+fn limits_text(changes: &LimitChanges) -> String {
+    let shown = |number: Option<i64>| number.map_or("null".to_owned(), |number| number.to_string());
+    let fields: Vec<String> =
+        changes.named().into_iter().map(|(name, number)| format!("\"{name}\":{}", shown(number))).collect();
+    format!("{{{}}}", fields.join(","))
+}
+
+/// Whose key and what it may do, for the audit log.
+fn key_text(key: &KeyRecord) -> String {
+    format!("{{\"tenant\":\"{}\",\"role\":\"{}\"}}", key.tenant_name, key.role)
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -202,7 +318,24 @@ impl Store {
     /// [`StoreError::TenantExists`].
     pub async fn create_tenant(&self, name: &str) -> Result<Tenant> {
         let name = name.to_owned();
-        self.writer.job(move |tx| Box::pin(tx.create_tenant(name))).await
+        self.audited(
+            move |tx| Box::pin(tx.create_tenant(name)),
+            |actor, tenant| Some(actor.did("tenant.create", tenant.name.clone())),
+        )
+        .await
+    }
+
+    /// Changes what is set for a tenant; gives it as it is then.
+    ///
+    /// # Errors
+    /// [`StoreError::TenantNotFound`].
+    pub async fn set_limits(&self, name: &str, changes: LimitChanges) -> Result<Tenant> {
+        let name = name.to_owned();
+        self.audited(
+            move |tx| Box::pin(async move { tx.set_limits(&name, &changes).await }),
+            move |actor, tenant| Some(actor.did("tenant.limits", tenant.name.clone()).with(limits_text(&changes))),
+        )
+        .await
     }
 
     /// Erases a tenant with its keys, adapters, jobs and files; gives its number.
@@ -211,7 +344,12 @@ impl Store {
     /// [`StoreError::TenantNotFound`], [`StoreError::BuiltInTenant`].
     pub async fn delete_tenant(&self, name: &str) -> Result<TenantId> {
         let name = name.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.delete_tenant(&name).await })).await
+        let target = name.clone();
+        self.audited(
+            move |tx| Box::pin(async move { tx.delete_tenant(&name).await }),
+            |actor, _| Some(actor.did("tenant.delete", target)),
+        )
+        .await
     }
 
     /// The tenant of a name.
@@ -219,10 +357,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::TenantNotFound`].
     pub async fn tenant(&self, name: &str) -> Result<Tenant> {
-        let row = sqlx::query("SELECT id, name, created_at FROM tenants WHERE deleted = 0 AND name = $1")
-            .bind(name)
-            .fetch_optional(&self.pool)
-            .await?;
+        let row = sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&self.pool).await?;
         tenant(&row.ok_or(StoreError::TenantNotFound)?)
     }
 
@@ -231,13 +366,11 @@ impl Store {
     /// # Errors
     /// Only the database's.
     pub async fn tenants(&self, after: Option<&str>, limit: u32) -> Result<Vec<Tenant>> {
-        let rows = sqlx::query(
-            "SELECT id, name, created_at FROM tenants WHERE deleted = 0 AND name > $1 ORDER BY name LIMIT $2",
-        )
-        .bind(after.unwrap_or(""))
-        .bind(i64::from(limit))
-        .fetch_all(&self.pool)
-        .await?;
+        let rows = sqlx::query(select_tenants!("t.name > $1 ORDER BY t.name LIMIT $2"))
+            .bind(after.unwrap_or(""))
+            .bind(i64::from(limit))
+            .fetch_all(&self.pool)
+            .await?;
         rows.iter().map(tenant).collect()
     }
 
@@ -246,7 +379,24 @@ impl Store {
     /// # Errors
     /// [`StoreError::TenantNotFound`].
     pub async fn create_key(&self, new: NewKey) -> Result<Option<KeyRecord>> {
-        self.writer.job(move |tx| Box::pin(tx.create_key(new))).await
+        self.audited(
+            move |tx| Box::pin(tx.create_key(new)),
+            |actor, made| made.as_ref().map(|key| actor.did("key.create", key.id.clone()).with(key_text(key))),
+        )
+        .await
+    }
+
+    /// Makes a key with the owner and the role of another, which then ends after a grace period; the new one, and the old one as it is then.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyNotFound`], [`StoreError::KeyNotLive`].
+    pub async fn rotate_key(&self, id: &str, new: Rotation) -> Result<(KeyRecord, KeyRecord)> {
+        let (id, target) = (id.to_owned(), id.to_owned());
+        self.audited(
+            move |tx| Box::pin(async move { tx.rotate_key(&id, new).await }),
+            |actor, (made, _)| Some(actor.did("key.rotate", target).with(format!("{{\"new\":\"{}\"}}", made.id))),
+        )
+        .await
     }
 
     /// Ends a key; it stays listed. Revoking again changes nothing.
@@ -255,7 +405,12 @@ impl Store {
     /// [`StoreError::KeyNotFound`].
     pub async fn revoke_key(&self, id: &str) -> Result<()> {
         let id = id.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.revoke_key(&id).await })).await
+        let target = id.clone();
+        self.audited(
+            move |tx| Box::pin(async move { tx.revoke_key(&id).await }),
+            |actor, ()| Some(actor.did("key.revoke", target)),
+        )
+        .await
     }
 
     /// A key by its public identifier.

@@ -21,8 +21,10 @@ use super::{
     connect::Connector,
     intern::Interner,
     rows::Dialect,
+    totals::Totals,
     unix_now,
 };
+use crate::tenant::{Actor, Deed};
 
 /// Jobs that may wait for the writer; more wait in their senders.
 const QUEUE: usize = 1024;
@@ -43,6 +45,7 @@ pub(super) type PutResults = Vec<Result<Stored>>;
 pub(super) struct Tx<'c> {
     pub(super) connection: &'c mut AnyConnection,
     pub(super) interner: &'c mut Interner,
+    pub(super) totals: &'c mut Totals,
     pub(super) dialect: Dialect,
     /// Unix seconds, one time for the whole group.
     pub(super) now: i64,
@@ -52,21 +55,10 @@ pub(super) struct Tx<'c> {
     pub(super) changes: Option<Vec<Change>>,
     /// What the store knows of the only upload in the group, if that was asked when the transaction began.
     pub(super) known: Option<Known>,
-    /// How the transaction ends.
-    pub(super) end: End,
+    /// For the audit log, with their numbers.
+    pub(super) deeds: Vec<(i64, Deed)>,
     seq: i64,
     seqs_end: i64,
-}
-
-/// Who commits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
-    /// The writer, after the group.
-    Writer,
-    /// The last insert may, in the same question.
-    LastInsert,
-    /// It has.
-    Done,
 }
 
 impl Tx<'_> {
@@ -101,6 +93,7 @@ impl Writer {
             connector,
             connection: Some(connection),
             interner: Interner::default(),
+            totals: Totals::default(),
             erase_at: None,
             observer: observer.clone(),
         };
@@ -112,10 +105,10 @@ impl Writer {
         let _ = self.observer.set(observer);
     }
 
-    /// Uploads, in order, all in one transaction.
-    pub(super) async fn put(&self, items: Vec<NewAdapter>) -> Result<PutResults> {
+    /// Uploads, in order, all in one transaction, and whose they are for the audit log.
+    pub(super) async fn put(&self, items: Vec<NewAdapter>, actor: Option<Arc<Actor>>) -> Result<PutResults> {
         let (sender, receiver) = oneshot::channel();
-        let message = Message::Put { items, results: None, sender };
+        let message = Message::Put { items, actor, results: None, sender };
         self.sender.send(message).await.map_err(|_| StoreError::Closed)?;
         receiver.await.map_err(|_| StoreError::Closed)?
     }
@@ -151,7 +144,12 @@ impl Writer {
 }
 
 enum Message {
-    Put { items: Vec<NewAdapter>, results: Option<PutResults>, sender: oneshot::Sender<Result<PutResults>> },
+    Put {
+        items: Vec<NewAdapter>,
+        actor: Option<Arc<Actor>>,
+        results: Option<PutResults>,
+        sender: oneshot::Sender<Result<PutResults>>,
+    },
     Job(Box<dyn Job>),
     Close(oneshot::Sender<()>),
 }
@@ -164,10 +162,10 @@ impl Message {
         }
     }
 
-    /// Numbers of the change sequence that it uses at most: an upload may also intern facts.
+    /// Numbers of the change sequence that it uses at most: an upload may also intern facts, and all of a message are one entry of the audit log.
     fn seqs(&self) -> i64 {
         match self {
-            Message::Put { items, .. } => 2 * items.len() as i64,
+            Message::Put { items, .. } => 2 * items.len() as i64 + 1,
             _ => SEQS_A_JOB,
         }
     }
@@ -234,6 +232,7 @@ struct Task {
     /// None after it was lost.
     connection: Option<AnyConnection>,
     interner: Interner,
+    totals: Totals,
     /// When the log is to be emptied.
     erase_at: Option<Instant>,
     observer: Arc<OnceLock<Arc<dyn Observer>>>,
@@ -285,6 +284,7 @@ impl Task {
             tracing::error!(%error, "a transaction failed and was rolled back");
             // What it interned is gone with it, and so may be the connection.
             self.interner = Interner::default();
+            self.totals = Totals::default();
             if let Some(mut connection) = self.connection.take() {
                 // Rolled back at once if it can be told so, else when the database finds it gone.
                 let _ = sqlx::query("ROLLBACK").execute(&mut connection).await;
@@ -300,25 +300,23 @@ impl Task {
             None => self.connection.insert(self.connector.connect().await?),
         };
         let only = only_upload(group).filter(|_| self.connector.is_sqlite());
-        let end = if only.is_some() { End::LastInsert } else { End::Writer };
         let (seqs_end, known) = begin(connection, self.connector.dialect(), seqs, only).await?;
         let mut tx = Tx {
             connection: &mut *connection,
             interner: &mut self.interner,
+            totals: &mut self.totals,
             dialect: self.connector.dialect(),
             now: unix_now(),
             erased: false,
             changes: self.observer.get().map(|_| Vec::new()),
             known,
-            end,
+            deeds: Vec::new(),
             seq: seqs_end - seqs,
             seqs_end,
         };
         run_group(&mut tx, group).await?;
-        let (erased, changes, end) = (tx.erased, tx.changes.take(), tx.end);
-        if end != End::Done {
-            sqlx::query("COMMIT").execute(connection).await?;
-        }
+        let (erased, changes) = (tx.erased, tx.changes.take());
+        tx.commit().await?;
         if let (Some(observer), Some(changes)) = (self.observer.get(), changes) {
             changes.into_iter().for_each(|change| observer.committed(change));
         }
@@ -409,10 +407,27 @@ async fn run_group(tx: &mut Tx<'_>, group: &mut [Message]) -> Result<()> {
         }
         let mut written = tx.put_adapters(all).await?.into_iter();
         for (message, count) in run.iter_mut().zip(counts) {
-            if let Message::Put { results, .. } = message {
-                *results = Some(written.by_ref().take(count).collect());
+            if let Message::Put { actor, results, .. } = message {
+                let own: PutResults = written.by_ref().take(count).collect();
+                tx.note(actor.as_deref().and_then(|actor| uploaded(actor, &own)));
+                *results = Some(own);
             }
         }
     }
     Ok(())
+}
+
+/// The uploads of a message as one entry of the audit log; None when none was written.
+fn uploaded(actor: &Actor, results: &PutResults) -> Option<Deed> {
+    let mut written = results.iter().filter_map(|result| match result {
+        Ok(Stored::New { record, replaced }) => Some((record, replaced.is_some())),
+        _ => None,
+    });
+    let (first, replaced) = written.next()?;
+    let action = if replaced { "adapter.replace" } else { "adapter.upload" };
+    let deed = actor.did(action, first.name.clone());
+    Some(match written.count() {
+        0 => deed,
+        more => deed.with(format!("{{\"adapters\":{}}}", more + 1)),
+    })
 }

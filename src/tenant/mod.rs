@@ -1,14 +1,24 @@
 //! Who calls: tenants, their keys, and the directory that turns a bearer token into a caller.
 //!
 //! Keys are 256 random bits, shown once and stored as a hash. The [`Directory`] remembers a verified key for less than a
-//! second, so that keys created or revoked by another process on the same store are honoured within that time.
+//! second, so that keys created or revoked by another process on the same store are honoured within that time. A key's record brings its tenant's limits along:
+//! [`Accounts`] holds tenants to them, in memory.
 
+mod account;
+mod attempts;
+mod audit;
+mod bucket;
 mod directory;
 mod key;
+mod limits;
 mod names;
 
+pub use account::{Account, Accounts, Admission, Charge, DAY, LimitError, Rates, UsageOfDay, today, until_tomorrow};
+pub use audit::{Actor, AuditRecord, Deed, Origin, Via};
+pub use bucket::Rate;
 pub use directory::{AuthError, Directory, KeySource, KeySourceError};
 pub use key::{ApiKey, KeyHash};
+pub use limits::{Bound, BoundError, LimitChanges, Limits, MAX_BOUND, MAX_WEIGHT, Overrides, Room, Usage};
 pub use names::{NameError, check_adapter_name, check_tenant_name};
 
 use std::{fmt, str::FromStr, sync::Arc};
@@ -71,6 +81,8 @@ pub struct Tenant {
     pub name: String,
     /// Unix seconds.
     pub created_at: i64,
+    /// What an admin set for it.
+    pub limits: Overrides,
 }
 
 /// What is known about a key, which is everything but the key.
@@ -96,6 +108,8 @@ pub struct KeyRecord {
     pub revoked_at: Option<i64>,
     /// Unix seconds of its last use, to the minute or so.
     pub last_used_at: Option<i64>,
+    /// What an admin set for the owner.
+    pub limits: Overrides,
 }
 
 impl KeyRecord {
@@ -116,12 +130,20 @@ pub struct Caller {
     pub role: Role,
     /// The key's public identifier; None under `--no-auth`.
     pub key: Option<Arc<str>>,
+    /// Where the request comes from.
+    pub origin: Origin,
 }
 
 impl Caller {
     /// The caller of every request under `--no-auth`: the built-in tenant, allowed everything.
     pub fn built_in() -> Self {
-        Self { tenant: BUILT_IN_TENANT, tenant_name: BUILT_IN_TENANT_NAME.into(), role: Role::Admin, key: None }
+        Self {
+            tenant: BUILT_IN_TENANT,
+            tenant_name: BUILT_IN_TENANT_NAME.into(),
+            role: Role::Admin,
+            key: None,
+            origin: Origin::default(),
+        }
     }
 
     /// May it manage tenants, keys and public adapters?

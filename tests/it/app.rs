@@ -130,9 +130,7 @@ impl TestApp {
         let mut service = service.with_policy(options.policy);
         service.request_timeout = options.request_timeout;
         let service = Arc::new(service);
-        let policies = options.policies.unwrap_or_else(|| {
-            Arc::new(EnginePolicies::new(service.engine.clone(), service.base.clone(), service.library.clone()))
-        });
+        let policies = options.policies.unwrap_or_else(|| Arc::new(EnginePolicies::of(&service)));
         service.start_training(options.training, policies).await.unwrap();
         let edge = Arc::new(options.edge);
         let state = AppState { auth: options.auth, limits: options.limits, edge, ..AppState::new(service) };

@@ -3,6 +3,7 @@
 
 mod adapters;
 mod app;
+mod audit;
 mod bench;
 mod chat;
 mod command_train;
@@ -13,6 +14,9 @@ mod durability;
 mod errors;
 mod fuzz;
 mod golden;
+mod huge;
+mod keys;
+mod limits;
 mod many;
 mod mixed;
 mod models;

@@ -528,7 +528,7 @@ async fn a_tenants_end_is_the_end_of_its_jobs() {
     let app = toy_app(&Toy::slow(5), Options::default()).await;
     let id = app.train(letters_with("alice", json!({"steps": 1000}))).await;
     app.until(&id, |job| job["step"].as_u64().unwrap() >= 1).await;
-    app.state.service.delete_tenant("acme").await.unwrap();
+    app.state.service.delete_tenant(&mote::tenant::Caller::built_in(), "acme").await.unwrap();
     let training = app.state.service.training().unwrap();
     let deadline = Instant::now() + Duration::from_secs(10);
     while training.running() > 0 {

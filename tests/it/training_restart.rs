@@ -151,7 +151,7 @@ async fn a_job_of_another_base_is_not_gone_on_with() {
         },
         steps: 2,
         data: vec![(mote::store::JobData::Training, b"{}".to_vec())],
-        most_of_tenant: 10,
+        limits: mote::tenant::Limits::default(),
         most: 10,
         key: None,
         event: mote::store::NewEvent {

@@ -36,8 +36,9 @@ impl Service {
             purpose: purpose.to_owned(),
             data: bytes,
             most_of_tenant,
+            room: self.accounts.of(caller.tenant).limits().room(),
         };
-        self.store.put_file(new).await.map_err(|error| file_error(error, ""))
+        self.store.by(caller.actor()).put_file(new).await.map_err(|error| file_error(error, ""))
     }
 
     /// The caller's files, newest first: at most `limit` of those older than the file `after`; and whether there are more.
@@ -83,7 +84,7 @@ impl Service {
     /// 404 file_not_found.
     pub async fn delete_file(&self, caller: &Caller, id: &str) -> Result<(), Error> {
         possible(id)?;
-        self.store.delete_file(caller.tenant, id).await.map_err(|error| file_error(error, id))
+        self.store.by(caller.actor()).delete_file(caller.tenant, id).await.map_err(|error| file_error(error, id))
     }
 }
 

@@ -90,6 +90,10 @@ impl Service {
         config: TrainingConfig,
         policies: Arc<dyn PolicySource>,
     ) -> Result<(), StoreError> {
+        self.accounts.set_defaults(|limits| {
+            limits.running_jobs = Some(config.running_of_tenant);
+            limits.queued_jobs = Some(config.most_of_tenant);
+        });
         let training = Training::start(self, config, policies).await?;
         // A second call changes nothing but would leave two supervisors: the first one stays.
         if let Err(second) = self.training.set(training) {
@@ -174,12 +178,12 @@ impl Service {
             spec: serde_json::to_string(&spec).map_err(Error::internal)?,
             steps,
             data: parts,
-            most_of_tenant: config.most_of_tenant,
+            limits: self.accounts.of(caller.tenant).limits(),
             most: config.most,
             key,
             event: event("status", EventLevel::Info, words, &serde_json::json!({"status": status.as_str()})),
         };
-        let stored = self.store.create_job(new).await.map_err(|error| job_error(error, &name))?;
+        let stored = self.store.by(caller.actor()).create_job(new).await.map_err(|error| job_error(error, &name))?;
         let job = match stored {
             JobStored::New(job) => {
                 if job.status == JobStatus::Validating {
@@ -247,7 +251,8 @@ impl Service {
     /// 404; 409 when it has ended otherwise.
     pub async fn cancel_job(&self, caller: &Caller, id: &str) -> Result<JobInfo, Error> {
         possible(id)?;
-        let job = self.store.cancel_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
+        let store = self.store.by(caller.actor());
+        let job = store.cancel_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
         self.training()?.interrupt(id);
         info(job)
     }

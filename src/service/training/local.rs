@@ -53,7 +53,7 @@ impl Local {
     pub fn new(base: BaseInfo, basis: Basis, engine: Handle, config: TrainingConfig) -> Self {
         let library = Arc::new(Library::new(base.sites.clone(), Arc::new(basis), base.rank));
         let base = Arc::new(base);
-        let policies = EnginePolicies::new(engine, base.clone(), library);
+        let policies = EnginePolicies::new(engine, base.clone(), library, Arc::default());
         Self { base, policies, config }
     }
 

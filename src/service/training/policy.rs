@@ -9,7 +9,8 @@ use super::rollouts::Rollouts;
 use crate::{
     adapter::{Facts, NumberType, Scheme},
     engine::{Differentiated, GradientFailure, GradientJob, GradientRequest, Handle, SubmitError, Weigh},
-    service::{BaseInfo, Library},
+    service::{BaseInfo, Library, Service},
+    tenant::Accounts,
     types::TenantId,
 };
 
@@ -50,13 +51,21 @@ pub struct EnginePolicies {
     pub(super) engine: Handle,
     pub(super) base: Arc<BaseInfo>,
     pub(super) library: Arc<Library>,
+    /// What rollouts weigh beside the requests of other tenants.
+    pub(super) accounts: Arc<Accounts>,
     pub(super) runtime: runtime::Handle,
 }
 
 impl EnginePolicies {
     /// Over the engine of a service. Within a runtime.
-    pub fn new(engine: Handle, base: Arc<BaseInfo>, library: Arc<Library>) -> Self {
-        Self { engine, base, library, runtime: runtime::Handle::current() }
+    pub fn of(service: &Service) -> Self {
+        let (base, library) = (service.base.clone(), service.library.clone());
+        Self::new(service.engine.clone(), base, library, service.accounts.clone())
+    }
+
+    /// Over an engine. Within a runtime.
+    pub fn new(engine: Handle, base: Arc<BaseInfo>, library: Arc<Library>, accounts: Arc<Accounts>) -> Self {
+        Self { engine, base, library, accounts, runtime: runtime::Handle::current() }
     }
 }
 

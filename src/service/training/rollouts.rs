@@ -169,7 +169,7 @@ impl Rollouts {
                 salt: candidate.salt,
                 use_cache: true,
                 priority: Priority::Background,
-                share: share_of(self.tenant),
+                share: share_of(self.tenant, &self.parts.accounts.of(self.tenant).limits()),
                 deadline: None,
             };
             match self.parts.engine.submit(sequence) {

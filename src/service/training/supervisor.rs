@@ -150,7 +150,7 @@ impl Training {
     }
 
     /// A job's place in the store has changed: workers and readers should look.
-    pub(super) fn changed(&self) {
+    pub(crate) fn changed(&self) {
         self.inner.changed();
         self.inner.wake.notify_one();
     }
@@ -231,9 +231,15 @@ impl Training {
 
 /// Takes jobs as long as there are places and jobs; then waits for either.
 async fn take_jobs(inner: Arc<Inner>) {
-    let limits =
-        StartLimits { running: inner.config.running, running_of_tenant: inner.config.running_of_tenant.max(1) };
-    while !inner.is_stopping() && inner.service.strong_count() > 0 {
+    while !inner.is_stopping()
+        && let Some(service) = inner.service.upgrade()
+    {
+        let limits = StartLimits {
+            running: inner.config.running,
+            running_of_tenant: inner.config.running_of_tenant.max(1),
+            trained_tokens_per_day: service.accounts.defaults().trained_tokens_per_day,
+        };
+        drop(service);
         let busy: Vec<String> = inner.active.lock().keys().cloned().collect();
         let taken = match (busy.len() as u64) < limits.running {
             true => inner.store.claim_job(limits, &inner.lease, busy).await,

@@ -23,9 +23,9 @@ use super::{
 use crate::{
     adapter::{NumberType, codec},
     service::{Content, Error, ErrorKind, Upload},
-    store::{JobData, JobRecord, JobStatus, NewCheckpoint, OnConflict, Progress, Publication, StoreError},
+    store::{JobData, JobRecord, JobStatus, NewAdapter, NewCheckpoint, OnConflict, Progress, Publication, StoreError},
     telemetry::JobLabels,
-    tenant::{Caller, Role},
+    tenant::{Caller, Origin, Role, Room},
 };
 
 /// Why a worker lets go of its job.
@@ -213,16 +213,27 @@ impl Worker {
             events,
             samples: vec![("training", report::samples(&step.samples))],
             checkpoint,
+            trained_tokens: step.metrics.tokens,
         };
-        self.write_progress(progress)?;
+        let may_go_on = self.write_progress(progress)?;
         self.inner.metrics.train_steps.inc();
         self.inner.metrics.train_tokens.inc_by(step.metrics.tokens);
-        Ok(())
+        if may_go_on || run.end().is_some() {
+            return Ok(());
+        }
+        // The day's tokens are used up: the job waits in the queue for the next one.
+        let left = self.leave(run);
+        let (store, id, attempt) = (self.inner.store.clone(), self.job.id.clone(), self.job.attempt);
+        self.inner.write(async move { store.defer_job(&id, attempt).await }).map_err(lost)?;
+        Err(left)
     }
 
-    fn write_progress(&self, progress: Progress) -> Result<(), Leave> {
+    /// False: the tenant's jobs may not go on today.
+    fn write_progress(&self, progress: Progress) -> Result<bool, Leave> {
         let (store, id, attempt) = (self.inner.store.clone(), self.job.id.clone(), self.job.attempt);
-        self.inner.write(async move { store.report_progress(&id, attempt, progress).await }).map_err(lost)
+        let service = self.inner.service.upgrade().ok_or(Leave::Lost)?;
+        let a_day = service.accounts.defaults().trained_tokens_per_day;
+        self.inner.write(async move { store.report_progress(&id, attempt, progress, a_day).await }).map_err(lost)
     }
 
     /// Keeps where the run stands for whoever goes on with it.
@@ -283,10 +294,16 @@ impl Worker {
             force: false,
             on_conflict: None,
         };
-        let caller =
-            Caller { tenant: self.job.tenant, tenant_name: self.job.owner.clone(), role: Role::Member, key: None };
+        let caller = Caller {
+            tenant: self.job.tenant,
+            tenant_name: self.job.owner.clone(),
+            role: Role::Member,
+            key: None,
+            origin: Origin::default(),
+        };
         let conflict = if self.spec.name_must_be_free { OnConflict::Error } else { OnConflict::NewGeneration };
-        let adapter = service.prepare(&caller, upload, Some(conflict))?;
+        // Its place among the tenant's adapters was looked for when the job was made.
+        let adapter = NewAdapter { room: Room::default(), ..service.prepare(&caller, upload, Some(conflict))? };
         let result = json!({
             "adapter": self.job.name,
             "generation": adapter.contents.generation.to_string(),

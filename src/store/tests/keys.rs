@@ -1,5 +1,5 @@
 use super::*;
-use crate::tenant::{ApiKey, Caller, Directory, KeySource as _, Role};
+use crate::tenant::{ApiKey, Caller, Directory, KeySource as _, Origin, Role};
 
 fn key(key: &ApiKey, tenant: &str) -> NewKey {
     NewKey {
@@ -90,21 +90,22 @@ async fn of_two_first_keys_one_is_made() {
 async fn a_key_made_or_revoked_by_another_process_counts_within_a_second() {
     for database in Database::each().await {
         let (server, tool) = (database.open().await, database.open().await);
-        let directory = Directory::new(Arc::new(server.clone()));
+        let directory = Directory::new(Arc::new(server.clone()), Arc::default());
         let secret = ApiKey::generate().unwrap();
-        assert!(directory.verify(secret.secret()).await.is_err());
+        assert!(directory.verify(secret.secret(), None).await.is_err());
         let record = tool.create_key(key(&secret, "alice")).await.unwrap().unwrap();
-        let caller = directory.verify(secret.secret()).await.unwrap();
+        let caller = directory.verify(secret.secret(), None).await.unwrap();
         let expected = Caller {
             tenant: record.tenant,
             tenant_name: "alice".into(),
             role: Role::Member,
             key: Some(record.id.as_str().into()),
+            origin: Origin::default(),
         };
         assert_eq!(caller, expected);
         tool.revoke_key(&record.id).await.unwrap();
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-        assert!(directory.verify(secret.secret()).await.is_err());
+        assert!(directory.verify(secret.secret(), None).await.is_err());
         server.close().await;
         tool.close().await;
     }

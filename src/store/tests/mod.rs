@@ -3,6 +3,7 @@
 mod adapters;
 mod durability;
 mod keys;
+mod limits;
 mod measure;
 mod opening;
 mod training;
@@ -15,7 +16,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::{
-    tenant::BUILT_IN_TENANT,
+    tenant::{BUILT_IN_TENANT, Room},
     types::{Fingerprint, Generation},
 };
 
@@ -84,6 +85,7 @@ fn new(tenant: TenantId, name: &str, number: u64) -> NewAdapter {
         metadata: None,
         contents: contents(number),
         on_conflict: OnConflict::Error,
+        room: Room::default(),
         idempotency: None,
     }
 }

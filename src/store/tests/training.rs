@@ -1,4 +1,5 @@
 use super::*;
+use crate::tenant::Limits;
 
 fn job_id(number: u32) -> String {
     format!("ftjob-{number:032x}")
@@ -18,7 +19,7 @@ fn job(number: u32, tenant: TenantId, name: &str) -> NewJob {
         spec: r#"{"method":"grpo"}"#.into(),
         steps: 10,
         data: vec![(JobData::Training, b"train".to_vec()), (JobData::Validation, b"held out".to_vec())],
-        most_of_tenant: 3,
+        limits: Limits { queued_jobs: Some(3), ..Limits::default() },
         most: 5,
         key: None,
         event: event("made"),
@@ -32,7 +33,7 @@ async fn made(store: &Store, new: NewJob) -> JobRecord {
     }
 }
 
-const FREE: StartLimits = StartLimits { running: 10, running_of_tenant: 10 };
+const FREE: StartLimits = StartLimits { running: 10, running_of_tenant: 10, trained_tokens_per_day: None };
 
 async fn claimed(store: &Store) -> JobRecord {
     store.claim_job(FREE, "here", Vec::new()).await.unwrap().unwrap()
@@ -51,6 +52,7 @@ fn step(number: u64, checkpoint: bool) -> Progress {
         events: vec![event("step")],
         samples: vec![("training", "[]".into())],
         checkpoint,
+        trained_tokens: 0,
     }
 }
 
@@ -66,7 +68,7 @@ async fn a_job_is_made_run_and_published_in_one_piece_each() {
         assert!(store.claim_job(FREE, "here", Vec::new()).await.unwrap().is_none());
         assert_eq!(store.job_data(&queued.id, JobData::Validation).await.unwrap().unwrap(), b"held out");
         for number in 1..=5 {
-            store.report_progress(&queued.id, 1, step(number, number % 2 == 1)).await.unwrap();
+            store.report_progress(&queued.id, 1, step(number, number % 2 == 1), None).await.unwrap();
         }
         let now = store.job(tenant, &queued.id).await.unwrap();
         assert_eq!((now.step, now.events, now.metrics.as_deref()), (5, 7, Some("{\"step\":5}")));
@@ -91,7 +93,7 @@ async fn a_job_is_made_run_and_published_in_one_piece_each() {
         assert_eq!(numbers, (1..=9).collect::<Vec<_>>());
         let last = store.events_before(&queued.id, u64::MAX, 2).await.unwrap();
         assert_eq!(last.iter().map(|event| event.seq).collect::<Vec<_>>(), [9, 8]);
-        assert!(matches!(store.report_progress(&queued.id, 1, step(6, true)).await, Err(StoreError::JobLost)));
+        assert!(matches!(store.report_progress(&queued.id, 1, step(6, true), None).await, Err(StoreError::JobLost)));
         assert_eq!(store.samples(&queued.id, Some(4), 10).await.unwrap().len(), 3);
         store.close().await;
     }
@@ -125,18 +127,18 @@ async fn a_step_is_reported_once_whoever_computes_it_again() {
         made(&store, job(1, BUILT_IN_TENANT, "a")).await;
         claimed(&store).await;
         for number in 1..=3 {
-            store.report_progress(&job_id(1), 1, step(number, number == 2)).await.unwrap();
+            store.report_progress(&job_id(1), 1, step(number, number == 2), None).await.unwrap();
         }
         // The process dies; the next one goes on from step 2.
         assert_eq!(store.requeue_jobs().await.unwrap(), 1);
         assert_eq!(claimed(&store).await.attempt, 2);
-        assert!(matches!(store.report_progress(&job_id(1), 1, step(4, false)).await, Err(StoreError::JobLost)));
+        assert!(matches!(store.report_progress(&job_id(1), 1, step(4, false), None).await, Err(StoreError::JobLost)));
         let before = store.job(BUILT_IN_TENANT, &job_id(1)).await.unwrap().events;
-        store.report_progress(&job_id(1), 2, step(3, true)).await.unwrap();
+        store.report_progress(&job_id(1), 2, step(3, true), None).await.unwrap();
         let again = store.job(BUILT_IN_TENANT, &job_id(1)).await.unwrap();
         assert_eq!((again.events, again.step), (before, 3));
         assert_eq!(store.checkpoints(&job_id(1)).await.unwrap()[0].step, 3, "its checkpoint is taken all the same");
-        store.report_progress(&job_id(1), 2, step(4, false)).await.unwrap();
+        store.report_progress(&job_id(1), 2, step(4, false), None).await.unwrap();
         let events = store.events_after(&job_id(1), 0, 100).await.unwrap();
         assert_eq!(events.iter().filter(|event| event.kind == "step").count(), 4);
         store.close().await;
@@ -155,7 +157,7 @@ async fn owners_stop_jobs_whatever_their_worker_does() {
         assert_eq!(first.id, job_id(1), "the oldest");
         assert_eq!(store.pause_job(tenant, &first.id).await.unwrap().status, JobStatus::Paused);
         assert_eq!(store.pause_job(tenant, &first.id).await.unwrap().status, JobStatus::Paused);
-        assert!(matches!(store.report_progress(&first.id, 1, step(1, true)).await, Err(StoreError::JobLost)));
+        assert!(matches!(store.report_progress(&first.id, 1, step(1, true), None).await, Err(StoreError::JobLost)));
         let kept = step(1, true).checkpoint.unwrap();
         store.leave_checkpoint(&first.id, 1, kept.clone()).await.unwrap();
         assert_eq!(store.checkpoints(&first.id).await.unwrap().len(), 1);
@@ -196,10 +198,10 @@ async fn places_are_shared_out_by_tenant_and_limited() {
         assert!(matches!(store.create_job(job(9, bob, "x3")).await, Ok(JobStored::New(_))), "names are a tenant's own");
         made(&store, job(10, bob, "y")).await;
         assert!(matches!(store.create_job(job(11, BUILT_IN_TENANT, "z")).await, Err(StoreError::JobsFull)));
-        let many = NewJob { most_of_tenant: 9, most: 9, ..job(12, alice, "x1") };
+        let many = NewJob { limits: Limits::default(), most: 9, ..job(12, alice, "x1") };
         assert!(matches!(store.create_job(many).await, Err(StoreError::NameReserved)));
 
-        let limits = StartLimits { running: 3, running_of_tenant: 2 };
+        let limits = StartLimits { running: 3, running_of_tenant: 2, trained_tokens_per_day: None };
         let next = |busy: Vec<String>| store.claim_job(limits, "here", busy);
         assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(1));
         assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(9), "whose tenant has fewer");
@@ -258,6 +260,7 @@ async fn files_are_kept_within_bounds_and_go_with_their_tenant() {
             purpose: "fine-tune".into(),
             data: vec![b'x'; size],
             most_of_tenant: 100,
+            room: Room::default(),
         };
         let first = store.put_file(file(1, 60)).await.unwrap();
         assert_eq!((first.bytes, &*first.filename), (60, "train.jsonl"));
@@ -274,9 +277,9 @@ async fn files_are_kept_within_bounds_and_go_with_their_tenant() {
 
         made(&store, job(1, tenant, "a")).await;
         claimed(&store).await;
-        store.report_progress(&job_id(1), 1, step(1, true)).await.unwrap();
+        store.report_progress(&job_id(1), 1, step(1, true), None).await.unwrap();
         store.delete_tenant("alice").await.unwrap();
-        assert!(matches!(store.report_progress(&job_id(1), 1, step(2, true)).await, Err(StoreError::JobLost)));
+        assert!(matches!(store.report_progress(&job_id(1), 1, step(2, true), None).await, Err(StoreError::JobLost)));
         assert!(matches!(store.job_status(&job_id(1)).await, Err(StoreError::JobNotFound)));
         assert!(store.events_after(&job_id(1), 0, 10).await.unwrap().is_empty());
         assert!(store.checkpoints(&job_id(1)).await.unwrap().is_empty());

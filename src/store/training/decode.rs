@@ -43,7 +43,7 @@ pub(super) fn job(row: &AnyRow) -> Result<JobRecord> {
 }
 
 /// A column that is never negative.
-pub(super) fn count(row: &AnyRow, at: usize) -> Result<u64> {
+pub(in crate::store) fn count(row: &AnyRow, at: usize) -> Result<u64> {
     u64::try_from(row.try_get::<i64, _>(at)?).map_err(|_| StoreError::Corrupt("count"))
 }
 

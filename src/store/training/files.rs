@@ -22,6 +22,7 @@ impl Tx<'_> {
         if decode::count(&row, 0)?.saturating_add(size) > new.most_of_tenant {
             return Err(StoreError::FilesFull);
         }
+        self.make_room(new.tenant, new.room, 0, signed(size)).await?;
         let change = self.next_seq();
         sqlx::query(
             "INSERT INTO files (id, tenant, filename, purpose, bytes, created_at, change_seq, data) \
@@ -41,14 +42,13 @@ impl Tx<'_> {
     }
 
     async fn delete_file(&mut self, tenant: TenantId, id: &str) -> Result<()> {
-        let done = sqlx::query("DELETE FROM files WHERE id = $1 AND tenant = $2")
+        let row = sqlx::query("DELETE FROM files WHERE id = $1 AND tenant = $2 RETURNING bytes")
             .bind(id)
             .bind(tenant.0)
-            .execute(&mut *self.connection)
+            .fetch_optional(&mut *self.connection)
             .await?;
-        if done.rows_affected() == 0 {
-            return Err(StoreError::FileNotFound);
-        }
+        let bytes: i64 = row.ok_or(StoreError::FileNotFound)?.try_get(0)?;
+        self.totals.add(tenant, 0, -bytes);
         self.erased = true;
         Ok(())
     }
@@ -67,9 +67,13 @@ impl Store {
     /// Keeps a file.
     ///
     /// # Errors
-    /// [`StoreError::FilesFull`], [`StoreError::TenantNotFound`].
+    /// [`StoreError::FilesFull`], [`StoreError::BytesFull`], [`StoreError::TenantNotFound`].
     pub async fn put_file(&self, new: NewFile) -> Result<FileRecord> {
-        self.writer.job(move |tx| Box::pin(tx.put_file(new))).await
+        self.audited(
+            move |tx| Box::pin(tx.put_file(new)),
+            |actor, file| Some(actor.did("file.upload", file.id.clone())),
+        )
+        .await
     }
 
     /// A tenant's files, newest first: at most `limit` of those older than `after`.
@@ -122,6 +126,11 @@ impl Store {
     /// [`StoreError::FileNotFound`].
     pub async fn delete_file(&self, tenant: TenantId, id: &str) -> Result<()> {
         let id = id.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.delete_file(tenant, &id).await })).await
+        let target = id.clone();
+        self.audited(
+            move |tx| Box::pin(async move { tx.delete_file(tenant, &id).await }),
+            |actor, ()| Some(actor.did("file.delete", target)),
+        )
+        .await
     }
 }

@@ -7,6 +7,8 @@ mod read;
 mod records;
 mod worker;
 
+pub(super) use decode::count;
+
 pub use records::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
     NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,

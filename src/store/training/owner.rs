@@ -83,13 +83,34 @@ impl Tx<'_> {
         .bind(new.tenant.0)
         .fetch_one(&mut *self.connection)
         .await?;
-        if count(&row, 1)? >= new.most_of_tenant {
-            return Err(StoreError::TooManyJobs(new.most_of_tenant));
+        let own = count(&row, 1)?;
+        if let Some(most) = new.limits.queued_jobs.filter(|most| own >= *most) {
+            return Err(StoreError::TooManyJobs(most));
         }
         if count(&row, 0)? >= new.most {
             return Err(StoreError::JobsFull);
         }
+        if let Some(most) = new.limits.trained_tokens_per_day
+            && self.trained_today(new.tenant).await? >= most
+        {
+            return Err(StoreError::TrainedEnough(most));
+        }
+        if new.name_must_be_free {
+            // The jobs under way will publish too.
+            self.check_adapters(new.tenant, new.limits.adapters, own + 1).await?;
+        }
         Ok(())
+    }
+
+    /// Tokens that a tenant's jobs have trained on today.
+    pub(super) async fn trained_today(&mut self, tenant: TenantId) -> Result<u64> {
+        let day = self.day();
+        let row = sqlx::query("SELECT trained_tokens FROM tenant_usage WHERE tenant = $1 AND day = $2")
+            .bind(tenant.0)
+            .bind(day)
+            .fetch_optional(&mut *self.connection)
+            .await?;
+        row.map_or(Ok(0), |row| count(&row, 0))
     }
 
     /// Writes events behind those that there are.
@@ -216,9 +237,18 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::NameReserved`], [`StoreError::TooManyJobs`], [`StoreError::JobsFull`], [`StoreError::IdempotencyMismatch`],
-    /// [`StoreError::TenantNotFound`].
+    /// [`StoreError::TenantNotFound`], [`StoreError::AdaptersFull`], [`StoreError::TrainedEnough`].
     pub async fn create_job(&self, new: NewJob) -> Result<JobStored> {
-        self.writer.job(move |tx| Box::pin(tx.create_job(new))).await
+        self.audited(
+            move |tx| Box::pin(tx.create_job(new)),
+            |actor, stored| match stored {
+                JobStored::New(job) => {
+                    Some(actor.did("job.create", job.id.clone()).with(format!("{{\"name\":\"{}\"}}", job.name)))
+                }
+                JobStored::Before(_) => None,
+            },
+        )
+        .await
     }
 
     /// Ends a tenant's job. It publishes nothing from then on. Cancelling again changes nothing.
@@ -227,7 +257,11 @@ impl Store {
     /// [`StoreError::JobNotFound`]; [`StoreError::JobStatus`] when it has ended otherwise.
     pub async fn cancel_job(&self, tenant: TenantId, id: &str) -> Result<JobRecord> {
         let id = id.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.cancel_job(tenant, &id).await })).await
+        self.audited(
+            move |tx| Box::pin(async move { tx.cancel_job(tenant, &id).await }),
+            |actor, job| Some(actor.did("job.cancel", job.id.clone())),
+        )
+        .await
     }
 
     /// Stops a tenant's job for now.

@@ -2,7 +2,11 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-use crate::{store::NewAdapter, types::TenantId};
+use crate::{
+    store::NewAdapter,
+    tenant::{Limits, Room},
+    types::TenantId,
+};
 
 /// Where a job stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -112,9 +116,10 @@ pub struct NewJob {
     pub steps: u64,
     /// Its data sets.
     pub data: Vec<(JobData, Vec<u8>)>,
-    /// Jobs of the tenant that may be under way (validating, queued, running, paused), this one included.
-    pub most_of_tenant: u64,
-    /// The same of all tenants.
+    /// Of the tenant: its jobs that may be under way (validating, queued, running, paused), this one included; its adapters, with this one; what it may train on
+    /// in a day.
+    pub limits: Limits,
+    /// Jobs of all tenants that may be under way.
     pub most: u64,
     /// Makes a retried request the same job.
     pub key: Option<JobKey>,
@@ -272,6 +277,8 @@ pub struct Progress {
     pub samples: Vec<(&'static str, String)>,
     /// Where to go on from.
     pub checkpoint: Option<NewCheckpoint>,
+    /// Tokens that the step trained on, which count for the tenant's day.
+    pub trained_tokens: u64,
 }
 
 /// A job's end with an adapter.
@@ -290,8 +297,10 @@ pub struct Publication {
 pub struct StartLimits {
     /// At once.
     pub running: u64,
-    /// Of one tenant.
+    /// Of one tenant for which nothing else was set.
     pub running_of_tenant: u64,
+    /// Tokens that the jobs of such a tenant may train on in a day, or go on the next day.
+    pub trained_tokens_per_day: Option<u64>,
 }
 
 /// A file to be kept.
@@ -309,6 +318,8 @@ pub struct NewFile {
     pub data: Vec<u8>,
     /// Bytes that all files of the tenant may have.
     pub most_of_tenant: u64,
+    /// What all its stored things may come to.
+    pub room: Room,
 }
 
 /// A file, without what is in it.

@@ -10,10 +10,23 @@ use super::{
     decode::{any_job, count, signed},
     owner::status_event,
 };
-use crate::store::{Result, Store, StoreError, Stored, writer::Tx};
+use crate::{
+    store::{Result, Store, StoreError, Stored, decode::bound, writer::Tx},
+    tenant::{Bound, Usage, UsageOfDay},
+    types::TenantId,
+};
 
 /// Steps whose samples are kept.
 const SAMPLE_STEPS: u64 = 64;
+
+/// What holds for a tenant.
+fn of_tenant(default: Option<u64>, set: Option<Bound>) -> Option<u64> {
+    match set {
+        None => default,
+        Some(Bound::Unlimited) => None,
+        Some(Bound::Most(most)) => Some(most),
+    }
+}
 
 impl Tx<'_> {
     async fn claim_job(&mut self, limits: StartLimits, lease: &str, busy: &[String]) -> Result<Option<JobRecord>> {
@@ -28,17 +41,25 @@ impl Tx<'_> {
             return Ok(None);
         }
         // Those that ran before go first, then the oldest.
+        let day = self.day();
         let rows = sqlx::query(
-            "SELECT id, tenant, started_at FROM jobs WHERE status = 'queued' \
-             ORDER BY CASE WHEN started_at IS NULL THEN 1 ELSE 0 END, id",
+            "SELECT j.id, j.tenant, j.started_at, t.max_running_jobs, t.max_trained_tokens_per_day, \
+             COALESCE(u.trained_tokens, 0) FROM jobs j JOIN tenants t ON t.id = j.tenant \
+             LEFT JOIN tenant_usage u ON u.tenant = j.tenant AND u.day = $1 WHERE j.status = 'queued' \
+             ORDER BY CASE WHEN j.started_at IS NULL THEN 1 ELSE 0 END, j.id",
         )
+        .bind(day)
         .fetch_all(&mut *self.connection)
         .await?;
         let mut best: Option<(u64, String, bool)> = None;
         for row in &rows {
             let (id, tenant): (String, i64) = (row.try_get(0)?, row.try_get(1)?);
             let load = running.get(&tenant).copied().unwrap_or(0);
-            let allowed = load < limits.running_of_tenant && !busy.contains(&id);
+            let running = of_tenant(Some(limits.running_of_tenant), bound(row, 3)?);
+            let trained = of_tenant(limits.trained_tokens_per_day, bound(row, 4)?);
+            let allowed = running.is_none_or(|most| load < most)
+                && count(row, 5).map(|today| trained.is_none_or(|most| today < most))?
+                && !busy.contains(&id);
             // Of tenants that have equally many, whoever came first.
             if allowed && best.as_ref().is_none_or(|(least, ..)| load < *least) {
                 best = Some((load, id, row.try_get::<Option<i64>, _>(2)?.is_some()));
@@ -67,7 +88,13 @@ impl Tx<'_> {
         if job.attempt == attempt && job.status == JobStatus::Running { Ok(job) } else { Err(StoreError::JobLost) }
     }
 
-    async fn report_progress(&mut self, id: &str, attempt: i64, progress: Progress) -> Result<()> {
+    async fn report_progress(
+        &mut self,
+        id: &str,
+        attempt: i64,
+        progress: Progress,
+        trained_tokens_per_day: Option<u64>,
+    ) -> Result<bool> {
         let job = self.held_job(id, attempt).await?;
         let news = progress.step > job.step || progress.metrics.is_none();
         if news {
@@ -87,7 +114,34 @@ impl Tx<'_> {
         if let Some(checkpoint) = progress.checkpoint {
             self.put_checkpoint(id, checkpoint).await?;
         }
-        Ok(())
+        if progress.trained_tokens == 0 {
+            return Ok(true);
+        }
+        if news {
+            let usage = Usage { trained_tokens: progress.trained_tokens, ..Usage::default() };
+            let usage = UsageOfDay { tenant: job.tenant, day: self.day(), usage };
+            self.add_usage(&[usage]).await?;
+        }
+        self.may_train(job.tenant, trained_tokens_per_day).await
+    }
+
+    /// May a tenant's jobs go on today?
+    async fn may_train(&mut self, tenant: TenantId, default: Option<u64>) -> Result<bool> {
+        let row = sqlx::query("SELECT max_trained_tokens_per_day FROM tenants WHERE id = $1")
+            .bind(tenant.0)
+            .fetch_one(&mut *self.connection)
+            .await?;
+        match of_tenant(default, bound(&row, 0)?) {
+            None => Ok(true),
+            Some(most) => Ok(self.trained_today(tenant).await? < most),
+        }
+    }
+
+    /// Puts a job back until its tenant may train again.
+    async fn defer_job(&mut self, id: &str, attempt: i64) -> Result<()> {
+        self.held_job(id, attempt).await?;
+        let words = "Your jobs have trained on as many tokens today as they may; this one goes on tomorrow (UTC).";
+        self.set_status(id, JobStatus::Queued, status_event(JobStatus::Queued, words)).await.map(drop)
     }
 
     async fn put_samples(&mut self, id: &str, step: u64, phase: &'static str, samples: String) -> Result<()> {
@@ -219,13 +273,33 @@ impl Store {
         self.writer.job(move |tx| Box::pin(async move { tx.claim_job(limits, &lease, &busy).await })).await
     }
 
-    /// Writes what a worker reports, together.
+    /// Writes what a worker reports, together. False: the tenant's jobs have trained on as many tokens today as they may (`trained_tokens_per_day` unless something
+    /// else was set for it).
     ///
     /// # Errors
     /// [`StoreError::JobLost`] when it is no longer this worker's.
-    pub async fn report_progress(&self, id: &str, attempt: i64, progress: Progress) -> Result<()> {
+    pub async fn report_progress(
+        &self,
+        id: &str,
+        attempt: i64,
+        progress: Progress,
+        trained_tokens_per_day: Option<u64>,
+    ) -> Result<bool> {
         let id = id.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.report_progress(&id, attempt, progress).await })).await
+        self.writer
+            .job(move |tx| {
+                Box::pin(async move { tx.report_progress(&id, attempt, progress, trained_tokens_per_day).await })
+            })
+            .await
+    }
+
+    /// Puts a job back into the queue, where it stays until its tenant may train again.
+    ///
+    /// # Errors
+    /// [`StoreError::JobLost`] when it is no longer this worker's.
+    pub async fn defer_job(&self, id: &str, attempt: i64) -> Result<()> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.defer_job(&id, attempt).await })).await
     }
 
     /// Writes the checkpoint of a worker that lets go of its job.

@@ -1,0 +1,76 @@
+//! What tenants used: on its way from memory to the store, and back to those who ask.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{Error, Service};
+use crate::{
+    store::{Store, StoreError},
+    tenant::{Accounts, Usage},
+    types::TenantId,
+};
+
+/// How often what was used is written.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// A day and what was used on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DayOfUsage {
+    /// Days since 1970, UTC.
+    pub day: i64,
+    /// What.
+    pub usage: Usage,
+}
+
+/// Writes what was used every second, as long as somebody has the accounts.
+pub(super) fn keep_writing(accounts: &Arc<Accounts>, store: &Store) {
+    let (accounts, store) = (Arc::downgrade(accounts), store.clone());
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(EVERY).await;
+            let Some(accounts) = accounts.upgrade() else { return };
+            match write(&accounts, &store).await {
+                Err(StoreError::Closed) => return,
+                Err(error) => {
+                    tracing::error!(%error, "what tenants used could not be written; it is kept for the next time")
+                }
+                Ok(()) => {}
+            }
+        }
+    });
+}
+
+/// Writes what was used since the last time. What fails is kept.
+async fn write(accounts: &Accounts, store: &Store) -> Result<(), StoreError> {
+    let used = accounts.take_usage();
+    if used.is_empty() {
+        return Ok(());
+    }
+    let written = store.add_usage(used.clone()).await;
+    if written.is_err() {
+        accounts.put_back(used);
+    }
+    written
+}
+
+impl Service {
+    /// Writes what was used up to now: before the store is closed, and before it is asked.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn write_usage(&self) -> Result<(), StoreError> {
+        let (accounts, store) = (self.accounts.clone(), self.store.clone());
+        // On its own: a client that leaves must not take along what is between memory and store.
+        let written = tokio::spawn(async move { write(&accounts, &store).await });
+        written.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    /// What a tenant used on the days from one to another (days since 1970, UTC, both included), oldest first; days without use are left out.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn usage(&self, tenant: TenantId, from: i64, to: i64) -> Result<Vec<DayOfUsage>, Error> {
+        self.write_usage().await.map_err(Error::internal)?;
+        let days = self.store.usage(tenant, from, to).await.map_err(Error::internal)?;
+        Ok(days.into_iter().map(|of| DayOfUsage { day: of.day, usage: of.usage }).collect())
+    }
+}

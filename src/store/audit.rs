@@ -1,0 +1,143 @@
+//! The audit log: written in the transaction of the deed itself, read by admins, and cut at its old end.
+
+use futures::future::BoxFuture;
+use sqlx::{Row as _, SqlStr, any::AnyRow};
+use std::sync::LazyLock;
+
+use super::{
+    Result, Store,
+    rows::{Dialect, RowsSql},
+    writer::Tx,
+};
+use crate::tenant::{AuditRecord, Deed};
+
+/// Entries that are dropped in one transaction at most: uploads are not to wait for it.
+const DROPPED_AT_ONCE: i64 = 1000;
+
+static INSERT: RowsSql = RowsSql::new(
+    "INSERT INTO audit (id, at, via, tenant, key_id, action, target, detail, peer, request_id) VALUES",
+    10,
+    "",
+);
+
+/// An entry and the end of its transaction in one question, as SQLite takes them: each costs a way to the connection's thread and back.
+static INSERT_ONE_AND_COMMIT: LazyLock<SqlStr> = LazyLock::new(|| INSERT.one_then("COMMIT"));
+
+type AnyQuery<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
+
+/// A deed with its number.
+type Entry = (i64, Deed);
+
+fn bind<'q>(query: AnyQuery<'q>, (id, deed): &'q Entry, now: i64) -> AnyQuery<'q> {
+    let actor = &deed.actor;
+    query
+        .bind(*id)
+        .bind(now)
+        .bind(actor.via.as_str())
+        .bind(actor.tenant.as_deref())
+        .bind(actor.key.as_deref())
+        .bind(deed.action)
+        .bind(&*deed.target)
+        .bind(deed.detail.as_deref())
+        .bind(actor.origin.peer.map(|peer| peer.to_string()))
+        .bind(actor.origin.request.as_deref())
+}
+
+fn record(row: &AnyRow) -> Result<AuditRecord> {
+    Ok(AuditRecord {
+        id: row.try_get(0)?,
+        at: row.try_get(1)?,
+        via: row.try_get(2)?,
+        tenant: row.try_get(3)?,
+        key: row.try_get(4)?,
+        action: row.try_get(5)?,
+        target: row.try_get(6)?,
+        detail: row.try_get(7)?,
+        peer: row.try_get(8)?,
+        request: row.try_get(9)?,
+    })
+}
+
+impl Tx<'_> {
+    /// Has a deed written with the rest of the transaction. None: nobody asks who did it.
+    pub(super) fn note(&mut self, deed: Option<Deed>) {
+        if let Some(deed) = deed {
+            let id = self.next_seq();
+            self.deeds.push((id, deed));
+        }
+    }
+
+    /// Writes what was noted and ends the transaction.
+    pub(super) async fn commit(mut self) -> Result<()> {
+        let (deeds, now) = (std::mem::take(&mut self.deeds), self.now);
+        if let ([only], Dialect::Sqlite) = (&deeds[..], self.dialect) {
+            let query = bind(sqlx::query(INSERT_ONE_AND_COMMIT.clone()), only, now);
+            query.execute(&mut *self.connection).await?;
+            return Ok(());
+        }
+        for (sql, piece) in INSERT.exact(self.dialect, &deeds) {
+            let mut query = sqlx::query(sql);
+            for entry in piece {
+                query = bind(query, entry, now);
+            }
+            query.execute(&mut *self.connection).await?;
+        }
+        sqlx::query("COMMIT").execute(&mut *self.connection).await?;
+        Ok(())
+    }
+
+    async fn drop_audit(&mut self, before: i64) -> Result<u64> {
+        let done = sqlx::query("DELETE FROM audit WHERE at < $1 AND id IN (SELECT id FROM audit ORDER BY id LIMIT $2)")
+            .bind(before)
+            .bind(DROPPED_AT_ONCE)
+            .execute(&mut *self.connection)
+            .await?;
+        Ok(done.rows_affected())
+    }
+}
+
+impl Store {
+    /// A write that whoever this store acts for answers for: `did` makes the entry of the audit log out of the result.
+    pub(super) async fn audited<T, W, D>(&self, work: W, did: D) -> Result<T>
+    where
+        T: Send + 'static,
+        W: for<'t> FnOnce(&'t mut Tx<'_>) -> BoxFuture<'t, Result<T>> + Send + 'static,
+        D: FnOnce(&crate::tenant::Actor, &T) -> Option<Deed> + Send + 'static,
+    {
+        let Some(actor) = self.actor.clone() else { return self.writer.job(work).await };
+        self.writer
+            .job(move |tx| {
+                Box::pin(async move {
+                    let done = work(tx).await?;
+                    tx.note(did(&actor, &done));
+                    Ok(done)
+                })
+            })
+            .await
+    }
+
+    /// At most `limit` entries of the audit log, newest first, of those before the one with number `before`.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditRecord>> {
+        let rows = sqlx::query(
+            "SELECT id, at, via, tenant, key_id, action, target, detail, peer, request_id FROM audit \
+             WHERE id < $1 ORDER BY id DESC LIMIT $2",
+        )
+        .bind(before.unwrap_or(i64::MAX))
+        .bind(i64::from(limit))
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(record).collect()
+    }
+
+    /// Drops the oldest entries of the audit log, those before a time (unix seconds), some at once. True: there may be more.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn drop_audit(&self, before: i64) -> Result<bool> {
+        let dropped = self.writer.job(move |tx| Box::pin(tx.drop_audit(before))).await?;
+        Ok(dropped as i64 == DROPPED_AT_ONCE)
+    }
+}
