@@ -219,10 +219,10 @@ fn pragmas(sync: Sync, most_bytes: Option<u64>) -> String {
         Sync::Full => "FULL",
     };
     // A smaller number than there are pages already means that many.
-    let most = most_bytes.map(|bytes| format!("PRAGMA max_page_count = {};", (bytes / PAGE_BYTES).max(1)));
+    let most = most_bytes.map(|bytes| format!(" PRAGMA max_page_count = {};", (bytes / PAGE_BYTES).max(1)));
     let most = most.unwrap_or_default();
     format!(
         "PRAGMA busy_timeout = {BUSY_MS}; PRAGMA journal_mode = WAL; PRAGMA synchronous = {sync}; \
-         PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768; {most}"
+         PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768;{most}"
     )
 }

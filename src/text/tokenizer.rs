@@ -1,10 +1,13 @@
 //! The tokenizer: text to ids, and every id to the bytes it stands for.
 
-use std::{collections::HashMap, path::Path};
+use std::{collections::HashMap, panic::catch_unwind, path::Path};
 
 use tokenizers::DecoderWrapper;
 
 use crate::types::TokenId;
+
+/// Ids of the largest vocabulary that is taken; each has a place in a table.
+const MOST_IDS: usize = 1 << 22;
 
 /// A tokenizer that cannot be read or used.
 #[derive(Debug, thiserror::Error)]
@@ -43,8 +46,11 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads a `tokenizer.json`.
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
-        let inner = tokenizers::Tokenizer::from_file(path)
-            .map_err(|error| TokenizerError::Load(format!("{}: {error}", path.display())))?;
+        let failed = |words: String| TokenizerError::Load(format!("{}: {words}", path.display()));
+        // The library unwraps some of what it reads.
+        let inner = catch_unwind(|| tokenizers::Tokenizer::from_file(path))
+            .map_err(|_| failed("it is not a tokenizer that can be read".into()))?
+            .map_err(|error| failed(error.to_string()))?;
         Self::new(inner)
     }
 
@@ -57,6 +63,9 @@ impl Tokenizer {
         let added = inner.get_added_tokens_decoder();
         let vocabulary = inner.get_vocab(true);
         let size = vocabulary.values().max().map_or(0, |&last| last as usize + 1);
+        if size > MOST_IDS {
+            return Err(TokenizerError::Load(format!("the id {} is beyond any vocabulary", size - 1)));
+        }
         let mut pieces = vec![Piece::default(); size];
         for (token, id) in vocabulary {
             pieces[id as usize] = match added.get(&id) {
