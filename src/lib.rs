@@ -19,7 +19,3 @@ pub mod text;
 pub mod types;
 
 pub use mote_kernel as kernel;
-
-#[cfg(test)]
-#[path = "../kernel/src/counting.rs"]
-pub(crate) mod counting;

@@ -1,6 +1,8 @@
 //! The engine as a whole over a model that notices every mistake.
 
 mod behaviour;
+#[path = "../../../kernel/src/counting.rs"]
+mod counting;
 mod deadlines;
 mod fairness;
 pub(super) mod fake;

@@ -1,8 +1,7 @@
 //! What a step costs beside the model. Ignored: it measures. `cargo nextest run --lib --run-ignored only overhead --no-capture`
 
-use super::*;
+use super::{counting::allocations, *};
 use crate::{
-    counting::allocations,
     engine::handle::pair,
     kernel::StepBatch,
     model::{Model, ModelError},
