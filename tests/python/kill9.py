@@ -14,7 +14,6 @@ The next round serves the same directory again and must accept the keys made bef
 
 import argparse
 import base64
-import hashlib
 import http.client
 import json
 import os
@@ -286,7 +285,7 @@ class Checker:
                 self.wrong.append(f"key {key} is lost")
                 continue
             digest, prefix, revoked_at, role = found[key]
-            self.expect(bytes(digest) == hashlib.sha256(secret.encode()).digest(), f"key {key} has another hash")
+            self.expect(len(digest) == 32, f"key {key} has half a hash")
             self.expect(secret.startswith(prefix) and role == "member", f"key {key} is half written")
             self.expect(not revoked or revoked_at is not None, f"key {key} is valid again")
             if revoked_at is not None and not revoked:
@@ -308,10 +307,10 @@ class Checker:
                 self.journal.jobs[job] = (name, True)
 
 
-def keys_work(port, journal, rng):
-    """A few of the keys of earlier rounds, at the running server."""
+def keys_work(port, journal, rng, most=5):
+    """Some of the keys of earlier rounds, at the running server: what their hashes are made of is its own affair."""
     client, wrong = Client(port), []
-    for key, (secret, revoked) in rng.sample(sorted(journal.keys.items()), min(5, len(journal.keys))):
+    for key, (secret, revoked) in rng.sample(sorted(journal.keys.items()), min(most, len(journal.keys))):
         answer = client.call("GET", "/v1/models", key=secret)
         if answer is not None and answer[0] != (401 if revoked else 200):
             wrong.append(f"key {key} (revoked: {revoked}) is answered {answer[0]}")
@@ -370,6 +369,12 @@ def main():
             if wrong:
                 print(f"kill {number + 1}:", *wrong[:20], sep="\n  ")
                 return 1
+        server = Server(args.bin, data)
+        wrong = keys_work(server.address(), journal, rng, most=1000)
+        server.kill()
+        if wrong:
+            print("after all kills:", *wrong[:20], sep="\n  ")
+            return 1
         live = sum(data is not None for data in journal.adapters.values())
         print(
             f"{args.kills} kills: {len(journal.adapters)} adapters ({live} live), {len(journal.keys)} keys, "
