@@ -7,7 +7,7 @@ use sqlx::{Row as _, SqlStr, any::AnyRow};
 
 use super::{
     AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
-    rows::{Dialect, RowsSql},
+    rows::{AnyQuery, Dialect, RowsSql},
     writer::{PutResults, Tx},
 };
 use crate::types::{AdapterId, Generation, TenantId};
@@ -417,8 +417,6 @@ impl Tx<'_> {
         Ok((record, old.contents.generation))
     }
 }
-
-type AnyQuery<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
 
 /// What a new adapter adds to its owner's bytes.
 fn size(item: &NewAdapter) -> i64 {

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use super::{
     Result, Store,
-    rows::{Dialect, RowsSql},
+    rows::{AnyQuery, Dialect, RowsSql},
     writer::Tx,
 };
 use crate::tenant::{AuditRecord, Deed};
@@ -22,8 +22,6 @@ static INSERT: RowsSql = RowsSql::new(
 
 /// An entry and the end of its transaction in one question, as SQLite takes them: each costs a way to the connection's thread and back.
 static INSERT_ONE_AND_COMMIT: LazyLock<SqlStr> = LazyLock::new(|| INSERT.one_then("COMMIT"));
-
-type AnyQuery<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
 
 /// A deed with its number.
 type Entry = (i64, Deed);

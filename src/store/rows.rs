@@ -6,6 +6,9 @@ use std::{fmt::Write as _, sync::OnceLock};
 
 use sqlx::{AssertSqlSafe, SqlSafeStr as _, SqlStr};
 
+/// A question whose parameters are being bound.
+pub(super) type AnyQuery<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
+
 /// Rows a statement may have. With up to 10 columns the largest stays under SQLite's 32,766 parameters and PostgreSQL's 65,535.
 const SIZES: [usize; 6] = [1024, 256, 64, 16, 4, 1];
 

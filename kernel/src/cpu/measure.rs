@@ -1,5 +1,5 @@
 //! A rough measurement of the whole step on synthetic weights of SmolLM2-135M's shapes; by hand only:
-//! `cargo nextest run --lib --run-ignored only --no-capture kernel::cpu::measure`
+//! `cargo nextest run --workspace --run-ignored only --no-capture cpu::measure`
 //! (narrowed by the variables ISA, PRECISION, RANK, THREADS; with PARTS also what each kind of region takes;
 //! with `CARGO_PROFILE_DEV_DEBUG_ASSERTIONS=false CARGO_PROFILE_DEV_OVERFLOW_CHECKS=false` for what a release build reaches).
 
