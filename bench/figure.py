@@ -5,11 +5,13 @@
     python3 bench/figure.py --mote target/release/mote --out bench/results/figure
 
 Every run is `mote train` on generated tasks (`mote task`): the same items, prompt and token limit for every arm, an adapter's numbers all that differs. Learning rates are
-chosen by a sweep on items that nothing else uses, at a seed that nothing else uses. A run that has been made is not made again: stop it and start it as you like.
+chosen by a sweep on items that nothing else uses, at seeds that nothing else uses. A run that has been made is not made again: stop it and start it as you like.
+What a run finds does not depend on its threads or on what else the machine does, so several runs of one thread share it (`--parallel`); their cost is told in processor time.
 `--plan` prints what is left. The last step writes `results.json`, `results.md` and, if matplotlib is there, `results.svg`.
 """
 
 import argparse
+import concurrent.futures
 import json
 import math
 import os
@@ -37,7 +39,7 @@ RATES = {
     ("sft", 210): [0.01, 0.03, 0.1],
     ("es", 13): [0.03, 0.1, 0.3],
 }
-SWEEP_SEED = 1000
+SWEEP_SEEDS = [1000, 1001]
 # Which arms: (task, method, numbers, seeds).
 ARMS = [
     ("arithmetic", "grpo", 13, 5),
@@ -105,23 +107,36 @@ class Runs:
                 command += ["--set", f"{key}={value}"]
             if self.args.model:
                 command += ["--model", self.args.model]
+            if self.args.parallel > 1:
+                command += ["--threads", "1"]
             begun = time.monotonic()
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                sys.exit(f"{name}: {done.stderr[-2000:]}")
-            print(f"{name}: {time.monotonic() - begun:.0f} s: {' | '.join(done.stdout.splitlines()[1:])}", flush=True)
+            with open(out + ".log", "w+") as log:
+                child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+                _, status, usage = os.wait4(child.pid, 0)
+                child.returncode = os.waitstatus_to_exitcode(status)
+                log.seek(0)
+                said = log.read()
+            if child.returncode != 0:
+                raise RuntimeError(f"{name}: {said[-2000:]}")
+            cpu = usage.ru_utime + usage.ru_stime
+            with open(out + ".cpu.json", "w") as file:
+                json.dump({"cpu_seconds": cpu}, file)
+            print(f"{name}: {time.monotonic() - begun:.0f} s, {cpu:.0f} of a core: {' | '.join(said.splitlines()[1:])}", flush=True)
         with open(report) as file:
-            return json.load(file)
+            found = json.load(file)
+        # A run that was interrupted and taken up again counts its last part only.
+        with open(out + ".cpu.json") as file:
+            return found | json.load(file)
 
 
 def chosen_rate(runs, task, method, numbers):
-    """The rate with the best reward on the dev items, both ways of sampling counted; the table of all."""
+    """The rate with the best reward on the dev items, over the seeds and both ways of sampling; the table of all."""
     rewards = {}
     for rate in RATES[method, numbers]:
-        report = runs.run(task, method, numbers, rate, SWEEP_SEED, "dev")
-        if report is not None:
-            found = report["validation"]["adapter"]
-            rewards[rate] = (found["reward"] + found["sampled"]) / 2
+        reports = [runs.run(task, method, numbers, rate, seed, "dev") for seed in SWEEP_SEEDS]
+        if all(report is not None for report in reports):
+            found = [report["validation"]["adapter"] for report in reports]
+            rewards[rate] = statistics.fmean((part["reward"] + part["sampled"]) / 2 for part in found)
     if len(rewards) < len(RATES[method, numbers]):
         return None, rewards
     return max(rewards, key=rewards.get), rewards
@@ -143,10 +158,13 @@ def main():
     parser.add_argument("--out", default="bench/results/figure", help="folder of the results")
     parser.add_argument("--work", help="folder of single runs [default: runs in --out]")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many minutes")
+    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at a time, each of one thread; 1: one with all threads")
     parser.add_argument("--plan", action="store_true", help="say what is left, and do nothing")
     args = parser.parse_args()
     args.until = time.monotonic() + 60 * args.minutes
     runs = Runs(args)
+    if not args.plan:
+        make(runs, args.parallel)
     arms = []
     for task, method, numbers, seeds in ARMS:
         rate, sweep = chosen_rate(runs, task, method, numbers)
@@ -168,7 +186,7 @@ def main():
             "base_sampled": statistics.fmean(part["zero"]["sampled"] for part in parts),
             "items": parts[0]["zero"]["n"],
             "intervals": [part["adapter"]["interval"] for part in parts],
-            "seconds": [report["seconds"] for report in done],
+            "cpu_seconds": [report["cpu_seconds"] for report in done],
             "curves": [[step.get("reward_mean") for step in report["curve"]] for report in done],
         }
     if args.plan:
@@ -177,13 +195,26 @@ def main():
     write(args.out, arms)
 
 
+def make(runs, parallel):
+    """Makes what is missing, several runs at a time: an arm's sweep, then its seeds."""
+    for task in {arm[0] for arm in ARMS}:
+        runs.task(task)
+    with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+        for task, method, numbers, seeds in ARMS:
+            sweep = [(rate, seed) for rate in RATES[method, numbers] for seed in SWEEP_SEEDS]
+            list(pool.map(lambda each: runs.run(task, method, numbers, *each, "dev"), sweep))
+            rate, _ = chosen_rate(runs, task, method, numbers)
+            if rate is not None:
+                list(pool.map(lambda seed: runs.run(task, method, numbers, rate, seed, "test"), range(seeds)))
+
+
 def write(out, arms):
     size = {"steps": STEPS, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_completion_tokens": TOKENS}
     with open(os.path.join(out, "results.json"), "w") as file:
         json.dump({"size": size, "arms": arms}, file, indent=1)
         file.write("\n")
     lines = [
-        "| task | method | numbers | learning rate | seeds | base greedy | greedy | gain | base sampled | sampled | gain | s a run |",
+        "| task | method | numbers | learning rate | seeds | base greedy | greedy | gain | base sampled | sampled | gain | s of a core a run |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms:

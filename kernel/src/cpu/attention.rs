@@ -27,16 +27,18 @@ const SPAN_BLOCKS: usize = 4;
 /// Their tokens.
 pub(super) const SPAN_TOKENS: usize = SPAN_BLOCKS * BLOCK_TOKENS;
 
-/// The paged cache: for every layer, block and head one panel of keys `[head_dim][16 tokens]` and panels of values `[16 tokens][16 dimensions]`.
+/// The paged cache: for every layer, block and head one panel of keys `[head_dim][16 tokens]`, then panels of values `[16 tokens][16 dimensions]`.
+/// What one item of attention reads of a block lies together, and so does what its neighbours read.
 pub struct CpuKv {
     pub(super) shape: KvShape,
     layout: Layout,
-    pub(super) keys: Lines,
-    pub(super) values: Lines,
+    pub(super) data: Lines,
     /// Bytes of a head's keys in a block.
     key_bytes: usize,
     /// Bytes of a panel of values.
     value_panel: usize,
+    /// Bytes of a head's keys and values in a block.
+    head_bytes: usize,
 }
 
 impl CpuKv {
@@ -45,14 +47,13 @@ impl CpuKv {
         let heads = shape.tokens()? / BLOCK_TOKENS * shape.kv_heads;
         let layout = if precision == Precision::F32 { Layout::F32 } else { Layout::Bf16 };
         let (key_bytes, value_panel) = (layout.panel_bytes(shape.head_dim), layout.panel_bytes(BLOCK_TOKENS));
-        let values = Lines::zeroed(heads * shape.head_dim.div_ceil(LANES) * value_panel);
-        Ok(Self { shape, layout, keys: Lines::zeroed(heads * key_bytes), values, key_bytes, value_panel })
+        let head_bytes = key_bytes + shape.head_dim.div_ceil(LANES) * value_panel;
+        Ok(Self { shape, layout, data: Lines::zeroed(heads * head_bytes), key_bytes, value_panel, head_bytes })
     }
 
-    /// Where a head's keys and values of a block begin: byte offsets into `keys` and `values`.
-    fn at(&self, layer: usize, block: u32, head: usize) -> (usize, usize) {
-        let index = (layer * self.shape.blocks + block as usize) * self.shape.kv_heads + head;
-        (index * self.key_bytes, index * self.shape.head_dim.div_ceil(LANES) * self.value_panel)
+    /// The byte at which a head's keys of a block begin; its values are `key_bytes` behind.
+    fn at(&self, layer: usize, block: u32, head: usize) -> usize {
+        ((layer * self.shape.blocks + block as usize) * self.shape.kv_heads + head) * self.head_bytes
     }
 }
 
@@ -67,10 +68,8 @@ pub(super) struct AppendJob<'a> {
     pub(super) queries: Shared<f32>,
     /// Sizes of the cache.
     pub(super) kv: &'a CpuKv,
-    /// First byte of the cache's keys. Each token's slot belongs to the thread of its row: no two rows of a step share one.
-    pub(super) keys: Shared<u8>,
-    /// First byte of the cache's values.
-    pub(super) values: Shared<u8>,
+    /// First byte of the cache. Each token's slot belongs to the thread of its row: no two rows of a step share one.
+    pub(super) cache: Shared<u8>,
 }
 
 /// Normalises and turns some key/value heads of some rows, with the query heads that share them, and writes k and v to the cache.
@@ -107,14 +106,15 @@ pub(super) unsafe fn append<T: Tiling>(
                 unsafe { turn::<T::Lanes>(q, &spec.q_norm, spec, position, query) };
                 query.iter_mut().for_each(|x| *x *= scale);
             }
-            let (key_at, value_at) = job.kv.at(job.layer, job.step.row_blocks[row], head);
+            let at = job.kv.at(job.layer, job.step.row_blocks[row], head);
             let token = position % BLOCK_TOKENS;
             let value = &v[head * head_dim..][..head_dim];
             // SAFETY: the block was checked against the cache; the slot of this row is this thread's, and so is the next one if no row of
             // this step has it.
             unsafe {
                 turn::<T::Lanes>(&k[head * head_dim..][..head_dim], &spec.k_norm, spec, position, key);
-                let (keys, values) = (job.keys.0.add(key_at), job.values.0.add(value_at));
+                let keys = job.cache.0.add(at);
+                let values = keys.add(job.kv.key_bytes);
                 if job.kv.layout == Layout::F32 {
                     put_f32(keys, values, job.kv.value_panel, token, key, value);
                 } else {
@@ -288,9 +288,9 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
         keys.clear();
         values.clear();
         for &block in blocks {
-            let (key, value) = kv.at(job.layer, block, head);
-            keys.push(kv.keys.as_ptr().add(key));
-            values.push(kv.values.as_ptr().add(value));
+            let key = kv.data.as_ptr().add(kv.at(job.layer, block, head));
+            keys.push(key);
+            values.push(key.add(kv.key_bytes));
         }
     };
     for first in (0..tokens).step_by(SPAN_TOKENS) {

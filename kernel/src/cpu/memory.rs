@@ -34,6 +34,7 @@ impl Lines {
         }
         let words = vec![0u128; (bytes + LINE) / WORD];
         let start = words.as_ptr().addr().wrapping_neg() % LINE / WORD;
+        huge_pages(words.as_ptr().cast(), words.len() * WORD);
         Self { words, start }
     }
 
@@ -45,6 +46,20 @@ impl Lines {
     /// The first byte.
     pub(super) fn as_mut_ptr(&mut self) -> *mut u8 {
         self.words[self.start..].as_mut_ptr().cast()
+    }
+}
+
+/// Asks for huge pages where they fit into a range of the program's memory. The advice does not change what it holds, and may be refused.
+fn huge_pages(start: *const u8, bytes: usize) {
+    let skipped = start.addr().wrapping_neg() % HUGE_PAGE;
+    let Some(whole) = bytes.checked_sub(skipped).map(|rest| rest / HUGE_PAGE * HUGE_PAGE).filter(|whole| *whole > 0)
+    else {
+        return;
+    };
+    #[cfg(target_os = "linux")]
+    // SAFETY: whole pages within the range.
+    unsafe {
+        libc::madvise(start.wrapping_add(skipped).cast_mut().cast(), whole, libc::MADV_HUGEPAGE);
     }
 }
 
@@ -73,11 +88,7 @@ impl Chunk {
         if start.is_null() {
             handle_alloc_error(layout);
         }
-        // SAFETY: the range is ours; the advice does not change what it holds, and may be refused.
-        #[cfg(target_os = "linux")]
-        unsafe {
-            libc::madvise(start.cast(), layout.size(), libc::MADV_HUGEPAGE);
-        }
+        huge_pages(start, layout.size());
         Self { start, layout }
     }
 }

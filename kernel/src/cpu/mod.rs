@@ -326,9 +326,9 @@ impl Backend for CpuBackend {
         out.resize(step.rows());
         grow(&mut self.queries, step.rows() * out.width);
         let kernels = self.kernels;
-        let (keys, values) = (Shared(kv.keys.as_mut_ptr()), Shared(kv.values.as_mut_ptr()));
+        let cache = Shared(kv.data.as_mut_ptr());
         let queries = Shared(self.queries.as_mut_ptr());
-        let append = AppendJob { spec: attention, step, layer, qkv: qkv.used(), queries, kv, keys, values };
+        let append = AppendJob { spec: attention, step, layer, qkv: qkv.used(), queries, kv, cache };
         let states = Shared(self.threads.as_mut_ptr());
         let apart = !step.chunks_are_sequences;
         if apart {
@@ -341,7 +341,9 @@ impl Backend for CpuBackend {
         let out = Shared(out.data.as_mut_ptr());
         let append = (!apart).then_some(&append);
         let job = AttendJob { kernels, spec: attention, step, layer, queries, kv, append, out };
-        self.pool.deal(job.items(), 1, &|thread, items| {
+        // The heads of a chunk lie side by side in the cache and go to one thread, unless chunks are few.
+        let piece = if step.chunks.len() >= PIECES * self.pool.threads() { attention.kv_heads } else { 1 };
+        self.pool.deal(job.items(), piece, &|thread, items| {
             for item in items {
                 // SAFETY: as above; one state a thread, and each thread has its own number; items are handed out once each, and no two share
                 // an element of the result or, where they append, a head of a slot.
