@@ -7,7 +7,7 @@ use sqlx::{Row as _, SqlStr, any::AnyRow};
 
 use super::{
     AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
-    rows::{AnyQuery, Dialect, RowsSql},
+    rows::{AnyQuery, RowsSql},
     writer::{PutResults, Tx},
 };
 use crate::types::{AdapterId, Generation, TenantId};
@@ -28,8 +28,9 @@ static INSERT_ADAPTERS: RowsSql = RowsSql::new(
 static INSERT_GENERATIONS: RowsSql =
     RowsSql::new("INSERT INTO generations (adapter, seq, generation, data, facts, created_at) VALUES", 6, "");
 
-/// Both inserts of one adapter in one question, as SQLite takes them.
-static INSERT_ONE: LazyLock<SqlStr> = LazyLock::new(|| INSERT_ADAPTERS.one_then(INSERT_GENERATIONS.one().as_str()));
+/// Both inserts of one adapter in one text, as SQLite takes them.
+pub(super) static INSERT_ONE: LazyLock<SqlStr> =
+    LazyLock::new(|| INSERT_ADAPTERS.one_then(INSERT_GENERATIONS.one().as_str()));
 
 /// The generation of a row in which none can be read. No hash of contents is this.
 const DAMAGED: Generation = Generation([0; 16]);
@@ -87,6 +88,19 @@ struct NewGeneration {
     seq: i64,
     facts: i64,
     contents: Contents,
+}
+
+/// An adapter on its way into both tables.
+pub(super) struct Created {
+    record: AdapterRecord,
+    generation: NewGeneration,
+}
+
+impl Created {
+    /// The parameters of [`INSERT_ONE`].
+    pub(super) fn bind<'q>(&'q self, query: AnyQuery<'q>, now: i64) -> AnyQuery<'q> {
+        bind_generation(bind_adapter(query, &self.record), &self.generation, now)
+    }
 }
 
 type Key = (TenantId, String);
@@ -161,7 +175,9 @@ impl Tx<'_> {
         if items.is_empty() {
             return Ok(());
         }
-        let Known { tenants, mut existing, reserved } = match (self.known.take(), &items[..]) {
+        let known = self.known.take();
+        let only = known.is_some();
+        let Known { tenants, mut existing, reserved } = match (known, &items[..]) {
             (Some(known), _) => known,
             (None, [item]) => {
                 let row = bind_known(sqlx::query(KNOWN_OF_ONE), item, publisher).fetch_optional(&mut *self.connection);
@@ -207,15 +223,12 @@ impl Tx<'_> {
                 result => results.push(result),
             }
         }
-        match (&created[..], &generations[..]) {
-            ([record], [new]) if self.dialect == Dialect::Sqlite => {
-                let query = bind_generation(bind_adapter(sqlx::query(INSERT_ONE.clone()), record), new, self.now);
-                query.execute(&mut *self.connection).await?;
-            }
-            _ => {
-                self.insert_adapters(&created).await?;
-                self.insert_generations(&generations).await?;
-            }
+        if only && let (1, Some(generation)) = (created.len(), generations.pop()) {
+            // Nothing else happens in this transaction.
+            self.created = created.first().map(|record| Created { record: record.clone(), generation });
+        } else {
+            self.insert_adapters(&created).await?;
+            self.insert_generations(&generations).await?;
         }
         created.into_iter().for_each(|record| self.changed(|| Change::Stored(record)));
         Ok(())

@@ -1,11 +1,12 @@
 //! The audit log: written in the transaction of the deed itself, read by admins, and cut at its old end.
 
 use futures::future::BoxFuture;
-use sqlx::{Row as _, SqlStr, any::AnyRow};
+use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr as _, SqlStr, any::AnyRow};
 use std::sync::LazyLock;
 
 use super::{
     Result, Store,
+    adapters::INSERT_ONE,
     rows::{AnyQuery, Dialect, RowsSql},
     writer::Tx,
 };
@@ -20,8 +21,16 @@ static INSERT: RowsSql = RowsSql::new(
     "",
 );
 
-/// An entry and the end of its transaction in one question, as SQLite takes them: each costs a way to the connection's thread and back.
-static INSERT_ONE_AND_COMMIT: LazyLock<SqlStr> = LazyLock::new(|| INSERT.one_then("COMMIT"));
+/// The ends of a transaction with at most one adapter and one entry, by what it has: one question each, as SQLite takes it. Every question costs a
+/// way to the connection's thread and back.
+static ENDS: LazyLock<[[SqlStr; 2]; 2]> = LazyLock::new(|| {
+    let text = |adapter: bool, entry: bool| {
+        let (adapter_sql, entry_sql) = (INSERT_ONE.clone(), INSERT.one());
+        let parts = [adapter.then_some(adapter_sql.as_str()), entry.then_some(entry_sql.as_str()), Some("COMMIT")];
+        AssertSqlSafe(parts.into_iter().flatten().collect::<Vec<_>>().join("; ")).into_sql_str()
+    };
+    [false, true].map(|adapter| [false, true].map(|entry| text(adapter, entry)))
+});
 
 /// A deed with its number.
 type Entry = (i64, Deed);
@@ -67,11 +76,17 @@ impl Tx<'_> {
 
     /// Writes what was noted and ends the transaction.
     pub(super) async fn commit(mut self) -> Result<()> {
-        let (deeds, now) = (std::mem::take(&mut self.deeds), self.now);
-        if let ([only], Dialect::Sqlite) = (&deeds[..], self.dialect) {
-            let query = bind(sqlx::query(INSERT_ONE_AND_COMMIT.clone()), only, now);
+        let (created, deeds, now) = (self.created.take(), std::mem::take(&mut self.deeds), self.now);
+        if self.dialect == Dialect::Sqlite && deeds.len() <= 1 {
+            let end = &ENDS[usize::from(created.is_some())][deeds.len()];
+            let mut query = sqlx::query(end.clone());
+            query = created.iter().fold(query, |query, created| created.bind(query, now));
+            query = deeds.iter().fold(query, |query, entry| bind(query, entry, now));
             query.execute(&mut *self.connection).await?;
             return Ok(());
+        }
+        if let Some(created) = &created {
+            created.bind(sqlx::query(INSERT_ONE.clone()), now).execute(&mut *self.connection).await?;
         }
         for (sql, piece) in INSERT.exact(self.dialect, &deeds) {
             let mut query = sqlx::query(sql);

@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{
     Change, NewAdapter, Observer, Result, StoreError, Stored,
-    adapters::{KNOWN_OF_ONE, Known, bind_known},
+    adapters::{Created, KNOWN_OF_ONE, Known, bind_known},
     connect::Connector,
     intern::Interner,
     rows::Dialect,
@@ -55,6 +55,8 @@ pub(super) struct Tx<'c> {
     pub(super) changes: Option<Vec<Change>>,
     /// What the store knows of the only upload in the group, if that was asked when the transaction began.
     pub(super) known: Option<Known>,
+    /// The only upload in the group, to be written with the end of the transaction.
+    pub(super) created: Option<Created>,
     /// For the audit log, with their numbers.
     pub(super) deeds: Vec<(i64, Deed)>,
     seq: i64,
@@ -310,6 +312,7 @@ impl Task {
             erased: false,
             changes: self.observer.get().map(|_| Vec::new()),
             known,
+            created: None,
             deeds: Vec::new(),
             seq: seqs_end - seqs,
             seqs_end,
