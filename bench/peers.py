@@ -254,6 +254,9 @@ class Runner:
         if self.args.out:
             settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
             settings |= {"command": shlex.join(sys.argv), "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+            # Published: without the folders of whoever ran it.
+            for folder in [Path.cwd(), self.args.model.absolute().parent]:
+                settings = {key: value.replace(f"{folder}/", "") if isinstance(value, str) else value for key, value in settings.items()}
             report.write(self.results, self.watch.warnings, settings, self.args.out)
 
 
