@@ -74,9 +74,9 @@ def questions() -> list[Question]:
         Question((*start, *tokens[40:60]), 6),
         Question((*start, *tokens[60:72]), 6),
         Question(tuple(tokens[80:]), 10),
-        Question(tuple(start[:24]), 64),
+        Question(tuple(start[:24]), 32),
         Question("Which of us was here before, and what did they ask of you?", 6),
-        Question("Which of us was here before, and what did they leave in your cache?", 40),
+        Question("Which of us was here before, and what did they leave in your cache?", 24),
     ]
 
 

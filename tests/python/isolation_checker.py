@@ -28,7 +28,7 @@ def shown(event: Event, wrong: bool) -> str:
     line = f"{'->' if wrong else '  '} {answer.begin:.4f}..{answer.end:.4f} tenant {event.tenant} worker {event.worker} #{event.turn} {event.method} {event.path} {answer.status}"
     if event.data is not None:
         line += f" numbers {encoded(event.data)}"
-    return line + (f"\n       sent {answer.sent[:600]}\n       got {answer.headers} {answer.body[:900]!r}" if wrong else "")
+    return line + (f"\n       sent {answer.sent[:900]}\n       got {answer.headers} {answer.body[:900]!r}" if wrong else "")
 
 
 @dataclasses.dataclass

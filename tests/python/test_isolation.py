@@ -232,7 +232,7 @@ class Ann:
         while self.api.call("GET", f"/adapters/train/{self.ids['job']}").json()["status"] not in ("succeeded", "failed"):
             time.sleep(0.02)
         self.ids["trained"] = self.api.call("GET", f"/adapters/train/{self.ids['job']}").json()["result"]["adapter"]
-        self.ids["paused job"] = self.job("reserved", 100_000)
+        self.ids["paused job"] = self.job("reserved", 20_000)
         self.api.call("POST", f"/adapters/train/{self.ids['paused job']}/pause")
         self.ids["event"] = self.api.call("GET", f"/v1/fine_tuning/jobs/{self.ids['job']}/events").json()["data"][0]["id"]
         self.ids["checkpoint"] = self.api.call("GET", f"/v1/fine_tuning/jobs/{self.ids['job']}/checkpoints").json()["data"][0]["id"]
@@ -403,18 +403,18 @@ def test_hits_say_nothing_about_others(crowd):
 def test_a_cancelled_stream_leaves_nothing(crowd, oracle):
     """Long streams of some tenants are left after their first chunks while another one streams: it reads its own text to the end, and all blocks come back."""
     apis = [Api(crowd.url, new_tenant(crowd.url, ADMIN_KEY, f"stream-{number}")) for number in range(TENANTS)]
-    long = Question(QUESTIONS[3].prompt, 200)
+    long = Question(QUESTIONS[3].prompt, 120)
     path, body = long.request()
     before, wrong = idle(crowd), []
 
     def stream(api, number, leave_after, choices):
-        for turn in range(4):
+        for turn in range(2):
             data = numbers("stream", number, turn)
             answer = api.call("POST", path, body | {"model": inline(data), "stream": True, "n": choices}, leave_after=leave_after)
             if leave_after is None and said(answer).tokens != oracle.expect(data, 1.0, long).tokens:
                 wrong.append((number, turn))
 
-    threads = [threading.Thread(target=stream, args=(api, number, 2 if number else None, 8 if number else 1)) for number, api in enumerate(apis)]
+    threads = [threading.Thread(target=stream, args=(api, number, 2 if number else None, 3 if number else 1)) for number, api in enumerate(apis)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -440,3 +440,23 @@ def test_ids_do_not_count_what_others_do(crowd, empty):
         return ids[1] - ids[0]
 
     assert between(crowd, 5) == between(empty, 0)
+
+
+@pytest.mark.xfail(strict=True, reason="any key may read /metrics, which count everybody's requests, adapters, tokens and cache hits together")
+def test_metrics_do_not_show_what_others_do(crowd):
+    """What a member reads in /metrics does not change by another's upload, completion and cache hit."""
+    ann, bob = (Api(crowd.url, new_tenant(crowd.url, ADMIN_KEY, f"{name}-of-the-metrics")) for name in ("ann", "bob"))
+    path, body = QUESTIONS[0].request()
+
+    def read() -> dict:
+        answer = bob.call("GET", "/metrics")
+        names = ("mote_adapters_resident", "mote_engine_cached_tokens_total", "mote_engine_generated_tokens_total")
+        return {line.split(" ")[0]: line for line in answer.body.decode().splitlines() if line.startswith(names)}
+
+    idle(crowd)
+    before = read()
+    assert ann.call("POST", "/adapters", {"name": "mine", "numbers": [0.5] * 13}).status == 201
+    for _ in range(2):
+        assert ann.call("POST", path, body | {"model": "mine"}).status == 200
+    idle(crowd)
+    assert read() == before
