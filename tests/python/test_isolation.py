@@ -19,9 +19,10 @@ from conftest import ADMIN_KEY, GOLDEN, ROOT, Server
 from isolation import BASE, BLOCK, NAMES, QUESTIONS, Api, Oracle, Question, Worker, World, encoded, inline, new_tenant, numbers, said
 from isolation_checker import Checker
 
-SECONDS = float(os.environ.get("MOTE_ISOLATION_SECONDS", "6"))
+SECONDS = float(os.environ.get("MOTE_ISOLATION_SECONDS", "3"))
 SEED = os.environ.get("MOTE_ISOLATION_SEED") or str(time.time_ns() % 1_000_000)
 ROUND = 3.0  # seconds
+LEAST = 50  # requests of a worker in a round, however long they take
 TENANTS, WORKERS = 4, 3
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -85,7 +86,7 @@ def run_round(server, oracle, seed, seconds: float) -> tuple[World, list]:
 
     def run(worker):
         try:
-            worker.run(until)
+            worker.run(until, LEAST)
         except Exception as error:
             broken.append(error)
 
@@ -158,12 +159,18 @@ def doctored_header(events, world):
 
 
 def doctored_cache(events, _world):
-    """A hit on a tenant's first use of a prompt."""
-    event = min((event for event in completions(events, tenant=1) if event.question == QUESTIONS[2]), key=lambda event: event.answer.begin)
-    body = event.answer.json()
-    body["usage"]["prompt_tokens_details"]["cached_tokens"] = 2 * BLOCK
-    event.answer.body = json.dumps(body).encode()
-    return "cached tokens, where"
+    """A hit on a tenant's first use of an adapter."""
+    asked = [event for event in events if event.what == "complete" and event.answer.status == 200]
+
+    def under(event):
+        return event.tenant, event.scale, event.answer.headers.get("x-adapter-generation")
+
+    for event in completions(events):
+        if all(under(other) != under(event) or other.answer.begin >= event.answer.end for other in asked if other is not event):
+            body = event.answer.json()
+            body["usage"]["prompt_tokens_details"]["cached_tokens"] = BLOCK
+            event.answer.body = json.dumps(body).encode()
+            return f"{BLOCK} cached tokens, where this tenant itself had left at most 0"
 
 
 def doctored_usage(events, _world):
