@@ -20,10 +20,9 @@ import urllib.parse
 
 BLOCK = 16  # tokens of a block of the prefix cache: hits come in multiples of it
 NAMES = ("alpha", "beta", "house")
-PUBLIC = "house"  # the one name that the admin lends to everybody, now and then
+PUBLIC = "house"  # the one name that tenant 0, which has an admin's key, lends to everybody now and then
 ONCE = tuple(f"once-{k}" for k in range(2))  # uploaded under an Idempotency-Key that all tenants use; never deleted
 BASE = "tiny"
-SETTLES = 1.0  # seconds in which the tokens of an answered stream are counted at the latest
 
 MARK = re.compile(r"mk[0-9a-f]{14}")
 ID = re.compile(r"\b(?:adapter|file|ftjob|ftevent|ftckpt|cmpl|chatcmpl|req)-[0-9a-f]{16,}\b")
@@ -218,16 +217,17 @@ class Event:
 
 
 class World:
-    """One round's tenants, the first of them the admin's, and what they have learnt of each other."""
+    """One round's tenants, the first of them with an admin's key, and what they have learnt of each other."""
 
     def __init__(self, url: str, admin_key: str, oracle: Oracle, seed, tenants: int):
         self.url, self.seed, self.oracle = url, seed, oracle
         self.common = [numbers(seed, "common", k) for k in range(2)]
         self.lock, self.ids = threading.Lock(), collections.defaultdict(list)
-        self.tenants = [self.tenant(0, "default", admin_key)]
-        for number in range(1, tenants + 1):
+        self.tenants = []
+        for number in range(tenants + 1):
             name = mark(seed, number, "name")
-            self.tenants.append(self.tenant(number, name, new_tenant(url, admin_key, name)))
+            key = new_tenant(url, admin_key, name, "member" if number else "admin")
+            self.tenants.append(self.tenant(number, name, key))
         every = [data for tenant in self.tenants for data in tenant.private] + self.common
         self.data_of = {oracle.generation(data): data for data in every}
 
@@ -244,12 +244,12 @@ class World:
             return list(self.ids[tenant, kind])
 
 
-def new_tenant(url: str, admin_key: str, name: str) -> str:
-    """Makes a tenant and gives a member's key of it."""
+def new_tenant(url: str, admin_key: str, name: str, role: str = "member") -> str:
+    """Makes a tenant and gives a key of it."""
     admin = Api(url, admin_key)
     made = admin.call("POST", "/admin/tenants", {"name": name})
     assert made.status in (200, 201), made.body
-    key = admin.call("POST", f"/admin/tenants/{name}/keys", {"role": "member"})
+    key = admin.call("POST", f"/admin/tenants/{name}/keys", {"role": role})
     assert key.status in (200, 201), key.body
     return key.json()["key"]
 
@@ -265,7 +265,7 @@ class Worker:
         self.world, self.me, self.number = world, tenant, number
         self.api = Api(world.url, tenant.key)
         self.rng = random.Random(repr((world.seed, tenant.number, number)))
-        self.often = self.ADMIN if tenant.name == "default" else self.MEMBER
+        self.often = self.MEMBER if tenant.number else self.ADMIN
         self.events: list[Event] = []
 
     def run(self, until: float, least: int):
@@ -395,6 +395,19 @@ class Worker:
 
     def do_usage(self):
         self.ask("usage", "GET", "/usage")
+
+    def last_usage(self, team: list):
+        """What the tenant used, when its workers ask for nothing more: all of it is counted within seconds."""
+        events = [event for worker in team for event in worker.events]
+        read = [event.answer for event in events if event.what == "complete" and event.answer.status == 200 and not event.answer.cut]
+        least = {"requests": sum(event.metered() for event in events), "completion_tokens": sum(len(said(answer).tokens) for answer in read)}
+        deadline = time.monotonic() + 20
+        while True:
+            total = self.ask("last-usage", "GET", "/usage").answer.json()["total"]
+            if all(total[field] >= count for field, count in least.items()) or time.monotonic() > deadline:
+                return
+            self.events.pop()
+            time.sleep(0.2)
 
     def do_metrics(self):
         self.ask("metrics", "GET", "/metrics")

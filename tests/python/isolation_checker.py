@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import re
 
-from isolation import BASE64, BLOCK, HASH, ID, MARK, PUBLIC, SETTLES, Event, World, encoded, said
+from isolation import BASE64, BLOCK, HASH, ID, MARK, PUBLIC, Event, World, encoded, said
 
 OK = (200, 201, 202, 204)
 REFUSED = (404, 409, 412)
@@ -202,8 +202,8 @@ class Checker:
 
     def owned(self, event: Event, adapter: dict):
         """Whose an adapter is, as an answer says it."""
-        me = self.world.tenants[event.tenant].name
-        if adapter["owner"] != me and not (adapter["owner"] == "default" and adapter["public"] and adapter["name"] == PUBLIC):
+        me, lender = self.world.tenants[event.tenant].name, self.world.tenants[0].name
+        if adapter["owner"] != me and not (adapter["owner"] == lender and adapter["public"] and adapter["name"] == PUBLIC):
             self.wrong(event, f"an adapter of '{adapter['owner']}'")
 
     def seen(self, event: Event, adapter: dict):
@@ -263,29 +263,29 @@ class Checker:
         answer, tenant = event.answer.json(), self.world.tenants[event.tenant]
         if answer["tenant"] != tenant.name:
             self.wrong(event, f"the usage of '{answer['tenant']}'")
-        if event.tenant == 0:
-            return  # The admin's tenant is older than this world.
         for field, (least, most) in self.used(event).items():
-            if not least <= answer["total"][field] <= most:
-                self.wrong(event, f"{answer['total'][field]} {field}, where this tenant used {least} to {most}")
+            if answer["total"][field] > most:
+                self.wrong(event, f"{answer['total'][field]} {field}, where this tenant used at most {most}")
+            elif event.what == "last-usage" and answer["total"][field] < least:
+                self.wrong(event, f"{answer['total'][field]} {field}, where this tenant used at least {least}")
+
+    of_last_usage = of_usage
 
     def used(self, event: Event) -> dict:
-        """From what was surely counted before the request to what may have been by its answer."""
+        """What was used by the time of the answer: at least, if all was counted, and at most."""
         least, most = collections.Counter(), collections.Counter()
         for other in self.by_tenant[event.tenant]:
             if other.answer.begin > event.answer.end or not other.metered():
                 continue
             most["requests"] += 1
-            least["requests"] += other.answer.end < event.answer.begin
-            if other.what != "complete" or other.answer.status != 200:
-                continue
-            got = said(other.answer)
-            prompt, whole = len(self.oracle.expect(None, 1.0, other.question).prompt), got.usage is not None
-            most["prompt_tokens"] += prompt
-            most["completion_tokens"] += len(got.tokens) if whole else other.question.max_tokens
-            if other.answer.end + SETTLES < event.answer.begin and whole:
-                least["prompt_tokens"] += prompt
-                least["completion_tokens"] += len(got.tokens)
+            least["requests"] += 1
+            if other.what == "complete" and other.answer.status == 200:
+                got, prompt = said(other.answer), len(self.oracle.expect(None, 1.0, other.question).prompt)
+                most["prompt_tokens"] += prompt
+                most["completion_tokens"] += other.question.max_tokens
+                if not other.answer.cut:
+                    least["prompt_tokens"] += prompt
+                    least["completion_tokens"] += len(got.tokens)
         return {field: (least[field], most[field]) for field in ("requests", "prompt_tokens", "completion_tokens")}
 
     # Properties of all answers.
@@ -294,7 +294,8 @@ class Checker:
         """Texts, numbers and generations of a tenant's own are in no answer to another, but for what it sent itself and what is lent."""
         owners = {}
         for tenant in self.world.tenants:
-            owners |= {mark: tenant.number for what, mark in tenant.marks.items() if what != "lent"}
+            shown = ("lent", "name") if tenant.number == 0 else ()
+            owners |= {mark: tenant.number for what, mark in tenant.marks.items() if what not in shown}
             for data in tenant.private:
                 owners |= {text: tenant.number for text in (encoded(data), base64.urlsafe_b64encode(data).decode().rstrip("="), self.oracle.generation(data))}
         lent = {write.value for write in self.registers["public", PUBLIC].writes} - {None}
