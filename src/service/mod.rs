@@ -96,6 +96,8 @@ pub struct Service {
     pub directory: Directory,
     /// What tenants may use, and what they have used that the store does not know yet.
     pub accounts: Arc<Accounts>,
+    /// Held while that goes to the store.
+    carrying: usage::Carrying,
     /// Adapters in memory.
     pub library: Arc<Library>,
     /// Everything that survives.
@@ -122,13 +124,14 @@ impl Service {
         store.observe(Arc::new(follow::Follower { library: library.clone(), engine: engine.clone() }));
         tracing::info!(adapters, seconds = began.elapsed().as_secs_f32(), "adapters loaded");
         let accounts = Arc::<Accounts>::default();
-        usage::keep_writing(&accounts, &store);
+        let carrying = usage::keep_writing(&accounts, &store);
         Ok(Self {
             base: Arc::new(base),
             engine,
             metrics: Arc::default(),
             directory: Directory::new(Arc::new(store.clone()), accounts.clone()),
             accounts,
+            carrying,
             library,
             store,
             request_timeout: None,

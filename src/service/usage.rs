@@ -12,6 +12,9 @@ use crate::{
 /// How often what was used is written.
 const EVERY: Duration = Duration::from_secs(1);
 
+/// Held by whoever carries what was used from memory to the store: on its way it is in neither, and whoever asks meanwhile waits for it.
+pub(super) type Carrying = Arc<tokio::sync::Mutex<()>>;
+
 /// A day and what was used on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DayOfUsage {
@@ -21,14 +24,15 @@ pub struct DayOfUsage {
     pub usage: Usage,
 }
 
-/// Writes what was used every second, as long as somebody has the accounts.
-pub(super) fn keep_writing(accounts: &Arc<Accounts>, store: &Store) {
-    let (accounts, store) = (Arc::downgrade(accounts), store.clone());
+/// Writes what was used every second, as long as somebody has the accounts. Returns what is held meanwhile.
+pub(super) fn keep_writing(accounts: &Arc<Accounts>, store: &Store) -> Carrying {
+    let carrying = Carrying::default();
+    let (accounts, store, turn) = (Arc::downgrade(accounts), store.clone(), carrying.clone());
     tokio::spawn(async move {
         loop {
             tokio::time::sleep(EVERY).await;
             let Some(accounts) = accounts.upgrade() else { return };
-            match write(&accounts, &store).await {
+            match write(&accounts, &store, &turn).await {
                 Err(StoreError::Closed) => return,
                 Err(error) => {
                     tracing::error!(%error, "what tenants used could not be written; it is kept for the next time")
@@ -37,10 +41,12 @@ pub(super) fn keep_writing(accounts: &Arc<Accounts>, store: &Store) {
             }
         }
     });
+    carrying
 }
 
 /// Writes what was used since the last time. What fails is kept.
-async fn write(accounts: &Accounts, store: &Store) -> Result<(), StoreError> {
+async fn write(accounts: &Accounts, store: &Store, carrying: &Carrying) -> Result<(), StoreError> {
+    let _turn = carrying.lock().await;
     let used = accounts.take_usage();
     if used.is_empty() {
         return Ok(());
@@ -58,9 +64,9 @@ impl Service {
     /// # Errors
     /// Only the database's.
     pub async fn write_usage(&self) -> Result<(), StoreError> {
-        let (accounts, store) = (self.accounts.clone(), self.store.clone());
+        let (accounts, store, carrying) = (self.accounts.clone(), self.store.clone(), self.carrying.clone());
         // On its own: a client that leaves must not take along what is between memory and store.
-        let written = tokio::spawn(async move { write(&accounts, &store).await });
+        let written = tokio::spawn(async move { write(&accounts, &store, &carrying).await });
         written.await.unwrap_or(Err(StoreError::Closed))
     }
 
