@@ -973,7 +973,11 @@ async def run(world):
         first, _, last = grown[name]
         if last > first * (1 + part) + more:
             world.wrong(f"{name} grew from {first:.1f} to {last:.1f}; {part:.0%} and {more} are allowed")
-    return {"samples": len(sampler.samples), "growth": grown, "idle": idle, "restart_seconds": [round(took, 2) for took in restarts]}
+    return {
+        "samples": len(sampler.samples), "growth": grown, "idle": idle, "restart_seconds": [round(took, 2) for took in restarts],
+        # Evenly over the measured time, to see the shape of what grew.
+        "course": {name: [round(sample[name], 1) for sample in sampler.samples[::max(1, len(sampler.samples) // 60)]] for name in ALLOWED},
+    }
 
 
 def quantile(times, part):
