@@ -52,6 +52,7 @@ NUMBERS = 24  # of 26 bytes each, which those adapters have in turn
 JOBS = 2  # under way at once by a tenant
 PATIENCE = 120.0  # seconds for an answer
 WARM_UP = 0.15
+BUSY = object()  # what an action answers when others are at it
 TEXTS = 100_000  # remembered for comparison
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 PROMPTS = ["Once", "The fox", "Once upon a time there was", "A", "The quick brown fox jumps over", *(
@@ -321,12 +322,13 @@ class Client:
         expect(value["error"]["code"] == code, f"{method} {path}: {value}")
 
     async def run(self):
-        kinds, weights = zip(*ACTIONS, strict=True)
+        kinds, weights = zip(*((action, weight) for action, weight in ACTIONS if action.__name__ in self.world.args.only), strict=True)
         while not self.world.stop.is_set():
             self.turn += 1
             (action,) = self.rng.choices(kinds, weights)
             try:
-                await action(self)
+                if await action(self) is BUSY:
+                    await asyncio.sleep(0.05)
             except (Outage, Shed, Wrong) as error:
                 await self.after(error)
         self.wire.close()
@@ -639,10 +641,10 @@ async def write(client):
     """One change of an adapter that others read meanwhile."""
     name = client.rng.choice(client.world.names[client.tenant])
     if name.lock.locked():
-        return
+        return BUSY
     async with name.lock:
         try:
-            await change(client, name)
+            return await change(client, name)
         except (Outage, Shed, Wrong) as error:
             while True:
                 await client.after(error)
@@ -729,7 +731,7 @@ async def train(client):
     """A job, followed to its end or cancelled on the way."""
     gate = client.world.jobs[client.tenant]
     if gate.locked():
-        return
+        return BUSY
     async with gate:
         rng, name = client.rng, f"{client.prefix}job-{client.turn}"
         method = rng.choice(["grpo", "sft", "es"])
@@ -1046,6 +1048,8 @@ def main():
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seed", type=int, default=None, help="of what clients choose; when each gets its turn is not the seed's")
     parser.add_argument("--model", default=None, help="as of `mote serve` [default: a tiny golden model]")
+    actions = [action.__name__ for action, _ in ACTIONS]
+    parser.add_argument("--only", nargs="+", choices=actions, default=actions, help="to find out what a violation comes from")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the summary there too")
     args = parser.parse_args()
     args.seed = args.seed if args.seed is not None else random.randrange(1 << 30)
