@@ -1053,6 +1053,7 @@ def main():
     parser.add_argument("--json", default=None, metavar="FILE", help="write the summary there too")
     args = parser.parse_args()
     args.seed = args.seed if args.seed is not None else random.randrange(1 << 30)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         model(args, folder)
