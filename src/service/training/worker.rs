@@ -113,10 +113,7 @@ pub(super) fn run(inner: &Arc<Inner>, job: JobRecord, stop: Stop) {
 
 fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Leave> {
     // An owner who stopped it between its claim and the worker's entry on the list found nobody to tell.
-    let now = inner.runtime.block_on(inner.store.job_status(&job.id)).map_err(lost)?;
-    if now != (JobStatus::Running, job.attempt) {
-        return Err(Leave::Lost);
-    }
+    still_ours(inner, &job)?;
     let spec: JobSpec = serde_json::from_str(&job.spec).map_err(Error::internal)?;
     if spec.fingerprint != inner.base.fingerprint.to_string() {
         let message = format!(
@@ -125,17 +122,27 @@ fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Lea
         );
         return Err(Leave::Failed(Error::new(ErrorKind::Incompatible, message).with_code("incompatible_adapter")));
     }
-    let prepared = load(inner, &job, &spec)?;
+    let Some(prepared) = load(inner, &job, &spec)? else {
+        // Whoever ended it meanwhile has deleted its data.
+        still_ours(inner, &job)?;
+        return Err(Error::internal("a job that has not ended has no data").into());
+    };
     let mut worker = Worker { inner: inner.clone(), job, spec, stop, tokens: 0 };
     worker.train(prepared)
 }
 
-/// Reads and checks a job's data.
-pub(super) fn load(inner: &Inner, job: &JobRecord, spec: &JobSpec) -> Result<Prepared, Error> {
+/// The job runs, and in this attempt.
+fn still_ours(inner: &Inner, job: &JobRecord) -> Result<(), Leave> {
+    let now = inner.runtime.block_on(inner.store.job_status(&job.id)).map_err(lost)?;
+    if now == (JobStatus::Running, job.attempt) { Ok(()) } else { Err(Leave::Lost) }
+}
+
+/// Reads and checks a job's data; None when there is none.
+pub(super) fn load(inner: &Inner, job: &JobRecord, spec: &JobSpec) -> Result<Option<Prepared>, Error> {
     let data = |part| inner.runtime.block_on(inner.store.job_data(&job.id, part)).map_err(Error::internal);
-    let training = data(JobData::Training)?.ok_or_else(|| Error::internal("a job that has not ended has no data"))?;
+    let Some(training) = data(JobData::Training)? else { return Ok(None) };
     let validation = data(JobData::Validation)?;
-    prepare(&inner.base, &inner.config, spec, &training, validation.as_deref())
+    prepare(&inner.base, &inner.config, spec, &training, validation.as_deref()).map(Some)
 }
 
 impl Worker {
