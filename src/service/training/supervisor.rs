@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{PolicySource, TrainingConfig, report, spec::JobSpec, worker};
 use crate::{
-    service::{BaseInfo, Error, Service},
+    service::{BaseInfo, Error, ErrorKind, Service},
     store::{JobRecord, JobStatus, StartLimits, Store, StoreError},
     telemetry::{JobLabels, Metrics},
     types::TenantId,
@@ -183,7 +183,9 @@ impl Training {
             let (id, apart) = (job.id.clone(), inner.clone());
             let checked = tokio::task::spawn_blocking(move || {
                 let spec: JobSpec = serde_json::from_str(&job.spec).map_err(Error::internal)?;
-                worker::load(&apart, &job, &spec).map(|prepared| prepared.settings.steps)
+                // Its end deletes a job's data; then nobody hears of this error.
+                let gone = || Error::new(ErrorKind::Internal, "The job's data is gone.").with_code("internal_error");
+                Ok(worker::load(&apart, &job, &spec)?.ok_or_else(gone)?.settings.steps)
             });
             let outcome = checked.await.unwrap_or_else(|error| Err(Error::internal(error)));
             let outcome = outcome.map_err(|error| {
