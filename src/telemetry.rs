@@ -57,13 +57,20 @@ pub struct TimeoutLabels {
     pub what: &'static str,
 }
 
+/// Which cap a connection was beyond.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RefusalLabels {
+    /// `all` for `--max-connections`, `address` for `--max-connections-per-address`.
+    pub cap: &'static str,
+}
+
 /// What the listener counts.
 #[derive(Debug, Default)]
 pub struct ConnectionMetrics {
     /// `mote_connections`
     pub open: Gauge,
-    /// `mote_connections_refused_total`: beyond `--max-connections`.
-    pub refused: Counter,
+    /// `mote_connections_refused_total`
+    pub refused: Family<RefusalLabels, Counter>,
     /// `mote_connection_timeouts_total`
     pub timeouts: Family<TimeoutLabels, Counter>,
 }
@@ -73,7 +80,7 @@ impl ConnectionMetrics {
         registry.register("mote_connections", "Open connections", self.open.clone());
         registry.register(
             "mote_connections_refused",
-            "Connections refused because there were --max-connections",
+            "Connections refused because there were as many, of all or of one address, as there may be",
             self.refused.clone(),
         );
         registry.register(
