@@ -57,6 +57,13 @@ pub struct TimeoutLabels {
     pub what: &'static str,
 }
 
+/// What cannot be read from the store.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DamagedLabels {
+    /// `tenant`, `key` or `job`.
+    pub kind: &'static str,
+}
+
 /// Which cap a connection was beyond.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RefusalLabels {
@@ -112,6 +119,8 @@ pub struct Metrics {
     pub train_tokens: Counter,
     /// Of the listener.
     pub connections: Arc<ConnectionMetrics>,
+    /// `mote_rows_damaged`: as the start found them. Adapters are counted apart, as they come and go.
+    pub damaged: Family<DamagedLabels, Gauge>,
     /// `mote_requests_shed_total`: answered 503 because the queue's expected wait was beyond `--shed-after-s`.
     pub shed: Counter,
 }
@@ -137,6 +146,7 @@ impl Default for Metrics {
             train_steps: Counter::default(),
             train_tokens: Counter::default(),
             connections: Arc::default(),
+            damaged: Family::default(),
             shed: Counter::default(),
         }
     }
@@ -170,6 +180,12 @@ impl Metrics {
             self.train_tokens.clone(),
         );
         self.connections.register(registry);
+        let help = "Tenants, keys and unfinished jobs that could not be read when the server started";
+        registry.register("mote_rows_damaged", help, self.damaged.clone());
+        // All are there from the beginning: an alert cannot be made on a series that comes with its first case.
+        for kind in ["tenant", "key", "job"] {
+            drop(self.damaged.get_or_create(&DamagedLabels { kind }));
+        }
         registry.register(
             "mote_requests_shed",
             "Completions refused because they would have waited too long",

@@ -14,9 +14,10 @@ use serde_json::{Value, json};
 
 use super::{
     PolicyRequest,
+    jobs::texts,
     prepare::{Prepared, prepare},
     report,
-    spec::{JobSpec, published_metadata},
+    spec::{JobSpec, damaged, published_metadata},
     supervisor::Inner,
     validation::{Validation, validate},
 };
@@ -117,7 +118,7 @@ fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Lea
     if now != (JobStatus::Running, job.attempt) {
         return Err(Leave::Lost);
     }
-    let spec: JobSpec = serde_json::from_str(&job.spec).map_err(Error::internal)?;
+    let (spec, _) = texts(&job).map_err(damaged)?;
     if spec.fingerprint != inner.base.fingerprint.to_string() {
         let message = format!(
             "The job was made for the base {}, but this server serves {}.",
@@ -133,7 +134,7 @@ fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Lea
 /// Reads and checks a job's data.
 pub(super) fn load(inner: &Inner, job: &JobRecord, spec: &JobSpec) -> Result<Prepared, Error> {
     let data = |part| inner.runtime.block_on(inner.store.job_data(&job.id, part)).map_err(Error::internal);
-    let training = data(JobData::Training)?.ok_or_else(|| Error::internal("a job that has not ended has no data"))?;
+    let training = data(JobData::Training)?.ok_or_else(|| damaged("a job that has not ended has no data"))?;
     let validation = data(JobData::Validation)?;
     prepare(&inner.base, &inner.config, spec, &training, validation.as_deref())
 }
@@ -186,7 +187,7 @@ impl Worker {
     /// The newest checkpoint.
     fn saved(&self) -> Result<Option<Saved>, Error> {
         let found = self.inner.runtime.block_on(self.inner.store.checkpoints(&self.job.id)).map_err(Error::internal)?;
-        found.first().map(|newest| serde_json::from_str(&newest.state).map_err(Error::internal)).transpose()
+        found.first().map(|newest| serde_json::from_str(&newest.state).map_err(damaged)).transpose()
     }
 
     fn checkpoint(&self, run: &Run, metrics: String) -> Result<NewCheckpoint, Error> {
