@@ -2,6 +2,8 @@
 //!
 //! Labels are bounded: routes, statuses and kinds, never an adapter, a key or a path.
 
+mod process;
+
 use std::sync::Arc;
 
 use prometheus_client::{
@@ -9,6 +11,8 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
+
+pub use process::ProcessCollector;
 
 /// Upper bounds of the buckets for durations, in seconds.
 const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
@@ -90,6 +94,9 @@ impl ConnectionMetrics {
             "Connections refused because there were as many, of all or of one address, as there may be",
             self.refused.clone(),
         );
+        for cap in ["all", "address"] {
+            drop(self.refused.get_or_create(&RefusalLabels { cap }));
+        }
         registry.register(
             "mote_connection_timeouts",
             "Connections and bodies given up, by the clock that ran out",
