@@ -2,6 +2,8 @@
 //!
 //! Labels are bounded: routes, statuses and kinds, never an adapter, a key or a path.
 
+mod process;
+
 use std::sync::Arc;
 
 use prometheus_client::{
@@ -9,6 +11,8 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
+
+pub use process::ProcessCollector;
 
 /// Upper bounds of the buckets for durations, in seconds.
 const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
@@ -57,13 +61,27 @@ pub struct TimeoutLabels {
     pub what: &'static str,
 }
 
+/// What cannot be read from the store.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DamagedLabels {
+    /// `tenant`, `key` or `job`.
+    pub kind: &'static str,
+}
+
+/// Which cap a connection was beyond.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RefusalLabels {
+    /// `all` for `--max-connections`, `address` for `--max-connections-per-address`.
+    pub cap: &'static str,
+}
+
 /// What the listener counts.
 #[derive(Debug, Default)]
 pub struct ConnectionMetrics {
     /// `mote_connections`
     pub open: Gauge,
-    /// `mote_connections_refused_total`: beyond `--max-connections`.
-    pub refused: Counter,
+    /// `mote_connections_refused_total`
+    pub refused: Family<RefusalLabels, Counter>,
     /// `mote_connection_timeouts_total`
     pub timeouts: Family<TimeoutLabels, Counter>,
 }
@@ -73,9 +91,12 @@ impl ConnectionMetrics {
         registry.register("mote_connections", "Open connections", self.open.clone());
         registry.register(
             "mote_connections_refused",
-            "Connections refused because there were --max-connections",
+            "Connections refused because there were as many, of all or of one address, as there may be",
             self.refused.clone(),
         );
+        for cap in ["all", "address"] {
+            drop(self.refused.get_or_create(&RefusalLabels { cap }));
+        }
         registry.register(
             "mote_connection_timeouts",
             "Connections and bodies given up, by the clock that ran out",
@@ -105,6 +126,8 @@ pub struct Metrics {
     pub train_tokens: Counter,
     /// Of the listener.
     pub connections: Arc<ConnectionMetrics>,
+    /// `mote_rows_damaged`: as the start found them. Adapters are counted apart, as they come and go.
+    pub damaged: Family<DamagedLabels, Gauge>,
     /// `mote_requests_shed_total`: answered 503 because the queue's expected wait was beyond `--shed-after-s`.
     pub shed: Counter,
 }
@@ -130,6 +153,7 @@ impl Default for Metrics {
             train_steps: Counter::default(),
             train_tokens: Counter::default(),
             connections: Arc::default(),
+            damaged: Family::default(),
             shed: Counter::default(),
         }
     }
@@ -163,6 +187,12 @@ impl Metrics {
             self.train_tokens.clone(),
         );
         self.connections.register(registry);
+        let help = "Tenants, keys and unfinished jobs that could not be read when the server started";
+        registry.register("mote_rows_damaged", help, self.damaged.clone());
+        // All are there from the beginning: an alert cannot be made on a series that comes with its first case.
+        for kind in ["tenant", "key", "job"] {
+            drop(self.damaged.get_or_create(&DamagedLabels { kind }));
+        }
         registry.register(
             "mote_requests_shed",
             "Completions refused because they would have waited too long",

@@ -20,6 +20,8 @@ pub(super) fn server_config(args: &EdgeArgs) -> Result<ServerConfig, AppError> {
     };
     Ok(ServerConfig {
         max_connections: args.max_connections as usize,
+        max_connections_per_address: args.connections_per_address().map(|most| most as usize),
+        trusted: TrustedProxies(args.trusted_proxies.clone()),
         header_timeout: Duration::from_secs(args.header_timeout_s),
         idle_timeout: Duration::from_secs(args.idle_timeout_s),
         write_timeout: Duration::from_secs(args.write_timeout_s),

@@ -14,6 +14,10 @@ pub struct EdgeArgs {
     /// Connections at once; one more is answered 503. Each takes an open file, of which systems often allow 1024.
     #[arg(long, env = "MOTE_MAX_CONNECTIONS", value_name = "N", default_value_t = 900, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
+    /// Connections at once of one address (IPv6: of one /64 network); one more is answered 503. Those of --trusted-proxies do not count. 0: no limit
+    /// [default: half of --max-connections].
+    #[arg(long, env = "MOTE_MAX_CONNECTIONS_PER_ADDRESS", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub max_connections_per_address: Option<u32>,
     /// Seconds for the head of a request, from its first byte; for a new connection from its beginning, TLS included.
     #[arg(long, env = "MOTE_HEADER_TIMEOUT_S", value_name = "N", default_value_t = 10, value_parser = seconds())]
     pub header_timeout_s: u64,
@@ -56,6 +60,12 @@ pub struct EdgeArgs {
 }
 
 impl EdgeArgs {
+    /// `--max-connections-per-address`
+    pub fn connections_per_address(&self) -> Option<u32> {
+        let most = self.max_connections_per_address.unwrap_or_else(|| self.max_connections.div_ceil(2));
+        (most > 0).then_some(most)
+    }
+
     /// `--shed-after-s`
     pub fn shed_after(&self) -> Option<Duration> {
         (self.shed_after_s > 0).then(|| Duration::from_secs(self.shed_after_s))
@@ -77,6 +87,23 @@ fn network(text: &str) -> Result<IpNet, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_has_half_of_the_connections_unless_told_otherwise() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            edge: EdgeArgs,
+        }
+        let of_address = |flags: &str| {
+            let words = format!("mote {flags}");
+            <Line as clap::Parser>::parse_from(words.split_whitespace()).edge.connections_per_address()
+        };
+        assert_eq!(of_address(""), Some(450));
+        assert_eq!(of_address("--max-connections 1"), Some(1), "never none at all");
+        assert_eq!(of_address("--max-connections 10 --max-connections-per-address 64"), Some(64));
+        assert_eq!(of_address("--max-connections-per-address 0"), None);
+    }
 
     #[test]
     fn networks_parse() {

@@ -38,7 +38,12 @@ impl FromRequestParts<AppState> for Auth {
             Err(AuthError::TooManyFailures(wait)) => {
                 Err(Error::rate_limited(AuthError::TooManyFailures(wait).to_string(), wait).into())
             }
-            Err(AuthError::Source(error)) => Err(Error::internal(error).into()),
+            Err(AuthError::Damaged(row)) => {
+                tracing::error!(row, "a key that was shown cannot be read");
+                let words = AuthError::Damaged(row).to_string();
+                Err(Error::new(ErrorKind::Unauthenticated, words).with_code("key_damaged").into())
+            }
+            Err(AuthError::Unavailable(error)) => Err(Error::internal(error).into()),
         }
     }
 }

@@ -117,14 +117,14 @@ impl IntoResponse for ApiError {
 /// What any route behind a key may answer, for the OpenAPI document.
 #[derive(IntoResponses)]
 pub enum CommonErrors {
-    /// No key, or one that is unknown or revoked (code `invalid_api_key`).
+    /// No key, or one that is unknown or revoked (code `invalid_api_key`); or one that is damaged in the store, or whose tenant is (`key_damaged`).
     #[response(status = 401)]
     Unauthenticated(ErrorBody),
     /// A limit of the caller's tenant is reached (code `rate_limit_exceeded` with `retry-after`; or `insufficient_quota`, which no wait ends), the server has too many
     /// requests or jobs waiting (code `queue_full`), or too many wrong keys came from this address (code `rate_limit_exceeded`).
     #[response(status = 429)]
     RateLimited(ErrorBody),
-    /// The server failed; the message says no more than that. Code `adapter_damaged`: the adapter cannot be read from the store.
+    /// The server failed; the message says no more than that. Codes `adapter_damaged`, `tenant_damaged`, `key_damaged`: it cannot be read from the store.
     #[response(status = 500)]
     Internal(ErrorBody),
     /// The server is stopping (code `draining`), or cannot store anything at the moment (`storage_unavailable`); `retry-after` says when to come again.

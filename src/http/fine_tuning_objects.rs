@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use crate::service::{
     EventRecord,
-    training::{CheckpointInfo, HYPERPARAMETERS, JobInfo, Method},
+    training::{CheckpointInfo, HYPERPARAMETERS, JobInfo, JobSpec, Method},
 };
 
 /// A job in OpenAI's words.
@@ -41,13 +41,13 @@ pub(super) struct FineTuningJob {
     /// Of completions and demonstrations, once it has succeeded.
     #[schema(value_type = i64, required = true, nullable = true)]
     pub(super) trained_tokens: Value,
-    /// `{"code", "message", "param"}` when it has failed.
+    /// `{"code", "message", "param"}` when it has failed. Code `job_damaged`: it cannot be read from the store.
     #[schema(value_type = Object, required = true, nullable = true)]
     pub(super) error: Value,
     /// `n_epochs`, `batch_size`, `learning_rate_multiplier`
     #[schema(value_type = Object)]
     pub(super) hyperparameters: Value,
-    /// As in the request.
+    /// As in the request; its type is `unknown` of a job that is damaged in the store.
     #[schema(value_type = Object)]
     pub(super) method: Value,
     /// Of every random choice.
@@ -64,27 +64,11 @@ pub(super) struct FineTuningJob {
 
 impl FineTuningJob {
     pub(super) fn of(info: JobInfo, base: &str) -> Self {
-        let spec = info.spec;
         let status = match info.status.as_str() {
             "validating" => "validating_files",
             other => other,
         };
-        let auto = |value: Option<Value>| value.unwrap_or_else(|| json!("auto"));
-        let theirs = json!({
-            "n_epochs": auto(spec.hyperparameters.epochs.map(|epochs| json!(epochs))),
-            "batch_size": auto(spec.hyperparameters.prompts_per_step.map(|prompts| json!(prompts))),
-            "learning_rate_multiplier": auto(multiplier(spec.hyperparameters.learning_rate, spec.method)),
-        });
-        let mut all = theirs.as_object().cloned().unwrap_or_default();
-        // Ours beside them, as they may be given.
-        if let Ok(Value::Object(ours)) = serde_json::to_value(&spec.hyperparameters) {
-            all.extend(ours.into_iter().filter(|(name, _)| !["epochs", "prompts_per_step"].contains(&name.as_str())));
-        }
-        let method = match spec.method {
-            Method::Sft => json!({"type": "supervised", "supervised": {"hyperparameters": all}}),
-            _ => json!({"type": "reinforcement", "reinforcement": {"grader": spec.grader, "hyperparameters": all}}),
-        };
-        Self {
+        let mut object = Self {
             id: info.id,
             object: "fine_tuning.job",
             created_at: info.created_at,
@@ -93,19 +77,48 @@ impl FineTuningJob {
             model: base.to_owned(),
             fine_tuned_model: info.result["adapter"].clone(),
             organization_id: "",
-            training_file: spec.training_file,
-            validation_file: spec.validation_file,
+            training_file: None,
+            validation_file: None,
             result_files: [],
             trained_tokens: info.result["trained_tokens"].clone(),
             error: info.error,
-            hyperparameters: theirs,
-            method,
-            seed: spec.seed,
+            hyperparameters: json!({}),
+            // Of a job that is damaged in the store.
+            method: json!({"type": "unknown"}),
+            seed: 0,
             estimated_finish: None,
             integrations: [],
-            metadata: spec.metadata,
+            metadata: Map::new(),
+        };
+        if let Some(spec) = info.spec {
+            (object.method, object.hyperparameters) = method(&spec);
+            object.training_file = spec.training_file;
+            object.validation_file = spec.validation_file;
+            object.seed = spec.seed;
+            object.metadata = spec.metadata;
         }
+        object
     }
+}
+
+/// `method`, and `hyperparameters` as they were before there were methods.
+fn method(spec: &JobSpec) -> (Value, Value) {
+    let auto = |value: Option<Value>| value.unwrap_or_else(|| json!("auto"));
+    let theirs = json!({
+        "n_epochs": auto(spec.hyperparameters.epochs.map(|epochs| json!(epochs))),
+        "batch_size": auto(spec.hyperparameters.prompts_per_step.map(|prompts| json!(prompts))),
+        "learning_rate_multiplier": auto(multiplier(spec.hyperparameters.learning_rate, spec.method)),
+    });
+    let mut all = theirs.as_object().cloned().unwrap_or_default();
+    // Ours beside them, as they may be given.
+    if let Ok(Value::Object(ours)) = serde_json::to_value(&spec.hyperparameters) {
+        all.extend(ours.into_iter().filter(|(name, _)| !["epochs", "prompts_per_step"].contains(&name.as_str())));
+    }
+    let method = match spec.method {
+        Method::Sft => json!({"type": "supervised", "supervised": {"hyperparameters": all}}),
+        _ => json!({"type": "reinforcement", "reinforcement": {"grader": spec.grader, "hyperparameters": all}}),
+    };
+    (method, theirs)
 }
 
 /// The learning rate in terms of the default one.

@@ -82,7 +82,7 @@ pub(super) struct JobObject {
     pub(super) name: String,
     /// `validating`, `queued`, `running`, `paused`, `succeeded`, `failed` or `cancelled`.
     pub(super) status: &'static str,
-    /// `grpo`, `es` or `sft`.
+    /// `grpo`, `es` or `sft`; `unknown` of a job that is damaged in the store.
     pub(super) method: &'static str,
     /// Steps reported.
     pub(super) step: u64,
@@ -103,7 +103,7 @@ pub(super) struct JobObject {
     /// succeeded.
     #[schema(value_type = Object, required = true, nullable = true)]
     pub(super) result: Value,
-    /// `{"code", "message", "param"}` when it has failed.
+    /// `{"code", "message", "param"}` when it has failed. Code `job_damaged`: it cannot be read from the store.
     #[schema(value_type = Object, required = true, nullable = true)]
     pub(super) error: Value,
     /// As given; what is missing has its default.
@@ -147,12 +147,12 @@ impl From<JobInfo> for JobObject {
             error,
             spec,
         } = info;
-        Self {
+        let mut object = Self {
             id,
             object: "adapter.training_job",
             name,
             status: status.as_str(),
-            method: spec.method.name(),
+            method: "unknown",
             step,
             steps,
             created_at,
@@ -161,16 +161,28 @@ impl From<JobInfo> for JobObject {
             metrics,
             result,
             error,
+            hyperparameters: Value::Object(Map::new()),
+            scheme: Value::Object(Map::new()),
+            grader: Value::Null,
+            init_from: None,
+            training_file: None,
+            validation_file: None,
+            seed: 0,
+            metadata: Map::new(),
+        };
+        if let Some(spec) = spec {
+            object.method = spec.method.name();
             // A struct of plain fields: it can be written.
-            hyperparameters: serde_json::to_value(&spec.hyperparameters).unwrap_or_default(),
-            scheme: spec.scheme,
-            grader: spec.grader.unwrap_or_default(),
-            init_from: spec.init_from,
-            training_file: spec.training_file,
-            validation_file: spec.validation_file,
-            seed: spec.seed,
-            metadata: spec.metadata,
+            object.hyperparameters = serde_json::to_value(&spec.hyperparameters).unwrap_or_default();
+            object.scheme = spec.scheme;
+            object.grader = spec.grader.unwrap_or_default();
+            object.init_from = spec.init_from;
+            object.training_file = spec.training_file;
+            object.validation_file = spec.validation_file;
+            object.seed = spec.seed;
+            object.metadata = spec.metadata;
         }
+        object
     }
 }
 

@@ -14,7 +14,10 @@ use prometheus_client::{
 };
 
 use super::Service;
-use crate::engine::{Handle, Health, Histogram, Reading, Stats};
+use crate::{
+    engine::{Handle, Health, Histogram, Reading, Stats},
+    telemetry::ProcessCollector,
+};
 
 impl Service {
     /// All metrics in the OpenMetrics text format.
@@ -22,6 +25,7 @@ impl Service {
         let mut registry = Registry::default();
         self.metrics.register(&mut registry);
         registry.register_collector(Box::new(EngineCollector(self.engine.clone())));
+        registry.register_collector(Box::new(ProcessCollector));
         let adapters: Gauge = Gauge::default();
         adapters.set(i64::try_from(self.library.registry.len()).unwrap_or(i64::MAX));
         registry.register("mote_adapters_resident", "Adapters in memory, of all tenants", adapters);

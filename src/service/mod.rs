@@ -51,8 +51,8 @@ pub use crate::{
 use crate::{
     adapter::{Basis, Sites},
     engine::Handle,
-    store::{Store, StoreError},
-    telemetry::Metrics,
+    store::{DamagedRow, Store, StoreError},
+    telemetry::{DamagedLabels, Metrics},
     tenant::{Accounts, Directory},
     text::{ChatTemplate, Tokenizer},
     types::{Fingerprint, TokenId},
@@ -123,12 +123,18 @@ impl Service {
         let adapters = library.fill(&store).await?;
         store.observe(Arc::new(follow::Follower { library: library.clone(), engine: engine.clone() }));
         tracing::info!(adapters, seconds = began.elapsed().as_secs_f32(), "adapters loaded");
+        let metrics = Arc::<Metrics>::default();
+        for DamagedRow { kind, name, cause } in store.damaged_rows().await? {
+            let kind = kind.as_str();
+            tracing::error!(kind, name, cause, "a tenant or key in the store cannot be read: it does not work");
+            metrics.damaged.get_or_create(&DamagedLabels { kind }).inc();
+        }
         let accounts = Arc::<Accounts>::default();
         let carrying = usage::keep_writing(&accounts, &store);
         Ok(Self {
             base: Arc::new(base),
             engine,
-            metrics: Arc::default(),
+            metrics,
             directory: Directory::new(Arc::new(store.clone()), accounts.clone()),
             accounts,
             carrying,

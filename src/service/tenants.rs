@@ -7,7 +7,7 @@ use std::{
 
 use super::{Error, ErrorKind, Service};
 use crate::{
-    store::{NewKey, Rotation, StoreError},
+    store::{Damaged, NewKey, Rotation, StoreError},
     tenant::{ApiKey, AuditRecord, Caller, DAY, KeyRecord, LimitChanges, Limits, Role, Tenant, check_tenant_name},
 };
 
@@ -69,7 +69,7 @@ impl Service {
     /// A tenant by its name.
     ///
     /// # Errors
-    /// 404.
+    /// 404; 500 tenant_damaged.
     pub async fn tenant(&self, name: &str) -> Result<Tenant, Error> {
         self.store.tenant(name).await.map_err(|error| words(error, name))
     }
@@ -88,7 +88,7 @@ impl Service {
         Ok(())
     }
 
-    /// Changes what is set for a tenant, from now on.
+    /// Changes what is set for a tenant, from now on. It mends a tenant whose limits cannot be read.
     ///
     /// # Errors
     /// 404.
@@ -176,7 +176,7 @@ impl Service {
     /// A key by its public identifier.
     ///
     /// # Errors
-    /// 404.
+    /// 404; 500 key_damaged.
     pub async fn key(&self, id: &str) -> Result<KeyRecord, Error> {
         self.store.key(id).await.map_err(|error| words(error, id))
     }
@@ -232,6 +232,16 @@ fn words(error: StoreError, name: &str) -> Error {
             .with_param("name"),
         StoreError::BuiltInTenant => {
             Error::new(ErrorKind::Conflict, format!("'{name}' is the built-in tenant and cannot be deleted."))
+        }
+        StoreError::Damaged(row) => {
+            let (what, code, remedy) = match row.kind {
+                Damaged::Tenant => ("tenant", "tenant_damaged", "Set its limits anew, or delete it."),
+                Damaged::Key => ("key", "key_damaged", "Revoke it, and make another."),
+            };
+            tracing::error!(%row, "what an admin asked for cannot be read");
+            let message =
+                format!("The {what} '{}' is damaged in the server's store and does not work. {remedy}", row.name);
+            Error::new(ErrorKind::Internal, message).with_code(code)
         }
         other => Error::store(other),
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::DamagedRow;
 use crate::types::Generation;
 
 /// A result of the store.
@@ -112,6 +113,9 @@ pub enum StoreError {
     /// A row holds what the program never writes.
     #[error("the database holds an invalid {0}")]
     Corrupt(&'static str),
+    /// The row of the tenant or key that was asked for cannot be read.
+    #[error(transparent)]
+    Damaged(DamagedRow),
     /// The store is closed.
     #[error("the store is closed")]
     Closed,

@@ -27,8 +27,8 @@ mod writer;
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
 pub use error::{Result, StoreError, Unwritable};
 pub use records::{
-    AdapterRecord, Change, Contents, CorruptAdapter, Facts, GenerationRecord, Idempotency, LoadedAdapter, NewAdapter,
-    Observer, OnConflict, Stored,
+    AdapterRecord, Change, Contents, CorruptAdapter, Damaged, DamagedRow, Facts, GenerationRecord, Idempotency,
+    LoadedAdapter, NewAdapter, Observer, OnConflict, Stored,
 };
 pub use tenants::{NewKey, Rotation};
 pub use training::{

@@ -156,6 +156,37 @@ pub struct CorruptAdapter {
     pub cause: String,
 }
 
+/// Whose row it is that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Damaged {
+    /// A tenant's.
+    Tenant,
+    /// A key's, or that of the tenant that it belongs to.
+    Key,
+}
+
+impl Damaged {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tenant => "tenant",
+            Self::Key => "key",
+        }
+    }
+}
+
+/// A row of a tenant or a key that cannot be read. It is left alone until an admin mends it or is rid of it, and does not work; no other row is touched by it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the {} '{name}' is damaged in the database: {cause}", kind.as_str())]
+pub struct DamagedRow {
+    /// Whose.
+    pub kind: Damaged,
+    /// The tenant's name or the key's public identifier, if that can be read.
+    pub name: String,
+    /// What is wrong.
+    pub cause: String,
+}
+
 /// One of the generations that an adapter has had.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GenerationRecord {

@@ -1,9 +1,11 @@
 //! Tenants and their keys.
 
-use futures::future::BoxFuture;
+use std::collections::HashSet;
+
+use futures::{TryStreamExt as _, future::BoxFuture};
 use sqlx::{Row as _, any::AnyRow};
 
-use super::{Change, Result, Store, StoreError, decode, decode::bound, writer::Tx};
+use super::{Change, Damaged, DamagedRow, Result, Store, StoreError, decode, decode::bound, writer::Tx};
 use crate::{
     tenant::{
         ApiKey, BUILT_IN_TENANT, KeyHash, KeyRecord, KeySource, KeySourceError, LimitChanges, Overrides, Role, Tenant,
@@ -26,7 +28,7 @@ macro_rules! select_keys {
             "SELECT k.id, k.tenant, t.name, k.hash, k.prefix, k.role, k.created_at, k.expires_at, k.revoked_at, \
              k.last_used_at, ",
             limit_columns!(),
-            " FROM keys k JOIN tenants t ON t.id = k.tenant WHERE t.deleted = 0 AND ",
+            ", t.created_at FROM keys k JOIN tenants t ON t.id = k.tenant WHERE t.deleted = 0 AND ",
             $condition
         )
     };
@@ -55,7 +57,31 @@ fn overrides(row: &AnyRow, at: usize) -> Result<Overrides> {
     Ok(Overrides::new(bounds, weight))
 }
 
+/// As much of the columns of `limit_columns` as can be read; the rest counts as not set.
+fn readable_overrides(row: &AnyRow, at: usize) -> Overrides {
+    let mut bounds = [None; Overrides::NAMES.len()];
+    for (column, slot) in bounds.iter_mut().enumerate() {
+        *slot = bound(row, at + column).unwrap_or_default();
+    }
+    let weight: Option<i64> = row.try_get(at + bounds.len()).unwrap_or_default();
+    Overrides::new(bounds, weight.and_then(|weight| u32::try_from(weight).ok()))
+}
+
+/// What was read of a row, whose name is in a column; whatever keeps it from being read is the trouble of that row alone.
+fn or_damaged<T>(read: Result<T>, kind: Damaged, row: &AnyRow, name: usize) -> Result<T> {
+    read.map_err(|error| {
+        let (name, cause) = (row.try_get(name).unwrap_or_default(), error.to_string());
+        StoreError::Damaged(DamagedRow { kind, name, cause })
+    })
+}
+
 fn key_record(row: &AnyRow) -> Result<KeyRecord> {
+    or_damaged(read_key(row), Damaged::Key, row, 0)
+}
+
+fn read_key(row: &AnyRow) -> Result<KeyRecord> {
+    // No key of a tenant works of which anything cannot be read.
+    row.try_get::<i64, _>(11 + Overrides::NAMES.len())?;
     Ok(KeyRecord {
         id: row.try_get(0)?,
         tenant: TenantId(row.try_get(1)?),
@@ -72,12 +98,11 @@ fn key_record(row: &AnyRow) -> Result<KeyRecord> {
 }
 
 fn tenant(row: &AnyRow) -> Result<Tenant> {
-    Ok(Tenant {
-        id: TenantId(row.try_get(0)?),
-        name: row.try_get(1)?,
-        created_at: row.try_get(2)?,
-        limits: overrides(row, 3)?,
-    })
+    or_damaged(overrides(row, 3).and_then(|limits| read_tenant(row, limits)), Damaged::Tenant, row, 1)
+}
+
+fn read_tenant(row: &AnyRow, limits: Overrides) -> Result<Tenant> {
+    Ok(Tenant { id: TenantId(row.try_get(0)?), name: row.try_get(1)?, created_at: row.try_get(2)?, limits })
 }
 
 /// A key to be made known.
@@ -130,7 +155,10 @@ impl Tx<'_> {
     }
 
     async fn set_limits(&mut self, name: &str, changes: &LimitChanges) -> Result<Tenant> {
-        let mut tenant = self.living_tenant(name).await?.ok_or(StoreError::TenantNotFound)?;
+        let row = sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&mut *self.connection).await?;
+        let row = row.ok_or(StoreError::TenantNotFound)?;
+        // Limits that cannot be read are what this mends: all of them are written anew.
+        let mut tenant = or_damaged(read_tenant(&row, readable_overrides(&row, 3)), Damaged::Tenant, &row, 1)?;
         tenant.limits.change(changes);
         let change = self.next_seq();
         let mut update = sqlx::query(
@@ -147,18 +175,24 @@ impl Tx<'_> {
     }
 
     async fn delete_tenant(&mut self, name: &str) -> Result<TenantId> {
-        let id = self.living_tenant(name).await?.ok_or(StoreError::TenantNotFound)?.id;
+        // Not more than its number: a damaged one must be deletable too.
+        let row = sqlx::query("SELECT id FROM tenants WHERE name = $1 AND deleted = 0")
+            .bind(name)
+            .fetch_optional(&mut *self.connection)
+            .await?;
+        let id = TenantId(row.ok_or(StoreError::TenantNotFound)?.try_get(0)?);
         if id == BUILT_IN_TENANT {
             return Err(StoreError::BuiltInTenant);
         }
         let rows = sqlx::query(
-            "SELECT a.name, g.generation FROM adapters a JOIN generations g ON g.adapter = a.id \
+            "SELECT a.name, g.generation FROM adapters a LEFT JOIN generations g ON g.adapter = a.id \
              WHERE a.tenant = $1 AND a.deleted = 0 ORDER BY a.name",
         )
         .bind(id.0)
         .fetch_all(&mut *self.connection)
         .await?;
-        let pairs = rows.iter().map(|row| Ok((row.try_get::<String, _>(0)?, decode::generation(row, 1)?)));
+        // A damaged adapter was never served, so nothing of it is cached; its name is gone all the same.
+        let pairs = rows.iter().map(|row| Ok((row.try_get::<String, _>(0)?, decode::generation(row, 1).ok())));
         let pairs = pairs.collect::<Result<Vec<_>>>()?;
         sqlx::query("DELETE FROM generations WHERE adapter IN (SELECT id FROM adapters WHERE tenant = $1)")
             .bind(id.0)
@@ -175,7 +209,7 @@ impl Tx<'_> {
         .execute(&mut *self.connection)
         .await?;
         for of_name in pairs.chunk_by(|a, b| a.0 == b.0) {
-            let generations = of_name.iter().map(|(_, generation)| *generation).collect();
+            let generations = of_name.iter().filter_map(|(_, generation)| *generation).collect();
             self.changed(|| Change::Deleted { tenant: id, name: of_name[0].0.clone(), generations });
         }
         self.erase_training(id).await?;
@@ -325,10 +359,10 @@ impl Store {
         .await
     }
 
-    /// Changes what is set for a tenant; gives it as it is then.
+    /// Changes what is set for a tenant; gives it as it is then. What was set and cannot be read any more counts as not set, and is so from now on.
     ///
     /// # Errors
-    /// [`StoreError::TenantNotFound`].
+    /// [`StoreError::TenantNotFound`], [`StoreError::Damaged`] when there is more amiss than its limits.
     pub async fn set_limits(&self, name: &str, changes: LimitChanges) -> Result<Tenant> {
         let name = name.to_owned();
         self.audited(
@@ -355,29 +389,67 @@ impl Store {
     /// The tenant of a name.
     ///
     /// # Errors
-    /// [`StoreError::TenantNotFound`].
+    /// [`StoreError::TenantNotFound`], [`StoreError::Damaged`].
     pub async fn tenant(&self, name: &str) -> Result<Tenant> {
         let row = sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&self.pool).await?;
         tenant(&row.ok_or(StoreError::TenantNotFound)?)
     }
 
-    /// At most `limit` tenants in the order of their names, those after `after`.
+    /// At most `limit` tenants in the order of their names, those after `after`. Damaged ones are left out; the log named them at the start.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn tenants(&self, after: Option<&str>, limit: u32) -> Result<Vec<Tenant>> {
-        let rows = sqlx::query(select_tenants!("t.name > $1 ORDER BY t.name LIMIT $2"))
-            .bind(after.unwrap_or(""))
-            .bind(i64::from(limit))
-            .fetch_all(&self.pool)
-            .await?;
-        rows.iter().map(tenant).collect()
+        let mut tenants: Vec<Tenant> = Vec::new();
+        let mut after = after.unwrap_or("").to_owned();
+        loop {
+            let rows = sqlx::query(select_tenants!("t.name > $1 ORDER BY t.name LIMIT $2"))
+                .bind(&*after)
+                .bind(i64::from(limit))
+                .fetch_all(&self.pool)
+                .await?;
+            tenants.extend(rows.iter().filter_map(|row| tenant(row).ok()));
+            tenants.truncate(limit as usize);
+            // A page that damaged rows left short would be taken for the last.
+            let more = rows.len() >= limit as usize && tenants.len() < limit as usize;
+            match rows.last().and_then(|row| row.try_get(1).ok()) {
+                Some(last) if more => after = last,
+                _ => return Ok(tenants),
+            }
+        }
+    }
+
+    /// Every row of a tenant or a key that cannot be read: at start. Keys of a damaged tenant are not named one by one.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn damaged_rows(&self) -> Result<Vec<DamagedRow>> {
+        let mut damaged = Vec::new();
+        let mut tenants: HashSet<i64> = HashSet::new();
+        let mut rows = sqlx::query(select_tenants!("1 = 1 ORDER BY t.id")).fetch(&self.pool);
+        while let Some(row) = rows.try_next().await? {
+            if let Err(StoreError::Damaged(of_tenant)) = tenant(&row) {
+                damaged.push(of_tenant);
+                tenants.extend(row.try_get::<i64, _>(0));
+            }
+        }
+        drop(rows);
+        let mut rows = sqlx::query(select_keys!("1 = 1 ORDER BY k.id")).fetch(&self.pool);
+        while let Some(row) = rows.try_next().await? {
+            let named = row.try_get::<i64, _>(1).is_ok_and(|tenant| tenants.contains(&tenant));
+            if let Err(StoreError::Damaged(of_key)) = key_record(&row)
+                && !named
+            {
+                damaged.push(of_key);
+            }
+        }
+        Ok(damaged)
     }
 
     /// Makes a key known. None: it was to be the first, and is not.
     ///
     /// # Errors
-    /// [`StoreError::TenantNotFound`].
+    /// [`StoreError::TenantNotFound`], [`StoreError::Damaged`].
     pub async fn create_key(&self, new: NewKey) -> Result<Option<KeyRecord>> {
         self.audited(
             move |tx| Box::pin(tx.create_key(new)),
@@ -389,7 +461,7 @@ impl Store {
     /// Makes a key with the owner and the role of another, which then ends after a grace period; the new one, and the old one as it is then.
     ///
     /// # Errors
-    /// [`StoreError::KeyNotFound`], [`StoreError::KeyNotLive`].
+    /// [`StoreError::KeyNotFound`], [`StoreError::KeyNotLive`], [`StoreError::Damaged`].
     pub async fn rotate_key(&self, id: &str, new: Rotation) -> Result<(KeyRecord, KeyRecord)> {
         let (id, target) = (id.to_owned(), id.to_owned());
         self.audited(
@@ -416,13 +488,13 @@ impl Store {
     /// A key by its public identifier.
     ///
     /// # Errors
-    /// [`StoreError::KeyNotFound`].
+    /// [`StoreError::KeyNotFound`], [`StoreError::Damaged`].
     pub async fn key(&self, id: &str) -> Result<KeyRecord> {
         let row = sqlx::query(select_keys!("k.id = $1")).bind(id).fetch_optional(&self.pool).await?;
         key_record(&row.ok_or(StoreError::KeyNotFound)?)
     }
 
-    /// The keys of a tenant, oldest first, revoked ones too.
+    /// The keys of a tenant, oldest first, revoked ones too; without damaged ones, which the log named at the start.
     ///
     /// # Errors
     /// Only the database's.
@@ -431,7 +503,7 @@ impl Store {
             .bind(tenant.0)
             .fetch_all(&self.pool)
             .await?;
-        rows.iter().map(key_record).collect()
+        Ok(rows.iter().filter_map(|row| key_record(row).ok()).collect())
     }
 }
 
@@ -440,7 +512,10 @@ impl KeySource for Store {
         Box::pin(async move {
             let row = sqlx::query(select_keys!("k.hash = $1")).bind(&hash.0[..]).fetch_optional(&self.pool).await;
             let record = row.map_err(StoreError::from).and_then(|row| row.as_ref().map(key_record).transpose());
-            record.map_err(|error| KeySourceError(error.to_string()))
+            record.map_err(|error| match error {
+                StoreError::Damaged(row) => KeySourceError::Damaged(row.to_string()),
+                other => KeySourceError::Unavailable(other.to_string()),
+            })
         })
     }
 

@@ -95,8 +95,8 @@ impl State {
     }
 }
 
-/// An IPv6 customer has a whole /64 to try from.
-fn network(address: IpAddr) -> IpAddr {
+/// Whom an address stands for: a customer of IPv6 has a whole /64 of them.
+pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let [a, b, c, d, ..] = address.segments();

@@ -33,10 +33,16 @@ pub trait KeySource: Send + Sync {
     fn touch_key(&self, id: String, at: i64);
 }
 
-/// The source of keys did not answer; the words are for the operator's log.
+/// A key could not be looked up; the words are for the operator's log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("cannot look up a key: {0}")]
-pub struct KeySourceError(pub String);
+pub enum KeySourceError {
+    /// The source did not answer.
+    #[error("cannot look up a key: {0}")]
+    Unavailable(String),
+    /// The key is there, but what is kept of it or of its tenant cannot be read.
+    #[error("{0}")]
+    Damaged(String),
+}
 
 /// Why a request has no caller.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -47,9 +53,14 @@ pub enum AuthError {
     /// Too many attempts from this address failed; so long it has to wait.
     #[error("Too many failed attempts to authenticate from your address.")]
     TooManyFailures(Duration),
-    /// The key could not be checked.
-    #[error(transparent)]
-    Source(#[from] KeySourceError),
+    /// The key is there, but what is kept of it or of its tenant cannot be read; the words are for the operator's log.
+    #[error(
+        "Your API key, or the tenant that it belongs to, is damaged in the server's store and does not work. Ask an admin."
+    )]
+    Damaged(String),
+    /// The key could not be checked; the words are for the operator's log.
+    #[error("{0}")]
+    Unavailable(String),
 }
 
 struct Remembered {
@@ -90,8 +101,8 @@ impl Directory {
     /// The caller that a bearer token from an address stands for.
     ///
     /// # Errors
-    /// [`AuthError::UnknownKey`] for a token that is no live key, [`AuthError::TooManyFailures`] when the address has shown too many such, [`AuthError::Source`]
-    /// when the store does not answer.
+    /// [`AuthError::UnknownKey`] for a token that is no live key, [`AuthError::TooManyFailures`] when the address has shown too many such,
+    /// [`AuthError::Damaged`] for a key that cannot be read, [`AuthError::Unavailable`] when the store does not answer.
     pub async fn verify(&self, token: &str, peer: Option<IpAddr>) -> Result<Caller, AuthError> {
         if !KeyHash::plausible(token) {
             return Err(self.failed(peer));
@@ -147,7 +158,10 @@ impl Directory {
             Ok(record) => record.filter(|record| record.hash == hash && record.is_live(now)),
             Err(error) => {
                 self.known.remove(&hash);
-                return Err(error.into());
+                return Err(match error {
+                    KeySourceError::Damaged(words) => AuthError::Damaged(words),
+                    unavailable @ KeySourceError::Unavailable(_) => AuthError::Unavailable(unavailable.to_string()),
+                });
             }
         };
         let Some(record) = live else {

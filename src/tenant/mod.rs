@@ -14,6 +14,7 @@ mod limits;
 mod names;
 
 pub use account::{Account, Accounts, Admission, Charge, DAY, LimitError, Rates, UsageOfDay, today, until_tomorrow};
+pub use attempts::network;
 pub use audit::{Actor, AuditRecord, Deed, Origin, Via};
 pub use bucket::Rate;
 pub use directory::{AuthError, Directory, KeySource, KeySourceError};

@@ -17,7 +17,7 @@ use mote::{
         server::{ServerConfig, serve, tls_config},
     },
     service::RequestPolicy,
-    telemetry::TimeoutLabels,
+    telemetry::{RefusalLabels, TimeoutLabels},
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -49,6 +49,10 @@ async fn listen(app: &TestApp, config: ServerConfig) -> SocketAddr {
 
 fn timeouts(app: &TestApp, what: &'static str) -> u64 {
     app.state.service.metrics.connections.timeouts.get_or_create(&TimeoutLabels { what }).get()
+}
+
+fn refused(app: &TestApp, cap: &'static str) -> u64 {
+    app.state.service.metrics.connections.refused.get_or_create(&RefusalLabels { cap }).get()
 }
 
 /// Everything until the server closes. A reset counts as the end.
@@ -157,13 +161,47 @@ async fn one_connection_too_many_is_told_so_at_once() {
     assert!(text.starts_with("HTTP/1.1 503") && text.contains("retry-after: 1"), "{text}");
     let error: Value = serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
     assert_eq!((&error["error"]["code"], &error["error"]["type"]), (&json!("overloaded"), &json!("api_error")));
-    assert_eq!(app.state.service.metrics.connections.refused.get(), 1);
+    assert_eq!(refused(&app, "all"), 1);
     drop(first);
     let open = app.state.service.metrics.connections.open.clone();
     eventually("the place", || open.get() == 1).await;
     let mut fourth = TcpStream::connect(address).await.unwrap();
     say(&mut fourth, HEALTH).await;
     assert!(answer(&mut fourth).await.starts_with("HTTP/1.1 200"));
+}
+
+/// One address takes all that it may have and more; another one connects as if nothing were.
+#[cfg(target_os = "linux")] // where all of 127.0.0.0/8 is this machine
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_at_its_cap_does_not_keep_another_out() {
+    let app = TestApp::new().await;
+    let config = ServerConfig { max_connections: 4, max_connections_per_address: Some(2), ..patient() };
+    let address = listen(&app, config).await;
+    let from = async |host: &str| {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::new(host.parse().unwrap(), 0)).unwrap();
+        let mut stream = socket.connect(address).await.unwrap();
+        say(&mut stream, HEALTH).await;
+        stream
+    };
+    let mut held = [from("127.0.0.1").await, from("127.0.0.1").await];
+    for stream in &mut held {
+        assert!(answer(stream).await.starts_with("HTTP/1.1 200"));
+    }
+    for _ in 0..10 {
+        let text = until_closed(&mut from("127.0.0.1").await).await;
+        assert!(text.starts_with("HTTP/1.1 503") && text.contains("retry-after: 1"), "{text}");
+        let error: Value = serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
+        assert_eq!(error["error"]["code"], "overloaded");
+        assert!(error["error"]["message"].as_str().unwrap().contains("Your address"), "{text}");
+    }
+    assert_eq!((refused(&app, "address"), refused(&app, "all")), (10, 0));
+    let mut other = from("127.0.0.2").await;
+    assert!(answer(&mut other).await.starts_with("HTTP/1.1 200"));
+    drop(held);
+    let open = app.state.service.metrics.connections.open.clone();
+    eventually("the place", || open.get() == 1).await;
+    assert!(answer(&mut from("127.0.0.1").await).await.starts_with("HTTP/1.1 200"));
 }
 
 /// A client that never reads its stream: its connection ends, its sequences are cancelled and their blocks are free, while others are served.

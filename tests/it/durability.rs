@@ -11,7 +11,8 @@ use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
 use crate::support::{TestApp, parts};
 
-async fn tamper(data: &Path, statement: &str) {
+/// Statements of somebody who is not the program.
+pub(crate) async fn tamper(data: &Path, statement: &str) {
     let options = SqliteConnectOptions::new().filename(data.join("mote.db")).foreign_keys(false);
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
     sqlx::raw_sql(sqlx::AssertSqlSafe(statement.to_owned())).execute(&mut connection).await.unwrap();
@@ -90,6 +91,55 @@ async fn a_damaged_row_is_an_error_of_its_adapter_alone() {
     assert_eq!(deleted.status(), 204);
     assert_eq!(app.post("/v1/completions", &complete("gone")).await.0, 404);
     assert_eq!(app.metric("mote_adapters_damaged").await, 1.0);
+}
+
+/// A key that cannot be read, or whose tenant cannot, is a 401 that says so; an admin sees which, mends it or is rid of it, and everybody else is served.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_key_or_tenant_is_shut_out_alone() {
+    let data = tempfile::tempdir().unwrap();
+    let mut app = TestApp::tiny("llama").data_dir(data.path()).start().await;
+    let (good, bad_key, bad_tenant) =
+        (app.tenant("good").await, app.tenant("spoilt").await, app.tenant("limits").await);
+    let keys = app.get("/admin/tenants/spoilt/keys").await.1;
+    let id = keys["data"][0]["id"].as_str().unwrap().to_owned();
+    app.kill();
+    tamper(
+        data.path(),
+        &format!(
+            "UPDATE keys SET role = 'king' WHERE id = '{id}'; UPDATE tenants SET weight = 'heavy' WHERE name = 'limits'"
+        ),
+    )
+    .await;
+
+    let app = TestApp::tiny("llama").data_dir(data.path()).start().await;
+    let models = async |key: &str| parts(app.as_key(key, Method::GET, "/v1/models").send().await.unwrap()).await;
+    for key in [&bad_key, &bad_tenant] {
+        let (status, answer) = models(key).await;
+        let error = (&answer["error"]["type"], &answer["error"]["code"]);
+        assert_eq!((status, error), (401, (&json!("authentication_error"), &json!("key_damaged"))), "{answer}");
+    }
+    assert_eq!(models(&good).await.0, 200);
+    assert_eq!(app.metric("mote_rows_damaged{kind=\"key\"}").await, 1.0);
+    assert_eq!(app.metric("mote_rows_damaged{kind=\"tenant\"}").await, 1.0);
+    let log = app.log();
+    for name in [&*id, "limits"] {
+        assert!(log.lines().any(|line| line.contains("cannot be read") && line.contains(name)), "{name}: {log}");
+    }
+    let listed = app.get("/admin/tenants").await;
+    assert_eq!((listed.0, listed.1["data"].as_array().unwrap().len()), (200, 3), "{}", listed.1);
+    for (path, code) in
+        [("/admin/tenants/limits".to_owned(), "tenant_damaged"), (format!("/admin/keys/{id}"), "key_damaged")]
+    {
+        let (status, answer) = app.get(&path).await;
+        assert_eq!((status, &answer["error"]["code"]), (500, &json!(code)), "{answer}");
+    }
+
+    let patch = app.request(Method::PATCH, "/admin/tenants/limits").json(&json!({"limits": {"weight": 2}}));
+    assert_eq!(patch.send().await.unwrap().status(), 200);
+    assert_eq!(models(&bad_tenant).await.0, 200);
+    let revoked = app.request(Method::DELETE, &format!("/admin/keys/{id}")).send().await.unwrap();
+    assert_eq!(revoked.status(), 204);
+    assert_eq!(models(&bad_key).await.0, 401);
 }
 
 /// With no room left, writes are refused in words and everything that was there is served.

@@ -118,15 +118,35 @@ async fn the_dashboard_asks_only_for_what_is_there() {
     for target in panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten()) {
         let expression = target["expr"].as_str().unwrap();
         let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-        let series: Vec<&str> = words.filter(|word| word.starts_with("mote_")).collect();
+        let ours = |word: &&str| word.starts_with("mote_") || word.starts_with("process_");
+        let series: Vec<&str> = words.filter(ours).collect();
         assert!(!series.is_empty(), "{expression}");
         for series in series {
-            assert!(is_printed(&text, series), "{series} of {expression}");
+            // Of the process there is what /proc has.
+            let is_known = series.starts_with("mote_") || cfg!(target_os = "linux");
+            assert!(!is_known || is_printed(&text, series), "{series} of {expression}");
             asked += 1;
         }
     }
     assert!(asked > 40, "{asked}");
     assert!(!is_printed(&text, "mote_engine_running_total") && !is_printed(&text, "mote_engine_steps"));
+}
+
+/// The process under the names that every dashboard knows, with numbers that can be.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn the_process_is_shown_as_prometheus_names_it() {
+    let app = TestApp::new().await;
+    let text = app.get("/metrics").await.text;
+    let number = |name: &str| value(&text, name).unwrap_or_else(|| panic!("{name} in\n{text}"));
+    assert!(number("process_resident_memory_bytes") > 4e6);
+    assert!(number("process_open_fds") >= 3.0 && number("process_threads") >= 2.0);
+    let began = number("process_start_time_seconds");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+    // The system's own time of its start is whole seconds.
+    assert!(began < now + 2.0 && now - began < 86_400.0, "{began} of {now}");
+    assert!(number("process_cpu_seconds_total") > 0.0);
+    assert!(text.contains("# TYPE process_cpu_seconds counter"), "{text}");
 }
 
 #[tokio::test]

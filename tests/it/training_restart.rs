@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::{
     app::{Options, TestApp},
+    durability::tamper,
     support::{self, parts},
     toy::{Toy, Toys},
     training::letters_with,
@@ -166,6 +167,60 @@ async fn a_job_of_another_base_is_not_gone_on_with() {
     app.train(letters_with("next", json!({"steps": 1}))).await;
     let job = app.ended(&format!("ftjob-{:032x}", u128::MAX)).await;
     assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("incompatible_adapter")), "{job}");
+}
+
+/// Jobs whose rows cannot be read have failed and say so, in the lists of both APIs; none is gone on with, their names are free, and the job beside them ends well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_job_has_failed_and_is_never_resumed() {
+    let with = |folder| Options { policies: Some(Arc::new(Toys(Toy::slow(2)))), folder, ..Options::default() };
+    let app = TestApp::with(with(None)).await;
+    app.ended(&app.train(letters_with("done", json!({"steps": 2}))).await).await;
+    let mut ids = Vec::new();
+    for name in ["whole", "status", "steps", "spec", "metrics"] {
+        let id = app.train(letters_with(name, json!({"steps": 2000}))).await;
+        app.post(&format!("/adapters/train/{id}/pause"), json!({})).await;
+        ids.push(id);
+    }
+    app.state.service.training().unwrap().stop(Duration::from_secs(10)).await;
+    app.state.service.store.close().await;
+    let damage = [
+        "status = 'pause'",
+        "steps = 'many', status = 'running'",
+        "spec = '{\"method\":', status = 'queued'",
+        "metrics = '{'",
+    ];
+    for (id, damage) in ids[1..].iter().zip(damage) {
+        tamper(app.folder.path(), &format!("UPDATE jobs SET {damage} WHERE id = '{id}'")).await;
+    }
+    tamper(app.folder.path(), "UPDATE jobs SET result = '{' WHERE name = 'done'").await;
+
+    let app = TestApp::with(with(Some(app.folder.clone()))).await;
+    let text = app.get("/metrics").await.text;
+    assert!(text.contains("mote_rows_damaged{kind=\"job\"} 4"), "{text}");
+    for root in ["/adapters/train", "/v1/fine_tuning/jobs"] {
+        let listed = app.get(root).await.json();
+        let listed = listed["data"].as_array().unwrap();
+        assert_eq!(listed.len(), 6);
+        for job in listed.iter().filter(|job| job["id"] != *ids[0]) {
+            assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("job_damaged")), "{job}");
+        }
+    }
+    for id in &ids[1..] {
+        let refused = app.post(&format!("/adapters/train/{id}/resume"), json!({})).await;
+        assert_eq!((refused.error().0, refused.error().3.as_deref()), (409, Some("job_status")), "{id}");
+        assert_eq!(app.get(&format!("/adapters/train/{id}/events")).await.status, 200);
+        assert_eq!(app.get(&format!("/adapters/train/{id}/checkpoints")).await.status, 200);
+    }
+    let whole = &ids[0];
+    assert_eq!(app.job(whole).await["status"], "paused");
+    app.post(&format!("/adapters/train/{whole}/resume"), json!({})).await;
+    app.until(whole, |job| job["status"] == "running").await;
+    app.post(&format!("/adapters/train/{whole}/cancel"), json!({})).await;
+    let again = app.train(letters_with("steps", json!({"steps": 2}))).await;
+    assert_eq!(app.ended(&again).await["status"], "succeeded", "the name is free and the queue moves");
+    for id in &ids[1..] {
+        assert_eq!(app.job(id).await["status"], "failed");
+    }
 }
 
 /// All methods on the tiny golden model, in a real process that is killed with SIGKILL.

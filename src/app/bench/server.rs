@@ -61,6 +61,8 @@ impl Server {
         std::fs::create_dir_all(&folder).map_err(io(&folder.display().to_string()))?;
         let mut command = Command::new(program);
         command.args(["serve", "--no-auth", "--listen", "127.0.0.1:0", "--no-prefix-cache"]);
+        // All load comes from here.
+        command.args(["--max-connections-per-address", "0"]);
         command.args(["--log", "info", "--log-format", "text", "--data-dir"]).arg(&folder);
         command.args(flags(setup));
         // What the operator set for his own server is not for this one: his database least of all.

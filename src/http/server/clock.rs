@@ -192,6 +192,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 
     use super::*;
+    use crate::http::TrustedProxies;
 
     /// A client that is this slow is not given up: longer than all clocks together.
     const AGES: Duration = Duration::from_millis(600);
@@ -202,6 +203,8 @@ mod tests {
 
     const CONFIG: ServerConfig = ServerConfig {
         max_connections: 1,
+        max_connections_per_address: None,
+        trusted: TrustedProxies(Vec::new()),
         header_timeout: milliseconds(60),
         idle_timeout: milliseconds(150),
         write_timeout: milliseconds(100),

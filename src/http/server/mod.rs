@@ -1,10 +1,11 @@
 //! The listener: our own accept loop over hyper, because what protects it lives below HTTP. Every connection has clocks ([`clock`]), a bounded send
-//! buffer and a place among `--max-connections`; it may be TLS ([`tls`]).
+//! buffer and a place ([`places`]); it may be TLS ([`tls`]).
 //!
 //! HTTP/1.1 only: one request at a time on a connection, so a connection is at most one running request, and the cap bounds them too.
 
 mod clock;
 mod guard;
+mod places;
 mod tls;
 
 use std::{convert::Infallible, future::Future, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
@@ -23,10 +24,11 @@ use tower::ServiceExt as _;
 
 pub use tls::{TlsError, tls_config};
 
-use super::peer::Socket;
-use crate::telemetry::ConnectionMetrics;
+use super::{TrustedProxies, peer::Socket};
+use crate::telemetry::{ConnectionMetrics, RefusalLabels};
 use clock::{Clocked, Stage};
 use guard::Guarded;
+use places::{Cap, Place, Places};
 
 /// Bytes of an answer that wait in the program for a client, besides those in the system's send buffer.
 const WRITE_BUFFER: usize = 128 << 10;
@@ -38,8 +40,6 @@ const KEEP_ALIVE: Duration = Duration::from_secs(60);
 const REFUSALS: usize = 64;
 /// For how long a refused client may take its answer.
 const REFUSAL_PATIENCE: Duration = Duration::from_secs(1);
-/// What a connection beyond the cap is told.
-const REFUSAL_BODY: &str = r#"{"error":{"message":"The server has as many connections as it takes.","type":"api_error","param":null,"code":"overloaded"}}"#;
 /// Between two tries when the system gives no connection, because there are too many open files for example.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -48,6 +48,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct ServerConfig {
     /// Connections at once.
     pub max_connections: usize,
+    /// Of them those of one address, an IPv6 address by its /64; None: as many as there are.
+    pub max_connections_per_address: Option<usize>,
+    /// Addresses that many clients are behind: their connections count only in all.
+    pub trusted: TrustedProxies,
     /// From the first byte of a request to the end of its head; for a new connection from its beginning, TLS included.
     pub header_timeout: Duration,
     /// Between two requests.
@@ -63,6 +67,8 @@ impl Default for ServerConfig {
         let seconds = Duration::from_secs;
         Self {
             max_connections: 900,
+            max_connections_per_address: Some(450),
+            trusted: TrustedProxies::default(),
             header_timeout: seconds(10),
             idle_timeout: seconds(75),
             write_timeout: seconds(30),
@@ -94,7 +100,7 @@ pub async fn serve(
 ) -> io::Result<()> {
     // Connections inherit it. It turns the system's own sizing off, under which a client that never reads may have megabytes.
     SockRef::from(&listener).set_send_buffer_size(SEND_BUFFER)?;
-    let places = Arc::new(Semaphore::new(config.max_connections));
+    let places = Places::new(&config);
     let refusals = Arc::new(Semaphore::new(REFUSALS));
     let server = Server { router, config: Arc::new(config), metrics, stop: CancellationToken::new() };
     let running = TaskTracker::new();
@@ -115,15 +121,15 @@ pub async fn serve(
             // What comes now is not waited for.
             tasks = TaskTracker::new();
         }
-        match places.clone().try_acquire_owned() {
+        match places.take(peer.ip()) {
             Ok(place) => tasks.spawn(server.clone().connection(stream, peer, place)),
-            Err(_) => {
-                server.metrics.refused.inc();
+            Err(cap) => {
+                server.metrics.refused.get_or_create(&RefusalLabels { cap: cap.label() }).inc();
                 let Ok(place) = refusals.clone().try_acquire_owned() else { continue };
                 let plain = server.config.tls.is_none();
                 tasks.spawn(async move {
                     if plain {
-                        refuse(stream, place).await
+                        refuse(stream, cap, place).await
                     }
                 })
             }
@@ -150,11 +156,13 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// Beyond the cap: an answer at once is better than a wait in the backlog, which no client can tell from a dead server.
-async fn refuse(mut stream: TcpStream, _place: OwnedSemaphorePermit) {
+/// Beyond a cap: an answer at once is better than a wait in the backlog, which no client can tell from a dead server.
+async fn refuse(mut stream: TcpStream, cap: Cap, _place: OwnedSemaphorePermit) {
+    let body =
+        format!(r#"{{"error":{{"message":"{}","type":"api_error","param":null,"code":"overloaded"}}}}"#, cap.words());
     let answer = format!(
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {}\r\nretry-after: 1\r\nconnection: close\r\n\r\n{REFUSAL_BODY}",
-        REFUSAL_BODY.len()
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {}\r\nretry-after: 1\r\nconnection: close\r\n\r\n{body}",
+        body.len()
     );
     let say = async {
         stream.write_all(answer.as_bytes()).await?;
@@ -169,7 +177,7 @@ async fn refuse(mut stream: TcpStream, _place: OwnedSemaphorePermit) {
 }
 
 impl Server {
-    async fn connection(self, stream: TcpStream, peer: SocketAddr, _place: OwnedSemaphorePermit) {
+    async fn connection(self, stream: TcpStream, peer: SocketAddr, _place: Place) {
         self.metrics.open.inc();
         if let Err(error) = set_up(&stream, self.config.write_timeout) {
             tracing::debug!(%error, "a connection keeps the system's settings");

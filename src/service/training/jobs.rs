@@ -9,12 +9,12 @@ use serde_json::Value;
 use super::{
     DataSource, JobSpec, PolicySource, TrainRequest, Training, TrainingConfig,
     prepare::{build_described, check_sizes, inline_bytes, prepare},
-    report::event,
-    spec::{Checked, hyper_error},
+    report::{self, event},
+    spec::{Checked, damaged_job, hyper_error},
     worker::Saved,
 };
 use crate::{
-    adapter::{NumberType, codec},
+    adapter::{NumberType, Scheme, codec},
     service::{Error, ErrorKind, Service, adapters::store_error, completion::blocking},
     store::{
         EventLevel, EventRecord, JobData, JobKey, JobRecord, JobStatus, JobStored, NewJob, SamplesRecord, StoreError,
@@ -61,8 +61,8 @@ pub struct JobInfo {
     pub result: Value,
     /// Null unless it has failed.
     pub error: Value,
-    /// What it does.
-    pub spec: JobSpec,
+    /// What it does; None when that cannot be read.
+    pub spec: Option<JobSpec>,
 }
 
 /// A checkpoint as a job's owner sees it.
@@ -194,7 +194,7 @@ impl Service {
             }
             JobStored::Before(job) => job,
         };
-        info(job)
+        Ok(info(job))
     }
 
     /// The bytes of a data set; None when there is none.
@@ -223,7 +223,7 @@ impl Service {
     /// # Errors
     /// 404 job_not_found.
     pub async fn job(&self, caller: &Caller, id: &str) -> Result<JobInfo, Error> {
-        info(self.own_job(caller, id).await?)
+        Ok(info(self.own_job(caller, id).await?))
     }
 
     async fn own_job(&self, caller: &Caller, id: &str) -> Result<JobRecord, Error> {
@@ -242,7 +242,7 @@ impl Service {
         let mut jobs = self.store.jobs(caller.tenant, after, limit + 1).await.map_err(Error::internal)?;
         let more = jobs.len() > limit as usize;
         jobs.truncate(limit as usize);
-        Ok((jobs.into_iter().map(info).collect::<Result<_, _>>()?, more))
+        Ok((jobs.into_iter().map(info).collect(), more))
     }
 
     /// Ends a job for good. It publishes nothing from then on.
@@ -254,7 +254,7 @@ impl Service {
         let store = self.store.by(caller.actor());
         let job = store.cancel_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
         self.training()?.interrupt(id);
-        info(job)
+        Ok(info(job))
     }
 
     /// Stops a job for now; it keeps where it stands.
@@ -265,7 +265,7 @@ impl Service {
         possible(id)?;
         let job = self.store.pause_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
         self.training()?.interrupt(id);
-        info(job)
+        Ok(info(job))
     }
 
     /// Puts a paused job back into the queue.
@@ -273,10 +273,12 @@ impl Service {
     /// # Errors
     /// 404; 409 when it has ended.
     pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<JobInfo, Error> {
-        possible(id)?;
+        if info(self.own_job(caller, id).await?).spec.is_none() {
+            return Err(job_error(StoreError::JobStatus(JobStatus::Failed), id));
+        }
         let job = self.store.resume_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
         self.training()?.changed();
-        info(job)
+        Ok(info(job))
     }
 
     /// At most `limit` events of a job after the one with number `after`, oldest first.
@@ -314,8 +316,8 @@ impl Service {
     /// # Errors
     /// 404.
     pub async fn job_checkpoints(&self, caller: &Caller, id: &str) -> Result<Vec<CheckpointInfo>, Error> {
-        let job = info(self.own_job(caller, id).await?)?;
-        let is_default = job.spec.read_scheme()? == crate::adapter::Scheme::default();
+        let spec = info(self.own_job(caller, id).await?).spec;
+        let is_default = spec.is_some_and(|spec| spec.read_scheme().is_ok_and(|scheme| scheme == Scheme::default()));
         let records = self.store.checkpoints(id).await.map_err(Error::internal)?;
         let shown = |record: crate::store::CheckpointRecord| {
             let saved: Saved = serde_json::from_str(&record.state).map_err(Error::internal)?;
@@ -414,23 +416,46 @@ fn job_error(error: StoreError, name: &str) -> Error {
     }
 }
 
-fn info(record: JobRecord) -> Result<JobInfo, Error> {
-    let value = |text: Option<String>| match text {
+/// What is JSON in a job's row: its spec; its metrics, result and error.
+///
+/// # Errors
+/// What cannot be read.
+pub(super) fn texts(record: &JobRecord) -> Result<(JobSpec, [Value; 3]), String> {
+    if let Some(cause) = &record.damaged {
+        return Err(cause.clone());
+    }
+    let value = |text: &Option<String>| match text {
         None => Ok(Value::Null),
-        Some(text) => serde_json::from_str(&text).map_err(Error::internal),
+        Some(text) => serde_json::from_str(text),
     };
-    Ok(JobInfo {
-        spec: serde_json::from_str(&record.spec).map_err(Error::internal)?,
-        metrics: value(record.metrics)?,
-        result: value(record.result)?,
-        error: value(record.error)?,
+    let read = || -> serde_json::Result<_> {
+        let spec = serde_json::from_str(&record.spec)?;
+        Ok((spec, [value(&record.metrics)?, value(&record.result)?, value(&record.error)?]))
+    };
+    read().map_err(|error| error.to_string())
+}
+
+/// A job as its owner sees it. One that cannot be read has failed, whatever its row says.
+fn info(record: JobRecord) -> JobInfo {
+    let (status, spec, [metrics, result, error]) = match texts(&record) {
+        Ok((spec, texts)) => (record.status, Some(spec), texts),
+        Err(_) => {
+            let error = report::error_value(&damaged_job(), "job_damaged");
+            (JobStatus::Failed, None, [Value::Null, Value::Null, error])
+        }
+    };
+    JobInfo {
         id: record.id,
         name: record.name,
-        status: record.status,
+        status,
         step: record.step,
         steps: record.steps,
         created_at: record.created_at,
         started_at: record.started_at,
         finished_at: record.finished_at,
-    })
+        metrics,
+        result,
+        error,
+        spec,
+    }
 }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     adapter::{NumberType, Scheme, codec},
-    service::{Error, Service, Upload, resolve::scheme_error, upload::Content},
+    service::{Error, ErrorKind, Service, Upload, resolve::scheme_error, upload::Content},
     tenant::Caller,
 };
 
@@ -106,13 +106,25 @@ pub struct JobSpec {
     pub origin: Origin,
 }
 
+/// What is told of a job that is not in the store as this program wrote it.
+pub(super) fn damaged_job() -> Error {
+    let message = "The job is damaged in the server's store and does not go on; not all that is shown of it may be right. Make it anew.";
+    Error::new(ErrorKind::Internal, message).with_code("job_damaged")
+}
+
+/// The same for a worker that found it so; the cause goes to the log.
+pub(super) fn damaged(cause: impl std::fmt::Display) -> Error {
+    tracing::error!(%cause, "a training job is damaged in the store");
+    damaged_job()
+}
+
 impl JobSpec {
     /// The scheme.
     ///
     /// # Errors
     /// A description that this program cannot have written.
     pub(super) fn read_scheme(&self) -> Result<Scheme, Error> {
-        Scheme::from_json(&self.scheme).map_err(Error::internal)
+        Scheme::from_json(&self.scheme).map_err(damaged)
     }
 
     /// The numbers to begin with, so many.
@@ -121,8 +133,8 @@ impl JobSpec {
     /// Bytes that this program cannot have written.
     pub(super) fn initial(&self, numbers: usize) -> Result<Vec<f32>, Error> {
         let Some(text) = &self.init else { return Ok(vec![0.0; numbers]) };
-        let bytes = STANDARD.decode(text).map_err(Error::internal)?;
-        codec::decode(&bytes, NumberType::F32, numbers).map_err(Error::internal)
+        let bytes = STANDARD.decode(text).map_err(damaged)?;
+        codec::decode(&bytes, NumberType::F32, numbers).map_err(damaged)
     }
 }
 

@@ -18,11 +18,17 @@ use tokio::{
     sync::{Notify, Semaphore, watch},
 };
 
-use super::{PolicySource, TrainingConfig, report, spec::JobSpec, worker};
+use super::{
+    PolicySource, TrainingConfig,
+    jobs::texts,
+    report,
+    spec::{damaged, damaged_job},
+    worker,
+};
 use crate::{
     service::{BaseInfo, Error, ErrorKind, Service},
     store::{JobRecord, JobStatus, StartLimits, Store, StoreError},
-    telemetry::{JobLabels, Metrics},
+    telemetry::{DamagedLabels, JobLabels, Metrics},
     types::TenantId,
 };
 
@@ -92,7 +98,7 @@ impl std::fmt::Debug for Training {
 }
 
 impl Training {
-    /// Puts jobs of a former process back into the queue, and begins to take jobs.
+    /// Puts jobs of a former process back into the queue, sets damaged ones apart, and begins to take jobs.
     ///
     /// # Errors
     /// Only the database's.
@@ -117,12 +123,13 @@ impl Training {
             killed: AtomicBool::new(false),
             validations: Semaphore::new(VALIDATIONS),
         });
+        let validating = look_through(&inner).await?;
         let waiting = inner.store.requeue_jobs().await?;
         if waiting > 0 {
             tracing::info!(jobs = waiting, "training jobs go on from their last checkpoints");
         }
         let training = Self { inner };
-        for job in training.inner.store.validating_jobs().await? {
+        for job in validating {
             training.validate(job);
         }
         tokio::spawn(take_jobs(training.inner.clone()));
@@ -182,7 +189,7 @@ impl Training {
             }
             let (id, apart) = (job.id.clone(), inner.clone());
             let checked = tokio::task::spawn_blocking(move || {
-                let spec: JobSpec = serde_json::from_str(&job.spec).map_err(Error::internal)?;
+                let (spec, _) = texts(&job).map_err(damaged)?;
                 // Its end deletes a job's data; then nobody hears of this error.
                 let gone = || Error::new(ErrorKind::Internal, "The job's data is gone.").with_code("internal_error");
                 Ok(worker::load(&apart, &job, &spec)?.ok_or_else(gone)?.settings.steps)
@@ -229,6 +236,28 @@ impl Training {
         }
         true
     }
+}
+
+/// Looks at every job that has not ended: damaged ones fail, so that none is taken and their names are free. Gives those that are being validated.
+async fn look_through(inner: &Inner) -> Result<Vec<JobRecord>, StoreError> {
+    let mut validating = Vec::new();
+    for job in inner.store.unfinished_jobs().await? {
+        let Err(cause) = texts(&job) else {
+            validating.extend((job.status == JobStatus::Validating).then_some(job));
+            continue;
+        };
+        tracing::error!(
+            job = job.id,
+            tenant = job.tenant.0,
+            name = job.name,
+            cause,
+            "a training job cannot be read: it has failed"
+        );
+        inner.metrics.damaged.get_or_create(&DamagedLabels { kind: "job" }).inc();
+        let error = report::error_value(&damaged_job(), "job_damaged").to_string();
+        inner.store.set_job_apart(&job.id, error).await?;
+    }
+    Ok(validating)
 }
 
 /// Takes jobs as long as there are places and jobs; then waits for either.

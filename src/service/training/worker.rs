@@ -14,9 +14,10 @@ use serde_json::{Value, json};
 
 use super::{
     PolicyRequest,
+    jobs::texts,
     prepare::{Prepared, prepare},
     report,
-    spec::{JobSpec, published_metadata},
+    spec::{JobSpec, damaged, published_metadata},
     supervisor::Inner,
     validation::{Validation, validate},
 };
@@ -114,7 +115,7 @@ pub(super) fn run(inner: &Arc<Inner>, job: JobRecord, stop: Stop) {
 fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Leave> {
     // An owner who stopped it between its claim and the worker's entry on the list found nobody to tell.
     still_ours(inner, &job)?;
-    let spec: JobSpec = serde_json::from_str(&job.spec).map_err(Error::internal)?;
+    let (spec, _) = texts(&job).map_err(damaged)?;
     if spec.fingerprint != inner.base.fingerprint.to_string() {
         let message = format!(
             "The job was made for the base {}, but this server serves {}.",
@@ -125,7 +126,7 @@ fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Lea
     let Some(prepared) = load(inner, &job, &spec)? else {
         // Whoever ended it meanwhile has deleted its data.
         still_ours(inner, &job)?;
-        return Err(Error::internal("a job that has not ended has no data").into());
+        return Err(damaged("a job that has not ended has no data").into());
     };
     let mut worker = Worker { inner: inner.clone(), job, spec, stop, tokens: 0 };
     worker.train(prepared)
@@ -193,7 +194,7 @@ impl Worker {
     /// The newest checkpoint.
     fn saved(&self) -> Result<Option<Saved>, Error> {
         let found = self.inner.runtime.block_on(self.inner.store.checkpoints(&self.job.id)).map_err(Error::internal)?;
-        found.first().map(|newest| serde_json::from_str(&newest.state).map_err(Error::internal)).transpose()
+        found.first().map(|newest| serde_json::from_str(&newest.state).map_err(damaged)).transpose()
     }
 
     fn checkpoint(&self, run: &Run, metrics: String) -> Result<NewCheckpoint, Error> {

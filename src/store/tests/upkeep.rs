@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::tenant::{ApiKey, AuthError, Directory, LimitChanges, Limits, Role};
 
 fn directory(database: &Database) -> &Path {
     match &database.config.location {
@@ -80,6 +81,178 @@ async fn rows_that_cannot_be_read_are_named_and_stop_nobody() {
     tamper(directory(&database), &format!("UPDATE generations SET generation = x'0102' WHERE {}", row("e"))).await;
     store.delete_adapter(BUILT_IN_TENANT, "e").await.unwrap();
     assert_eq!(loaded(&store).await.0.len(), 6);
+    store.close().await;
+}
+
+/// A new key of a tenant's, and its public identifier.
+async fn key_of(store: &Store, tenant: &str) -> (ApiKey, String) {
+    let key = ApiKey::generate().unwrap();
+    let new = NewKey {
+        key: key.clone(),
+        tenant: tenant.into(),
+        create_tenant: true,
+        role: Role::Member,
+        expires_at: None,
+        only_first: false,
+    };
+    let record = store.create_key(new).await.unwrap().unwrap();
+    (key, record.id)
+}
+
+#[tokio::test]
+async fn a_damaged_key_never_works_and_nobody_else_notices() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    let good = key_of(&store, "alice").await;
+    let damage = ["role = 'king'", "role = x'61'", "expires_at = 'soon'", "revoked_at = x'00'", "created_at = 'once'"];
+    let mut bad = Vec::new();
+    for damage in damage {
+        let key = key_of(&store, "alice").await;
+        tamper(directory(&database), &format!("UPDATE keys SET {damage} WHERE id = '{}'", key.1)).await;
+        bad.push((damage, key));
+    }
+    let cut = key_of(&store, "alice").await;
+    tamper(directory(&database), &format!("UPDATE keys SET hash = x'0102' WHERE id = '{}'", cut.1)).await;
+    let callers = Directory::new(Arc::new(store.clone()), Arc::default());
+    for (damage, (key, id)) in &bad {
+        match callers.verify(key.secret(), None).await {
+            Err(AuthError::Damaged(words)) => assert!(words.contains(&**id), "{words}"),
+            other => panic!("{damage}: {other:?}"),
+        }
+    }
+    assert_eq!(callers.verify(cut.0.secret(), None).await, Err(AuthError::UnknownKey), "nothing has its hash");
+    assert!(callers.verify(good.0.secret(), None).await.is_ok());
+    let listed = store.keys(store.tenant("alice").await.unwrap().id).await.unwrap();
+    assert_eq!(listed.iter().map(|key| &*key.id).collect::<Vec<_>>(), [&*good.1]);
+    let mut named: Vec<String> = store.damaged_rows().await.unwrap().into_iter().map(|row| row.name).collect();
+    let mut expected: Vec<String> = bad.iter().map(|(_, (_, id))| id.clone()).chain([cut.1]).collect();
+    named.sort();
+    expected.sort();
+    assert_eq!(named, expected);
+
+    // An admin is rid of it; what does not work cannot be rotated into what does.
+    let (key, id) = &bad[0].1;
+    let rotation = Rotation { key: ApiKey::generate().unwrap(), grace: 0, expires_at: None };
+    assert!(matches!(store.rotate_key(id, rotation).await, Err(StoreError::Damaged(_))));
+    assert!(matches!(store.key(id).await, Err(StoreError::Damaged(_))));
+    store.revoke_key(id).await.unwrap();
+    assert!(callers.verify(key.secret(), None).await.is_err());
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_damaged_tenant_shuts_out_its_own_keys_and_nobody_else() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    let mut keys = HashMap::new();
+    for name in ["a", "b", "c", "d", "e"] {
+        keys.insert(name, key_of(&store, name).await.0);
+    }
+    let tenant_c = store.tenant("c").await.unwrap().id;
+    for (number, name) in ["whole", "spoilt", "bare"].into_iter().enumerate() {
+        written(store.put_adapter(new(tenant_c, name, number as u64)).await);
+    }
+    let row = |name: &str| format!("adapter = (SELECT id FROM adapters WHERE name = '{name}')");
+    tamper(
+        directory(&database),
+        &format!(
+            "UPDATE tenants SET max_adapters = 'many' WHERE name = 'b'; UPDATE tenants SET weight = -1 WHERE name = 'c'; \
+             UPDATE tenants SET created_at = x'00' WHERE name = 'd'; \
+             UPDATE generations SET generation = x'0102' WHERE {}; DELETE FROM generations WHERE {}",
+            row("spoilt"),
+            row("bare")
+        ),
+    )
+    .await;
+    let callers = Directory::new(Arc::new(store.clone()), Arc::default());
+    for (name, key) in &keys {
+        let verified = callers.verify(key.secret(), None).await;
+        match *name {
+            "a" | "e" => assert_eq!(&*verified.unwrap().tenant_name, *name),
+            _ => assert!(matches!(verified, Err(AuthError::Damaged(_))), "{name}: {verified:?}"),
+        }
+    }
+    let named: Vec<DamagedRow> = store.damaged_rows().await.unwrap();
+    let named: Vec<_> = named.iter().map(|row| (row.kind, &*row.name)).collect();
+    assert_eq!(named, [(Damaged::Tenant, "b"), (Damaged::Tenant, "c"), (Damaged::Tenant, "d")], "and not their keys");
+    // Lists go on behind them, however short the pages are.
+    let mut listed: Vec<String> = Vec::new();
+    while let Some(next) = store.tenants(listed.last().map(String::as_str), 1).await.unwrap().pop() {
+        listed.push(next.name);
+    }
+    assert_eq!(listed, ["a", "default", "e"]);
+    assert!(matches!(store.tenant("b").await, Err(StoreError::Damaged(_))));
+
+    // An admin mends its limits, or deletes it, spoilt adapters and all.
+    let changes = || LimitChanges { weight: Some(Some(3)), ..LimitChanges::default() };
+    let mended = store.set_limits("b", changes()).await.unwrap();
+    assert_eq!((mended.limits.adapters, mended.limits.weight), (None, Some(3)));
+    assert_eq!(store.tenant("b").await.unwrap(), mended);
+    assert!(callers.verify(keys["b"].secret(), None).await.is_ok());
+    assert!(matches!(store.set_limits("d", changes()).await, Err(StoreError::Damaged(_))));
+    for name in ["c", "d"] {
+        store.delete_tenant(name).await.unwrap();
+        assert_eq!(callers.verify(keys[name].secret(), None).await, Err(AuthError::UnknownKey));
+    }
+    assert!(store.damaged_rows().await.unwrap().is_empty());
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_damaged_job_has_failed_and_holds_up_nobody() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    let bob = store.create_tenant("bob").await.unwrap().id;
+    let job = |number: u32, tenant| NewJob {
+        id: format!("ftjob-{number:032x}"),
+        tenant,
+        name: format!("name{number}"),
+        name_must_be_free: true,
+        status: JobStatus::Queued,
+        spec: "{}".into(),
+        steps: 10,
+        data: vec![(JobData::Training, b"train".to_vec())],
+        limits: Limits::default(),
+        most: 10,
+        key: None,
+        event: NewEvent { kind: "status", level: EventLevel::Info, message: "made".into(), data: "{}".into() },
+    };
+    for number in 1..=5 {
+        store.create_job(job(number, BUILT_IN_TENANT)).await.unwrap();
+    }
+    store.create_job(job(6, bob)).await.unwrap();
+    let damage = ["steps = -10", "status = 'runing'", "attempt = 'first'", "spec = x'00ff'"];
+    for (number, damage) in (1..).zip(damage) {
+        tamper(directory(&database), &format!("UPDATE jobs SET {damage} WHERE id = 'ftjob-{number:032x}'")).await;
+    }
+    tamper(directory(&database), "UPDATE tenants SET max_running_jobs = 'some' WHERE name = 'bob'").await;
+    let listed = store.jobs(BUILT_IN_TENANT, None, 10).await.unwrap();
+    assert_eq!(listed.len(), 5);
+    for job in &listed[1..] {
+        assert!(job.status == JobStatus::Failed && job.damaged.is_some() && job.name.starts_with("name"), "{job:?}");
+        assert!(matches!(
+            store.resume_job(BUILT_IN_TENANT, &job.id).await,
+            Err(StoreError::JobStatus(JobStatus::Failed))
+        ));
+    }
+    let limits = StartLimits { running: 10, running_of_tenant: 10, trained_tokens_per_day: None };
+    let claim = || store.claim_job(limits, "here", Vec::new());
+    assert_eq!(claim().await.unwrap().unwrap().name, "name5", "the only one whose row and tenant can be read");
+    assert_eq!(claim().await.unwrap(), None);
+
+    let unfinished = store.unfinished_jobs().await.unwrap();
+    assert_eq!(unfinished.len(), 6);
+    for job in unfinished.iter().filter(|job| job.damaged.is_some()) {
+        store.set_job_apart(&job.id, "{\"code\":\"job_damaged\"}".into()).await.unwrap();
+        assert_eq!(store.job(job.tenant, &job.id).await.unwrap().status, JobStatus::Failed);
+        assert_eq!(store.job_data(&job.id, JobData::Training).await.unwrap(), None);
+    }
+    assert_eq!(store.unfinished_jobs().await.unwrap().len(), 2);
+    let again = NewJob { name: "name1".into(), ..job(7, BUILT_IN_TENANT) };
+    assert!(matches!(store.create_job(again).await.unwrap(), JobStored::New(_)), "the name is free");
+    let mended = LimitChanges { running_jobs: Some(None), ..LimitChanges::default() };
+    store.set_limits("bob", mended).await.unwrap();
+    assert_eq!(claim().await.unwrap().unwrap().tenant, bob);
     store.close().await;
 }
 

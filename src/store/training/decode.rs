@@ -2,7 +2,7 @@
 
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
-use super::{FileRecord, JobRecord};
+use super::{FileRecord, JobRecord, JobStatus};
 use crate::{
     store::{Result, StoreError},
     types::TenantId,
@@ -20,8 +20,30 @@ macro_rules! select_jobs {
 }
 pub(super) use select_jobs;
 
-/// A row of [`select_jobs`].
-pub(super) fn job(row: &AnyRow) -> Result<JobRecord> {
+/// A row of [`select_jobs`]. One that cannot be read is a job that has failed: no worker takes it and nobody resumes it, and its owner sees what has become of it.
+pub(super) fn job(row: &AnyRow) -> JobRecord {
+    read_job(row).unwrap_or_else(|error| JobRecord {
+        id: row.try_get(0).unwrap_or_default(),
+        tenant: TenantId(row.try_get(1).unwrap_or_default()),
+        owner: row.try_get::<&str, _>(2).unwrap_or_default().into(),
+        name: row.try_get(3).unwrap_or_default(),
+        status: JobStatus::Failed,
+        attempt: row.try_get(5).unwrap_or_default(),
+        step: count(row, 6).unwrap_or_default(),
+        steps: count(row, 7).unwrap_or_default(),
+        events: count(row, 8).unwrap_or_default(),
+        created_at: row.try_get(9).unwrap_or_default(),
+        started_at: row.try_get(10).unwrap_or_default(),
+        finished_at: row.try_get(11).unwrap_or_default(),
+        spec: row.try_get(12).unwrap_or_default(),
+        metrics: row.try_get(13).unwrap_or_default(),
+        result: None,
+        error: None,
+        damaged: Some(error.to_string()),
+    })
+}
+
+fn read_job(row: &AnyRow) -> Result<JobRecord> {
     Ok(JobRecord {
         id: row.try_get(0)?,
         tenant: TenantId(row.try_get(1)?),
@@ -39,6 +61,7 @@ pub(super) fn job(row: &AnyRow) -> Result<JobRecord> {
         metrics: row.try_get(13)?,
         result: row.try_get(14)?,
         error: row.try_get(15)?,
+        damaged: None,
     })
 }
 
@@ -70,11 +93,11 @@ pub(super) async fn own_job(connection: &mut AnyConnection, tenant: TenantId, id
         .bind(tenant.0)
         .fetch_optional(connection)
         .await?;
-    job(&row.ok_or(StoreError::JobNotFound)?)
+    Ok(job(&row.ok_or(StoreError::JobNotFound)?))
 }
 
 /// A job, whoever owns it.
 pub(super) async fn any_job(connection: &mut AnyConnection, id: &str) -> Result<JobRecord> {
     let row = sqlx::query(select_jobs!("j.id = $1")).bind(id).fetch_optional(connection).await?;
-    job(&row.ok_or(StoreError::JobNotFound)?)
+    Ok(job(&row.ok_or(StoreError::JobNotFound)?))
 }

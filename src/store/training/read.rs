@@ -21,7 +21,7 @@ impl Store {
         decode::own_job(&mut connection, tenant, id).await
     }
 
-    /// A tenant's jobs, newest first: at most `limit` of those older than `after`.
+    /// A tenant's jobs, newest first: at most `limit` of those older than `after`. Damaged ones are among them, as failed.
     ///
     /// # Errors
     /// Only the database's.
@@ -32,16 +32,18 @@ impl Store {
             .bind(i64::from(limit))
             .fetch_all(&self.pool)
             .await?;
-        rows.iter().map(decode::job).collect()
+        Ok(rows.iter().map(decode::job).collect())
     }
 
-    /// Every job that is being validated: at start.
+    /// Every job that has not ended, damaged ones among them: at start.
     ///
     /// # Errors
     /// Only the database's.
-    pub async fn validating_jobs(&self) -> Result<Vec<JobRecord>> {
-        let rows = sqlx::query(select_jobs!("j.status = 'validating' ORDER BY j.id")).fetch_all(&self.pool).await?;
-        rows.iter().map(decode::job).collect()
+    pub async fn unfinished_jobs(&self) -> Result<Vec<JobRecord>> {
+        let rows = sqlx::query(select_jobs!("j.status NOT IN ('succeeded', 'failed', 'cancelled') ORDER BY j.id"))
+            .fetch_all(&self.pool)
+            .await?;
+        Ok(rows.iter().map(decode::job).collect())
     }
 
     /// Where a job stands, whoever owns it, and under which attempt.

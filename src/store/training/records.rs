@@ -171,6 +171,8 @@ pub struct JobRecord {
     pub result: Option<String>,
     /// Once it failed, JSON.
     pub error: Option<String>,
+    /// Why its row cannot be read. Such a job counts as failed; of the rest there is what can be read.
+    pub damaged: Option<String>,
 }
 
 /// How much an event matters.

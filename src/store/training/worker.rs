@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use sqlx::Row as _;
+use sqlx::{Row as _, any::AnyRow};
 
 use super::{
     JobRecord, JobStatus, NewCheckpoint, NewEvent, Progress, Publication, StartLimits,
@@ -35,7 +35,8 @@ impl Tx<'_> {
             .fetch_all(&mut *self.connection)
             .await?;
         for row in &rows {
-            running.insert(row.try_get(0)?, count(row, 1)?);
+            // A job whose tenant cannot be read runs all the same.
+            running.insert(row.try_get(0).unwrap_or_default(), count(row, 1)?);
         }
         if running.values().sum::<u64>() >= limits.running {
             return Ok(None);
@@ -51,8 +52,7 @@ impl Tx<'_> {
         .bind(day)
         .fetch_all(&mut *self.connection)
         .await?;
-        let mut best: Option<(u64, String, bool)> = None;
-        for row in &rows {
+        let allowed = |row: &AnyRow| -> Result<Option<(u64, String, bool)>> {
             let (id, tenant): (String, i64) = (row.try_get(0)?, row.try_get(1)?);
             let load = running.get(&tenant).copied().unwrap_or(0);
             let running = of_tenant(Some(limits.running_of_tenant), bound(row, 3)?);
@@ -60,12 +60,20 @@ impl Tx<'_> {
             let allowed = running.is_none_or(|most| load < most)
                 && count(row, 5).map(|today| trained.is_none_or(|most| today < most))?
                 && !busy.contains(&id);
-            // Of tenants that have equally many, whoever came first.
-            if allowed && best.as_ref().is_none_or(|(least, ..)| load < *least) {
-                best = Some((load, id, row.try_get::<Option<i64>, _>(2)?.is_some()));
+            Ok(allowed.then_some((load, id, row.try_get::<Option<i64>, _>(2)?.is_some())))
+        };
+        // One that cannot be read, or whose tenant cannot, waits and holds up nobody.
+        let mut candidates: Vec<_> = rows.iter().filter_map(|row| allowed(row).ok().flatten()).collect();
+        // Of tenants that have equally many, whoever came first: the sort is stable.
+        candidates.sort_by_key(|(load, ..)| *load);
+        let mut next = None;
+        for (_, id, again) in candidates {
+            if any_job(self.connection, &id).await?.damaged.is_none() {
+                next = Some((id, again));
+                break;
             }
         }
-        let Some((_, id, again)) = best else { return Ok(None) };
+        let Some((id, again)) = next else { return Ok(None) };
         let now = self.now;
         sqlx::query(
             "UPDATE jobs SET attempt = attempt + 1, lease = $1, started_at = COALESCE(started_at, $2) WHERE id = $3",
@@ -202,6 +210,22 @@ impl Tx<'_> {
         self.end_job(id, JobStatus::Failed, None, Some(error), events).await
     }
 
+    /// Ends a job of which nothing can be relied on: only what ends it is written. It gets no event, as how many it has may be what cannot be read.
+    async fn set_job_apart(&mut self, id: &str, error: String) -> Result<()> {
+        let (now, change) = (self.now, self.next_seq());
+        sqlx::query(
+            "UPDATE jobs SET status = 'failed', error = $1, finished_at = $2, lease = NULL, change_seq = $3 WHERE id = $4",
+        )
+        .bind(error)
+        .bind(now)
+        .bind(change)
+        .bind(id)
+        .execute(&mut *self.connection)
+        .await?;
+        sqlx::query("DELETE FROM job_data WHERE job = $1").bind(id).execute(&mut *self.connection).await?;
+        Ok(())
+    }
+
     async fn publish_job(&mut self, id: &str, attempt: i64, publication: Publication) -> Result<JobRecord> {
         self.held_job(id, attempt).await?;
         let mut results = Vec::with_capacity(1);
@@ -318,6 +342,15 @@ impl Store {
     pub async fn fail_job(&self, id: &str, attempt: i64, error: String, events: Vec<NewEvent>) -> Result<JobRecord> {
         let id = id.to_owned();
         self.writer.job(move |tx| Box::pin(async move { tx.fail_job(&id, attempt, error, events).await })).await
+    }
+
+    /// Ends a damaged job, whoever has it: its name is free, and no worker takes it.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn set_job_apart(&self, id: &str, error: String) -> Result<()> {
+        let id = id.to_owned();
+        self.writer.job(move |tx| Box::pin(async move { tx.set_job_apart(&id, error).await })).await
     }
 
     /// Publishes a job's adapter and ends the job, both or neither.
