@@ -94,7 +94,8 @@ class Runs:
         name = f"{task}-{method}-{numbers}-lr{rate}-seed{seed}-{held_out}"
         out = os.path.join(self.work, name + ".bin")
         report = out + ".json"
-        if not os.path.exists(report):
+        cost = out + ".cpu.json"  # written last
+        if not os.path.exists(cost):
             if self.args.plan or time.monotonic() > self.args.until:
                 self.made += 1
                 return None
@@ -119,13 +120,13 @@ class Runs:
             if child.returncode != 0:
                 raise RuntimeError(f"{name}: {said[-2000:]}")
             cpu = usage.ru_utime + usage.ru_stime
-            with open(out + ".cpu.json", "w") as file:
+            with open(cost, "w") as file:
                 json.dump({"cpu_seconds": cpu}, file)
             print(f"{name}: {time.monotonic() - begun:.0f} s, {cpu:.0f} of a core: {' | '.join(said.splitlines()[1:])}", flush=True)
         with open(report) as file:
             found = json.load(file)
         # A run that was interrupted and taken up again counts its last part only.
-        with open(out + ".cpu.json") as file:
+        with open(cost) as file:
             return found | json.load(file)
 
 

@@ -223,9 +223,10 @@ impl Tx<'_> {
                 result => results.push(result),
             }
         }
-        if only && let (1, Some(generation)) = (created.len(), generations.pop()) {
-            // Nothing else happens in this transaction.
-            self.created = created.first().map(|record| Created { record: record.clone(), generation });
+        if only {
+            // Nothing else happens in this transaction: it is written with the end.
+            let both = created.first().cloned().zip(generations.pop());
+            self.created = both.map(|(record, generation)| Created { record, generation });
         } else {
             self.insert_adapters(&created).await?;
             self.insert_generations(&generations).await?;

@@ -21,7 +21,7 @@ static INSERT: RowsSql = RowsSql::new(
     "",
 );
 
-/// The ends of a transaction with at most one adapter and one entry, by what it has: one question each, as SQLite takes it. Every question costs a
+/// The ends of a transaction, by what is written with COMMIT: at most one adapter and one entry, SQLite only, in one question. Every question costs a
 /// way to the connection's thread and back.
 static ENDS: LazyLock<[[SqlStr; 2]; 2]> = LazyLock::new(|| {
     let text = |adapter: bool, entry: bool| {
@@ -77,25 +77,16 @@ impl Tx<'_> {
     /// Writes what was noted and ends the transaction.
     pub(super) async fn commit(mut self) -> Result<()> {
         let (created, deeds, now) = (self.created.take(), std::mem::take(&mut self.deeds), self.now);
-        if self.dialect == Dialect::Sqlite && deeds.len() <= 1 {
-            let end = &ENDS[usize::from(created.is_some())][deeds.len()];
-            let mut query = sqlx::query(end.clone());
-            query = created.iter().fold(query, |query, created| created.bind(query, now));
-            query = deeds.iter().fold(query, |query, entry| bind(query, entry, now));
-            query.execute(&mut *self.connection).await?;
-            return Ok(());
-        }
-        if let Some(created) = &created {
-            created.bind(sqlx::query(INSERT_ONE.clone()), now).execute(&mut *self.connection).await?;
-        }
-        for (sql, piece) in INSERT.exact(self.dialect, &deeds) {
-            let mut query = sqlx::query(sql);
-            for entry in piece {
-                query = bind(query, entry, now);
-            }
+        let one = self.dialect == Dialect::Sqlite && deeds.len() == 1;
+        let (before, with_end) = if one { (&[][..], &deeds[..]) } else { (&deeds[..], &[][..]) };
+        for (sql, piece) in INSERT.exact(self.dialect, before) {
+            let query = piece.iter().fold(sqlx::query(sql), |query, entry| bind(query, entry, now));
             query.execute(&mut *self.connection).await?;
         }
-        sqlx::query("COMMIT").execute(&mut *self.connection).await?;
+        let mut end = sqlx::query(ENDS[usize::from(created.is_some())][with_end.len()].clone());
+        end = created.iter().fold(end, |query, created| created.bind(query, now));
+        end = with_end.iter().fold(end, |query, entry| bind(query, entry, now));
+        end.execute(&mut *self.connection).await?;
         Ok(())
     }
 

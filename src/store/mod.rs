@@ -12,6 +12,7 @@ mod decode;
 mod error;
 mod idempotency;
 mod intern;
+mod keys;
 mod read;
 mod records;
 mod rows;
@@ -26,11 +27,11 @@ mod writer;
 
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
 pub use error::{Result, StoreError, Unwritable};
+pub use keys::{NewKey, Rotation};
 pub use records::{
     AdapterRecord, Change, Contents, CorruptAdapter, Damaged, DamagedRow, Facts, GenerationRecord, Idempotency,
     LoadedAdapter, NewAdapter, Observer, OnConflict, Stored,
 };
-pub use tenants::{NewKey, Rotation};
 pub use training::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
     NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,

@@ -1,15 +1,10 @@
-//! Tenants and their keys.
+//! Tenants and what is set for them.
 
-use std::collections::HashSet;
-
-use futures::{TryStreamExt as _, future::BoxFuture};
 use sqlx::{Row as _, any::AnyRow};
 
 use super::{Change, Damaged, DamagedRow, Result, Store, StoreError, decode, decode::bound, writer::Tx};
 use crate::{
-    tenant::{
-        ApiKey, BUILT_IN_TENANT, KeyHash, KeyRecord, KeySource, KeySourceError, LimitChanges, Overrides, Role, Tenant,
-    },
+    tenant::{BUILT_IN_TENANT, LimitChanges, Overrides, Tenant},
     types::TenantId,
 };
 
@@ -18,19 +13,6 @@ macro_rules! limit_columns {
     () => {
         "t.max_adapters, t.max_stored_bytes, t.max_concurrent_requests, t.max_requests_per_minute, \
          t.max_tokens_per_minute, t.max_running_jobs, t.max_queued_jobs, t.max_trained_tokens_per_day, t.weight"
-    };
-}
-
-/// Keys with their owners, as [`key_record`] reads them.
-macro_rules! select_keys {
-    ($condition:literal) => {
-        concat!(
-            "SELECT k.id, k.tenant, t.name, k.hash, k.prefix, k.role, k.created_at, k.expires_at, k.revoked_at, \
-             k.last_used_at, ",
-            limit_columns!(),
-            ", t.created_at FROM keys k JOIN tenants t ON t.id = k.tenant WHERE t.deleted = 0 AND ",
-            $condition
-        )
     };
 }
 
@@ -45,9 +27,10 @@ macro_rules! select_tenants {
         )
     };
 }
+pub(super) use {limit_columns, select_tenants};
 
 /// The columns of `limit_columns`, from a position on.
-fn overrides(row: &AnyRow, at: usize) -> Result<Overrides> {
+pub(super) fn overrides(row: &AnyRow, at: usize) -> Result<Overrides> {
     let mut bounds = [None; Overrides::NAMES.len()];
     for (column, slot) in bounds.iter_mut().enumerate() {
         *slot = bound(row, at + column)?;
@@ -68,36 +51,14 @@ fn readable_overrides(row: &AnyRow, at: usize) -> Overrides {
 }
 
 /// What was read of a row, whose name is in a column; whatever keeps it from being read is the trouble of that row alone.
-fn or_damaged<T>(read: Result<T>, kind: Damaged, row: &AnyRow, name: usize) -> Result<T> {
+pub(super) fn or_damaged<T>(read: Result<T>, kind: Damaged, row: &AnyRow, name: usize) -> Result<T> {
     read.map_err(|error| {
         let (name, cause) = (row.try_get(name).unwrap_or_default(), error.to_string());
         StoreError::Damaged(DamagedRow { kind, name, cause })
     })
 }
 
-fn key_record(row: &AnyRow) -> Result<KeyRecord> {
-    or_damaged(read_key(row), Damaged::Key, row, 0)
-}
-
-fn read_key(row: &AnyRow) -> Result<KeyRecord> {
-    // No key of a tenant works of which anything cannot be read.
-    row.try_get::<i64, _>(11 + Overrides::NAMES.len())?;
-    Ok(KeyRecord {
-        id: row.try_get(0)?,
-        tenant: TenantId(row.try_get(1)?),
-        tenant_name: row.try_get(2)?,
-        hash: KeyHash(decode::array(row.try_get(3)?, "key hash")?),
-        prefix: row.try_get(4)?,
-        role: row.try_get::<&str, _>(5)?.parse().map_err(|_| StoreError::Corrupt("role"))?,
-        created_at: row.try_get(6)?,
-        expires_at: row.try_get(7)?,
-        revoked_at: row.try_get(8)?,
-        last_used_at: row.try_get(9)?,
-        limits: overrides(row, 10)?,
-    })
-}
-
-fn tenant(row: &AnyRow) -> Result<Tenant> {
+pub(super) fn tenant(row: &AnyRow) -> Result<Tenant> {
     or_damaged(overrides(row, 3).and_then(|limits| read_tenant(row, limits)), Damaged::Tenant, row, 1)
 }
 
@@ -105,41 +66,16 @@ fn read_tenant(row: &AnyRow, limits: Overrides) -> Result<Tenant> {
     Ok(Tenant { id: TenantId(row.try_get(0)?), name: row.try_get(1)?, created_at: row.try_get(2)?, limits })
 }
 
-/// A key to be made known.
-#[derive(Debug, Clone)]
-pub struct NewKey {
-    /// Its hash and its first characters are kept.
-    pub key: ApiKey,
-    /// The owner's name.
-    pub tenant: String,
-    /// Make the tenant when there is none of that name?
-    pub create_tenant: bool,
-    /// What it may do.
-    pub role: Role,
-    /// Unix seconds from which it no longer works.
-    pub expires_at: Option<i64>,
-    /// Only if no key was ever made: for the first admin key, of which two starts at once must make one.
-    pub only_first: bool,
-}
-
-/// A key to take another's place.
-#[derive(Debug, Clone)]
-pub struct Rotation {
-    /// The new key.
-    pub key: ApiKey,
-    /// Seconds for which the old one still works, unless it ends before.
-    pub grace: i64,
-    /// Unix seconds from which the new one no longer works. None: it lives as long as the old one was made to.
-    pub expires_at: Option<i64>,
-}
-
 impl Tx<'_> {
-    async fn living_tenant(&mut self, name: &str) -> Result<Option<Tenant>> {
-        let row = sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&mut *self.connection).await?;
-        row.as_ref().map(tenant).transpose()
+    async fn tenant_row(&mut self, name: &str) -> Result<Option<AnyRow>> {
+        Ok(sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&mut *self.connection).await?)
     }
 
-    async fn create_tenant(&mut self, name: String) -> Result<Tenant> {
+    pub(super) async fn living_tenant(&mut self, name: &str) -> Result<Option<Tenant>> {
+        self.tenant_row(name).await?.as_ref().map(tenant).transpose()
+    }
+
+    pub(super) async fn create_tenant(&mut self, name: String) -> Result<Tenant> {
         if self.living_tenant(&name).await?.is_some() {
             return Err(StoreError::TenantExists);
         }
@@ -155,8 +91,7 @@ impl Tx<'_> {
     }
 
     async fn set_limits(&mut self, name: &str, changes: &LimitChanges) -> Result<Tenant> {
-        let row = sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&mut *self.connection).await?;
-        let row = row.ok_or(StoreError::TenantNotFound)?;
+        let row = self.tenant_row(name).await?.ok_or(StoreError::TenantNotFound)?;
         // Limits that cannot be read are what this mends: all of them are written anew.
         let mut tenant = or_damaged(read_tenant(&row, readable_overrides(&row, 3)), Damaged::Tenant, &row, 1)?;
         tenant.limits.change(changes);
@@ -230,102 +165,6 @@ impl Tx<'_> {
         self.erased = true;
         Ok(id)
     }
-
-    async fn create_key(&mut self, new: NewKey) -> Result<Option<KeyRecord>> {
-        if new.only_first
-            && sqlx::query("SELECT id FROM keys LIMIT 1").fetch_optional(&mut *self.connection).await?.is_some()
-        {
-            return Ok(None);
-        }
-        let tenant = match self.living_tenant(&new.tenant).await? {
-            Some(tenant) => tenant,
-            None if new.create_tenant => self.create_tenant(new.tenant).await?,
-            None => return Err(StoreError::TenantNotFound),
-        };
-        self.insert_key(&new.key, tenant, new.role, new.expires_at).await.map(Some)
-    }
-
-    async fn insert_key(
-        &mut self,
-        key: &ApiKey,
-        tenant: Tenant,
-        role: Role,
-        expires_at: Option<i64>,
-    ) -> Result<KeyRecord> {
-        let change = self.next_seq();
-        let record = KeyRecord {
-            // Of the hash: unique, and tells nothing about the key.
-            id: format!("key_{}", hex(&key.hash().0[..8])),
-            tenant: tenant.id,
-            tenant_name: tenant.name,
-            hash: key.hash(),
-            prefix: key.visible_prefix().to_owned(),
-            role,
-            created_at: self.now,
-            expires_at,
-            revoked_at: None,
-            last_used_at: None,
-            limits: tenant.limits,
-        };
-        sqlx::query(
-            "INSERT INTO keys (id, tenant, hash, prefix, role, created_at, expires_at, change_seq) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-        )
-        .bind(&*record.id)
-        .bind(record.tenant.0)
-        .bind(&record.hash.0[..])
-        .bind(&*record.prefix)
-        .bind(record.role.as_str())
-        .bind(record.created_at)
-        .bind(record.expires_at)
-        .bind(change)
-        .execute(&mut *self.connection)
-        .await?;
-        Ok(record)
-    }
-
-    async fn rotate_key(&mut self, id: &str, new: Rotation) -> Result<(KeyRecord, KeyRecord)> {
-        let row = sqlx::query(select_keys!("k.id = $1")).bind(id).fetch_optional(&mut *self.connection).await?;
-        let mut old = key_record(&row.ok_or(StoreError::KeyNotFound)?)?;
-        if !old.is_live(self.now) {
-            return Err(StoreError::KeyNotLive);
-        }
-        let lifetime = old.expires_at.map(|at| self.now.saturating_add(at.saturating_sub(old.created_at)));
-        let end = self.now.saturating_add(new.grace);
-        old.expires_at = Some(old.expires_at.map_or(end, |at| at.min(end)));
-        let change = self.next_seq();
-        sqlx::query("UPDATE keys SET expires_at = $1, change_seq = $2 WHERE id = $3")
-            .bind(old.expires_at)
-            .bind(change)
-            .bind(id)
-            .execute(&mut *self.connection)
-            .await?;
-        let owner = self.living_tenant(&old.tenant_name).await?.ok_or(StoreError::TenantNotFound)?;
-        let made = self.insert_key(&new.key, owner, old.role, new.expires_at.or(lifetime)).await?;
-        Ok((made, old))
-    }
-
-    async fn revoke_key(&mut self, id: &str) -> Result<()> {
-        let (now, change) = (self.now, self.next_seq());
-        let done = sqlx::query("UPDATE keys SET revoked_at = COALESCE(revoked_at, $1), change_seq = $2 WHERE id = $3")
-            .bind(now)
-            .bind(change)
-            .bind(id)
-            .execute(&mut *self.connection)
-            .await?;
-        if done.rows_affected() == 0 { Err(StoreError::KeyNotFound) } else { Ok(()) }
-    }
-
-    async fn touch_key(&mut self, id: &str, at: i64) -> Result<()> {
-        let change = self.next_seq();
-        sqlx::query("UPDATE keys SET last_used_at = $1, change_seq = $2 WHERE id = $3")
-            .bind(at)
-            .bind(change)
-            .bind(id)
-            .execute(&mut *self.connection)
-            .await?;
-        Ok(())
-    }
 }
 
 /// What was changed, for the audit log. Names and numbers: nothing in it needs escaping.
@@ -334,15 +173,6 @@ fn limits_text(changes: &LimitChanges) -> String {
     let fields: Vec<String> =
         changes.named().into_iter().map(|(name, number)| format!("\"{name}\":{}", shown(number))).collect();
     format!("{{{}}}", fields.join(","))
-}
-
-/// Whose key and what it may do, for the audit log.
-fn key_text(key: &KeyRecord) -> String {
-    format!("{{\"tenant\":\"{}\",\"role\":\"{}\"}}", key.tenant_name, key.role)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Store {
@@ -417,109 +247,5 @@ impl Store {
                 _ => return Ok(tenants),
             }
         }
-    }
-
-    /// Every row of a tenant or a key that cannot be read: at start. Keys of a damaged tenant are not named one by one.
-    ///
-    /// # Errors
-    /// Only the database's.
-    pub async fn damaged_rows(&self) -> Result<Vec<DamagedRow>> {
-        let mut damaged = Vec::new();
-        let mut tenants: HashSet<i64> = HashSet::new();
-        let mut rows = sqlx::query(select_tenants!("1 = 1 ORDER BY t.id")).fetch(&self.pool);
-        while let Some(row) = rows.try_next().await? {
-            if let Err(StoreError::Damaged(of_tenant)) = tenant(&row) {
-                damaged.push(of_tenant);
-                tenants.extend(row.try_get::<i64, _>(0));
-            }
-        }
-        drop(rows);
-        let mut rows = sqlx::query(select_keys!("1 = 1 ORDER BY k.id")).fetch(&self.pool);
-        while let Some(row) = rows.try_next().await? {
-            let named = row.try_get::<i64, _>(1).is_ok_and(|tenant| tenants.contains(&tenant));
-            if let Err(StoreError::Damaged(of_key)) = key_record(&row)
-                && !named
-            {
-                damaged.push(of_key);
-            }
-        }
-        Ok(damaged)
-    }
-
-    /// Makes a key known. None: it was to be the first, and is not.
-    ///
-    /// # Errors
-    /// [`StoreError::TenantNotFound`], [`StoreError::Damaged`].
-    pub async fn create_key(&self, new: NewKey) -> Result<Option<KeyRecord>> {
-        self.audited(
-            move |tx| Box::pin(tx.create_key(new)),
-            |actor, made| made.as_ref().map(|key| actor.did("key.create", key.id.clone()).with(key_text(key))),
-        )
-        .await
-    }
-
-    /// Makes a key with the owner and the role of another, which then ends after a grace period; the new one, and the old one as it is then.
-    ///
-    /// # Errors
-    /// [`StoreError::KeyNotFound`], [`StoreError::KeyNotLive`], [`StoreError::Damaged`].
-    pub async fn rotate_key(&self, id: &str, new: Rotation) -> Result<(KeyRecord, KeyRecord)> {
-        let (id, target) = (id.to_owned(), id.to_owned());
-        self.audited(
-            move |tx| Box::pin(async move { tx.rotate_key(&id, new).await }),
-            |actor, (made, _)| Some(actor.did("key.rotate", target).with(format!("{{\"new\":\"{}\"}}", made.id))),
-        )
-        .await
-    }
-
-    /// Ends a key; it stays listed. Revoking again changes nothing.
-    ///
-    /// # Errors
-    /// [`StoreError::KeyNotFound`].
-    pub async fn revoke_key(&self, id: &str) -> Result<()> {
-        let id = id.to_owned();
-        let target = id.clone();
-        self.audited(
-            move |tx| Box::pin(async move { tx.revoke_key(&id).await }),
-            |actor, ()| Some(actor.did("key.revoke", target)),
-        )
-        .await
-    }
-
-    /// A key by its public identifier.
-    ///
-    /// # Errors
-    /// [`StoreError::KeyNotFound`], [`StoreError::Damaged`].
-    pub async fn key(&self, id: &str) -> Result<KeyRecord> {
-        let row = sqlx::query(select_keys!("k.id = $1")).bind(id).fetch_optional(&self.pool).await?;
-        key_record(&row.ok_or(StoreError::KeyNotFound)?)
-    }
-
-    /// The keys of a tenant, oldest first, revoked ones too; without damaged ones, which the log named at the start.
-    ///
-    /// # Errors
-    /// Only the database's.
-    pub async fn keys(&self, tenant: TenantId) -> Result<Vec<KeyRecord>> {
-        let rows = sqlx::query(select_keys!("k.tenant = $1 ORDER BY k.created_at, k.id"))
-            .bind(tenant.0)
-            .fetch_all(&self.pool)
-            .await?;
-        Ok(rows.iter().filter_map(|row| key_record(row).ok()).collect())
-    }
-}
-
-impl KeySource for Store {
-    fn key_by_hash(&self, hash: KeyHash) -> BoxFuture<'_, std::result::Result<Option<KeyRecord>, KeySourceError>> {
-        Box::pin(async move {
-            let row = sqlx::query(select_keys!("k.hash = $1")).bind(&hash.0[..]).fetch_optional(&self.pool).await;
-            let record = row.map_err(StoreError::from).and_then(|row| row.as_ref().map(key_record).transpose());
-            record.map_err(|error| match error {
-                StoreError::Damaged(row) => KeySourceError::Damaged(row.to_string()),
-                other => KeySourceError::Unavailable(other.to_string()),
-            })
-        })
-    }
-
-    fn touch_key(&self, id: String, at: i64) {
-        self.writer.try_job(move |tx| Box::pin(async move { tx.touch_key(&id, at).await }));
     }
 }

@@ -16,7 +16,7 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Weights of many small matrices lie side by side in chunks of this size.
 const CHUNK: usize = 32 << 20;
 
-/// Zeroed bytes on whole cache lines.
+/// Zeroed bytes on whole cache lines, and on huge pages where they fill some.
 pub(super) struct Lines {
     /// A line more than asked for, so that some word starts on a line. Words of the allocator's own alignment: with a larger one it
     /// would zero the pages itself, and touch all of a large KV cache before it is used.
@@ -50,18 +50,20 @@ impl Lines {
 }
 
 /// Asks for huge pages where they fit into a range of the program's memory. The advice does not change what it holds, and may be refused.
+#[cfg(target_os = "linux")]
 fn huge_pages(start: *const u8, bytes: usize) {
     let skipped = start.addr().wrapping_neg() % HUGE_PAGE;
-    let Some(whole) = bytes.checked_sub(skipped).map(|rest| rest / HUGE_PAGE * HUGE_PAGE).filter(|whole| *whole > 0)
-    else {
-        return;
-    };
-    #[cfg(target_os = "linux")]
-    // SAFETY: whole pages within the range.
-    unsafe {
-        libc::madvise(start.wrapping_add(skipped).cast_mut().cast(), whole, libc::MADV_HUGEPAGE);
+    let whole = bytes.saturating_sub(skipped) / HUGE_PAGE * HUGE_PAGE;
+    if whole > 0 {
+        // SAFETY: whole pages within the range.
+        unsafe {
+            libc::madvise(start.wrapping_add(skipped).cast_mut().cast(), whole, libc::MADV_HUGEPAGE);
+        }
     }
 }
+
+#[cfg(not(target_os = "linux"))]
+fn huge_pages(_: *const u8, _: usize) {}
 
 /// Where weights live: chunks on huge pages, which a stream of reads passes through faster (30 to 34 GB/s against 25 to 31 where it was measured).
 #[derive(Default)]

@@ -26,7 +26,7 @@ use super::{
     worker,
 };
 use crate::{
-    service::{BaseInfo, Error, ErrorKind, Service},
+    service::{BaseInfo, Error, Service},
     store::{JobRecord, JobStatus, StartLimits, Store, StoreError},
     telemetry::{DamagedLabels, JobLabels, Metrics},
     types::TenantId,
@@ -190,9 +190,8 @@ impl Training {
             let (id, apart) = (job.id.clone(), inner.clone());
             let checked = tokio::task::spawn_blocking(move || {
                 let (spec, _) = texts(&job).map_err(damaged)?;
-                // Its end deletes a job's data; then nobody hears of this error.
-                let gone = || Error::new(ErrorKind::Internal, "The job's data is gone.").with_code("internal_error");
-                Ok(worker::load(&apart, &job, &spec)?.ok_or_else(gone)?.settings.steps)
+                // The end of a job deletes its data; of one that has ended nobody hears this.
+                Ok(worker::load(&apart, &job, &spec)?.ok_or_else(damaged_job)?.settings.steps)
             });
             let outcome = checked.await.unwrap_or_else(|error| Err(Error::internal(error)));
             let outcome = outcome.map_err(|error| {

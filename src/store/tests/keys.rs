@@ -1,7 +1,8 @@
 use super::*;
 use crate::tenant::{ApiKey, Caller, Directory, KeySource as _, Origin, Role};
 
-fn key(key: &ApiKey, tenant: &str) -> NewKey {
+/// A member's key of a tenant, which is made if it is not there.
+pub(super) fn key(key: &ApiKey, tenant: &str) -> NewKey {
     NewKey {
         key: key.clone(),
         tenant: tenant.into(),

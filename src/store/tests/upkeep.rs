@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::tenant::{ApiKey, AuthError, Directory, LimitChanges, Limits, Role};
+use crate::tenant::{ApiKey, AuthError, Directory, LimitChanges, Limits};
 
 fn directory(database: &Database) -> &Path {
     match &database.config.location {
@@ -87,15 +87,7 @@ async fn rows_that_cannot_be_read_are_named_and_stop_nobody() {
 /// A new key of a tenant's, and its public identifier.
 async fn key_of(store: &Store, tenant: &str) -> (ApiKey, String) {
     let key = ApiKey::generate().unwrap();
-    let new = NewKey {
-        key: key.clone(),
-        tenant: tenant.into(),
-        create_tenant: true,
-        role: Role::Member,
-        expires_at: None,
-        only_first: false,
-    };
-    let record = store.create_key(new).await.unwrap().unwrap();
+    let record = store.create_key(super::keys::key(&key, tenant)).await.unwrap().unwrap();
     (key, record.id)
 }
 

@@ -164,9 +164,23 @@ impl Tx<'_> {
         error: Option<String>,
         events: Vec<NewEvent>,
     ) -> Result<JobRecord> {
+        self.mark_ended(id, status, result, error).await?;
+        self.append_events(id, events).await?;
+        any_job(self.connection, id).await
+    }
+
+    /// The row of a job that ends, and nothing that must be read for it. Until then a job has no result.
+    pub(super) async fn mark_ended(
+        &mut self,
+        id: &str,
+        status: JobStatus,
+        result: Option<String>,
+        error: Option<String>,
+    ) -> Result<()> {
         let (now, change) = (self.now, self.next_seq());
         sqlx::query(
-            "UPDATE jobs SET status = $1, result = $2, error = $3, finished_at = $4, lease = NULL, change_seq = $5 WHERE id = $6",
+            "UPDATE jobs SET status = $1, result = COALESCE($2, result), error = $3, finished_at = $4, lease = NULL, \
+             change_seq = $5 WHERE id = $6",
         )
         .bind(status.as_str())
         .bind(result)
@@ -177,8 +191,7 @@ impl Tx<'_> {
         .execute(&mut *self.connection)
         .await?;
         sqlx::query("DELETE FROM job_data WHERE job = $1").bind(id).execute(&mut *self.connection).await?;
-        self.append_events(id, events).await?;
-        any_job(self.connection, id).await
+        Ok(())
     }
 
     async fn cancel_job(&mut self, tenant: TenantId, id: &str) -> Result<JobRecord> {

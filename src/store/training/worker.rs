@@ -210,22 +210,6 @@ impl Tx<'_> {
         self.end_job(id, JobStatus::Failed, None, Some(error), events).await
     }
 
-    /// Ends a job of which nothing can be relied on: only what ends it is written. It gets no event, as how many it has may be what cannot be read.
-    async fn set_job_apart(&mut self, id: &str, error: String) -> Result<()> {
-        let (now, change) = (self.now, self.next_seq());
-        sqlx::query(
-            "UPDATE jobs SET status = 'failed', error = $1, finished_at = $2, lease = NULL, change_seq = $3 WHERE id = $4",
-        )
-        .bind(error)
-        .bind(now)
-        .bind(change)
-        .bind(id)
-        .execute(&mut *self.connection)
-        .await?;
-        sqlx::query("DELETE FROM job_data WHERE job = $1").bind(id).execute(&mut *self.connection).await?;
-        Ok(())
-    }
-
     async fn publish_job(&mut self, id: &str, attempt: i64, publication: Publication) -> Result<JobRecord> {
         self.held_job(id, attempt).await?;
         let mut results = Vec::with_capacity(1);
@@ -344,13 +328,15 @@ impl Store {
         self.writer.job(move |tx| Box::pin(async move { tx.fail_job(&id, attempt, error, events).await })).await
     }
 
-    /// Ends a damaged job, whoever has it: its name is free, and no worker takes it.
+    /// Ends a damaged job, whoever has it: its name is free, and no worker takes it. It gets no event: how many it has may be what cannot be read.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn set_job_apart(&self, id: &str, error: String) -> Result<()> {
         let id = id.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.set_job_apart(&id, error).await })).await
+        self.writer
+            .job(move |tx| Box::pin(async move { tx.mark_ended(&id, JobStatus::Failed, None, Some(error)).await }))
+            .await
     }
 
     /// Publishes a job's adapter and ends the job, both or neither.
