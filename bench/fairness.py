@@ -62,7 +62,7 @@ class Mote:
         return client.request("/v1/completions", body, key=self.keys[tenant])
 
     async def metrics(self) -> str:
-        status, text = await asyncio.to_thread(client.call, self.port, "/metrics", None, key=self.keys["single"])
+        status, text = await asyncio.to_thread(client.call, self.port, "/metrics", None, key=ADMIN)
         if status != 200:
             raise SystemExit(f"/metrics: {status}")
         return text.decode()

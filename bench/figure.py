@@ -29,27 +29,19 @@ def groups(count):
 # Steps, prompts a step, completions a prompt, tokens: the size of a run.
 STEPS, PROMPTS, SAMPLES, TOKENS = 30, 6, 6, 24
 TRAIN, HELD_OUT = 400, 400  # held-out items: the first half chooses rates, the second half is reported
+# Seeds of the sweeps, which no reported run has.
+ONE, TWO = [1000], [1000, 1001]
+# Which arms: (task, method, numbers, seeds reported, rates of the sweep, its seeds).
 # The more sites share a number, the further a step moves them all: fewer numbers want smaller rates.
-RATES = {
-    ("grpo", 1): [0.001, 0.003, 0.01, 0.03],
-    ("grpo", 13): [0.01, 0.03, 0.1],
-    ("grpo", 210): [0.03, 0.1, 0.3],
-    ("sft", 1): [0.001, 0.003, 0.01],
-    ("sft", 13): [0.003, 0.01, 0.03, 0.1],
-    ("sft", 210): [0.01, 0.03, 0.1],
-    ("es", 13): [0.03, 0.1, 0.3],
-}
-SWEEP_SEEDS = [1000, 1001]
-# Which arms: (task, method, numbers, seeds).
 ARMS = [
-    ("arithmetic", "grpo", 13, 5),
-    ("arithmetic", "sft", 13, 3),
-    ("arithmetic", "es", 13, 5),
-    ("only-number", "grpo", 13, 3),
-    ("arithmetic", "grpo", 1, 3),
-    ("arithmetic", "sft", 1, 3),
-    ("arithmetic", "grpo", 210, 3),
-    ("arithmetic", "sft", 210, 3),
+    ("arithmetic", "grpo", 13, 5, [0.003, 0.01, 0.03, 0.1], TWO),
+    ("arithmetic", "sft", 13, 3, [0.001, 0.003, 0.01, 0.03, 0.1], TWO),
+    ("arithmetic", "es", 13, 5, [0.01, 0.03, 0.1, 0.3], TWO),
+    ("only-number", "grpo", 13, 3, [0.003, 0.01, 0.03], ONE),
+    ("arithmetic", "grpo", 1, 3, [0.003, 0.01, 0.03], ONE),
+    ("arithmetic", "sft", 1, 3, [0.001, 0.003, 0.01], ONE),
+    ("arithmetic", "grpo", 210, 3, [0.01, 0.03, 0.1], ONE),
+    ("arithmetic", "sft", 210, 3, [0.003, 0.01, 0.03], ONE),
 ]
 
 
@@ -130,15 +122,15 @@ class Runs:
             return found | json.load(file)
 
 
-def chosen_rate(runs, task, method, numbers):
+def chosen_rate(runs, task, method, numbers, rates, seeds):
     """The rate with the best reward on the dev items, over the seeds and both ways of sampling; the table of all."""
     rewards = {}
-    for rate in RATES[method, numbers]:
-        reports = [runs.run(task, method, numbers, rate, seed, "dev") for seed in SWEEP_SEEDS]
+    for rate in rates:
+        reports = [runs.run(task, method, numbers, rate, seed, "dev") for seed in seeds]
         if all(report is not None for report in reports):
             found = [report["validation"]["adapter"] for report in reports]
             rewards[rate] = statistics.fmean((part["reward"] + part["sampled"]) / 2 for part in found)
-    if len(rewards) < len(RATES[method, numbers]):
+    if len(rewards) < len(rates):
         return None, rewards
     return max(rewards, key=rewards.get), rewards
 
@@ -167,14 +159,14 @@ def main():
     if not args.plan:
         make(runs, args.parallel)
     arms = []
-    for task, method, numbers, seeds in ARMS:
-        rate, sweep = chosen_rate(runs, task, method, numbers)
+    for task, method, numbers, seeds, rates, sweep_seeds in ARMS:
+        rate, sweep = chosen_rate(runs, task, method, numbers, rates, sweep_seeds)
         reports = []
         if rate is not None:
             reports = [runs.run(task, method, numbers, rate, seed, "test") for seed in range(seeds)]
         done = [report for report in reports if report is not None]
         arms.append(
-            {"task": task, "method": method, "numbers": numbers, "seeds": seeds, "rate": rate, "sweep": sweep, "done": len(done)}
+            {"task": task, "method": method, "numbers": numbers, "seeds": seeds, "rate": rate, "sweep": sweep, "sweep_seeds": len(sweep_seeds), "done": len(done)}
         )
         if not done:
             continue
@@ -201,10 +193,10 @@ def make(runs, parallel):
     for task in {arm[0] for arm in ARMS}:
         runs.task(task)
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        for task, method, numbers, seeds in ARMS:
-            sweep = [(rate, seed) for rate in RATES[method, numbers] for seed in SWEEP_SEEDS]
+        for task, method, numbers, seeds, rates, sweep_seeds in ARMS:
+            sweep = [(rate, seed) for rate in rates for seed in sweep_seeds]
             list(pool.map(lambda each: runs.run(task, method, numbers, *each, "dev"), sweep))
-            rate, _ = chosen_rate(runs, task, method, numbers)
+            rate, _ = chosen_rate(runs, task, method, numbers, rates, sweep_seeds)
             if rate is not None:
                 list(pool.map(lambda seed: runs.run(task, method, numbers, rate, seed, "test"), range(seeds)))
 
@@ -226,13 +218,13 @@ def write(out, arms):
             mean, half = spread(arm[way])
             base = arm["base_" + way]
             cells += [f"{base:.3f}", f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""), f"{mean - base:+.3f}"]
-        cells.append(f"{statistics.fmean(arm['seconds']):.0f}")
+        cells.append(f"{statistics.fmean(arm['cpu_seconds']):.0f}")
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    lines += ["", "± is the 95 % interval of the mean over seeds (Student's t). Learning rates by reward on items of their own, at a seed of its own:", ""]
-    lines += ["| task | method | numbers | reward by learning rate |", "|---|---|---|---|"]
+    lines += ["", "± is the 95 % interval of the mean over seeds (Student's t). Learning rates by reward on items of their own, at seeds of their own:", ""]
+    lines += ["| task | method | numbers | seeds a rate | reward by learning rate (mean of greedy and sampled) |", "|---|---|---|---|---|"]
     for arm in arms:
         rates = ", ".join(f"{rate}: {reward:.3f}" for rate, reward in arm["sweep"].items())
-        lines.append(f"| {arm['task']} | {arm['method']} | {arm['numbers']} | {rates} |")
+        lines.append(f"| {arm['task']} | {arm['method']} | {arm['numbers']} | {arm['sweep_seeds']} | {rates} |")
     with open(os.path.join(out, "results.md"), "w") as file:
         file.write("\n".join(lines) + "\n")
     print("\n".join(lines))

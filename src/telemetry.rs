@@ -1,6 +1,6 @@
 //! Metric names, and the counters that more than one room writes to.
 //!
-//! Labels are bounded: routes, statuses and kinds, never an adapter, a key or a path.
+//! Labels are bounded: routes, statuses and kinds, never a key or a path. (What is told of single tenants and adapters is counted in `service`.)
 
 mod process;
 

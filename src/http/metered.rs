@@ -27,6 +27,7 @@ impl FromRequestParts<AppState> for Metered {
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
         let Auth(caller) = Auth::from_request_parts(parts, state).await?;
         let account = state.service.accounts.of(caller.tenant);
+        account.set_name(&caller.tenant_name);
         if let Some(Slot(slot)) = parts.extensions.get() {
             // Empty until now: a request has one handler.
             let _ = slot.set(Arc::clone(&account));

@@ -45,10 +45,10 @@ pub(super) async fn readyz(State(state): State<AppState>) -> Response {
     Json(Health { status: "ok" }).into_response()
 }
 
-/// Counters for Prometheus, in the OpenMetrics text format.
+/// Counters for Prometheus, in the OpenMetrics text format: an admin's key sees everything, another what its tenant did.
 #[utoipa::path(get, path = "/metrics", tag = "operations", responses((status = 200, description = "OpenMetrics text.", body = String, content_type = "application/openmetrics-text"), CommonErrors))]
-pub(super) async fn metrics(State(state): State<AppState>, _caller: Auth) -> ApiResult<Response> {
-    let text = state.service.metrics_text().map_err(Error::internal)?;
+pub(super) async fn metrics(State(state): State<AppState>, Auth(caller): Auth) -> ApiResult<Response> {
+    let text = state.service.metrics_text(&caller).map_err(Error::internal)?;
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())
 }

@@ -9,7 +9,7 @@ use crate::{
     adapter::{Adapter, Scheme, peft},
     store::{AdapterRecord, Contents, GenerationRecord, Idempotency, OnConflict, StoreError, Stored},
     tenant::{Caller, check_adapter_name},
-    types::{AdapterId, Fingerprint, Generation},
+    types::{Fingerprint, Generation},
 };
 
 /// What a generation's numbers are.
@@ -227,7 +227,7 @@ impl Service {
         after: Option<&str>,
         limit: u32,
     ) -> Result<(Vec<AdapterInfo>, bool), Error> {
-        let by_id = match after.and_then(parse_id) {
+        let by_id = match after.and_then(|id| self.ids.parse(id)) {
             Some(id) => self.store.adapter_name(caller.tenant, id).await.ok(),
             None => None,
         };
@@ -341,7 +341,7 @@ impl Service {
 
     fn info(&self, record: AdapterRecord) -> Result<AdapterInfo, Error> {
         Ok(AdapterInfo {
-            id: format!("adapter-{:016x}", record.id.0),
+            id: self.ids.show(record.id),
             numbers: self.numbers(&record.contents)?,
             name: record.name,
             owner: record.owner.to_string(),
@@ -370,11 +370,6 @@ impl Service {
             incompatible: !(served && self.library.is_compatible(&adapter)),
         })
     }
-}
-
-fn parse_id(text: &str) -> Option<AdapterId> {
-    let digits = text.strip_prefix("adapter-").filter(|digits| digits.len() == 16)?;
-    i64::from_str_radix(digits, 16).ok().map(AdapterId)
 }
 
 /// A name that cannot be is one that is not: it never reaches the writer, whose transaction others share.

@@ -13,17 +13,46 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::Service;
+use super::{Service, popular::Popular};
 use crate::{
     engine::{Handle, Health, Histogram, Reading, Stats},
     telemetry::ProcessCollector,
+    tenant::{Caller, Total},
 };
 
+/// Tenants with series of their own, those that use most.
+const MOST_TENANTS: usize = 1000;
+
+/// Adapters with series of their own, those that are asked for most.
+const MOST_ADAPTERS: usize = 20;
+
 impl Service {
-    /// All metrics in the OpenMetrics text format.
-    pub fn metrics_text(&self) -> Result<String, fmt::Error> {
+    /// What a caller may see in the OpenMetrics text format: admins everything, members what their tenant did. (Sums over all tenants, less one's own, are the
+    /// others'.)
+    pub fn metrics_text(&self, caller: &Caller) -> Result<String, fmt::Error> {
         let mut registry = Registry::default();
-        self.metrics.register(&mut registry);
+        registry.register_collector(Box::new(self.tenants_collector(caller)));
+        if caller.is_admin() {
+            self.register_sums(&mut registry);
+        }
+        let mut out = String::new();
+        text::encode(&mut out, &registry)?;
+        Ok(out)
+    }
+
+    fn tenants_collector(&self, caller: &Caller) -> TenantsCollector {
+        let tenant = (!caller.is_admin()).then_some(caller.tenant);
+        let mut totals = match tenant {
+            Some(tenant) => self.accounts.of(tenant).total().into_iter().collect(),
+            None => self.accounts.totals(),
+        };
+        totals.sort_by_key(|total| std::cmp::Reverse((total.usage.completion_tokens, total.usage.requests)));
+        totals.truncate(MOST_TENANTS);
+        TenantsCollector { totals, adapters: self.popularity.top(MOST_ADAPTERS, tenant) }
+    }
+
+    fn register_sums(&self, registry: &mut Registry) {
+        self.metrics.register(registry);
         registry.register_collector(Box::new(EngineCollector(self.engine.clone())));
         registry.register_collector(Box::new(ProcessCollector));
         let adapters: Gauge = Gauge::default();
@@ -37,14 +66,44 @@ impl Service {
         let running: Gauge = Gauge::default();
         running.set(self.training.get().map_or(0, |training| i64::try_from(training.running()).unwrap_or(i64::MAX)));
         registry.register("mote_training_running", "Training jobs that run", running);
-        let mut out = String::new();
-        text::encode(&mut out, &registry)?;
-        Ok(out)
     }
 
     /// Does the engine take requests?
     pub fn is_ready(&self) -> bool {
         self.engine.health() == Health::Running
+    }
+}
+
+/// What tenants used since the process started.
+#[derive(Debug)]
+struct TenantsCollector {
+    totals: Vec<Total>,
+    adapters: Vec<Popular>,
+}
+
+type OfTotal = (&'static str, &'static str, fn(&Total) -> u64);
+
+const OF_TENANTS: [OfTotal; 3] = [
+    ("mote_tenant_requests", "Requests of a tenant that were let in", |total| total.usage.requests),
+    ("mote_tenant_prompt_tokens", "Prompt tokens of a tenant", |total| total.usage.prompt_tokens),
+    ("mote_tenant_completion_tokens", "Tokens sampled for a tenant", |total| total.usage.completion_tokens),
+];
+
+impl Collector for TenantsCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        for (name, help, read) in OF_TENANTS {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for total in &self.totals {
+                ConstCounter::new(read(total)).encode(metric.encode_family(&[("tenant", &*total.name)])?)?;
+            }
+        }
+        let help = "Requests of a tenant under an adapter, for those with most of all tenants";
+        let mut metric = encoder.encode_descriptor("mote_adapter_requests", help, None, MetricType::Counter)?;
+        for one in &self.adapters {
+            let labels = [("tenant", &*one.tenant_name), ("adapter", &*one.adapter)];
+            ConstCounter::new(one.requests).encode(metric.encode_family(&labels)?)?;
+        }
+        Ok(())
     }
 }
 

@@ -6,11 +6,13 @@ mod completion;
 mod decoding;
 mod error;
 mod follow;
+mod ids;
 mod library;
 mod limits;
 mod metrics;
 mod models;
 mod policy;
+mod popular;
 mod reader;
 mod resolve;
 mod salts;
@@ -108,6 +110,10 @@ pub struct Service {
     policy: RequestPolicy,
     /// Knows how long a newcomer would wait.
     shedder: Shedder,
+    /// Adapters' public ids.
+    ids: ids::AdapterIds,
+    /// Which adapters are asked for most.
+    popularity: popular::Popularity,
     /// Set once training has started.
     training: OnceLock<Training>,
 }
@@ -119,6 +125,7 @@ impl Service {
     /// Only the database's.
     pub async fn open(base: BaseInfo, basis: Basis, engine: Handle, store: Store) -> Result<Self, StoreError> {
         let library = Arc::new(Library::new(base.sites.clone(), Arc::new(basis), base.rank));
+        let ids = ids::AdapterIds::open(&store).await?;
         let began = Instant::now();
         let adapters = library.fill(&store).await?;
         store.observe(Arc::new(follow::Follower { library: library.clone(), engine: engine.clone() }));
@@ -143,6 +150,8 @@ impl Service {
             request_timeout: None,
             policy: RequestPolicy::default(),
             shedder: Shedder::default(),
+            ids,
+            popularity: popular::Popularity::default(),
             training: OnceLock::new(),
         })
     }

@@ -92,7 +92,11 @@ impl Service {
             }
             (Some(field), None) => self.field(caller, field)?,
         };
-        self.lease(caller, &parts)
+        let lease = self.lease(caller, &parts)?;
+        for (_, name) in parts.iter().filter_map(|(used, _)| used.stored.as_ref()) {
+            self.popularity.count(caller.tenant, &caller.tenant_name, name);
+        }
+        Ok(lease)
     }
 
     /// What a name means to the caller. An own adapter that cannot be read is an error, and never a public one of that name.

@@ -82,6 +82,7 @@ impl Service {
         let id = self.store.by(caller.actor()).delete_tenant(name).await.map_err(|error| words(error, name))?;
         self.directory.forget_all();
         self.accounts.forget(id);
+        self.popularity.forget(id);
         if let Some(training) = self.training.get() {
             training.interrupt_tenant(id);
         }

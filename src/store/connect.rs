@@ -1,6 +1,9 @@
 //! Opening a database: SQLite in a directory or PostgreSQL by URL, and bringing its tables up to date.
 
-use std::{path::Path, path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use sqlx::{
     AnyConnection, AnyPool, ConnectOptions as _, Connection as _,
@@ -8,7 +11,7 @@ use sqlx::{
     migrate::{MigrateError, Migrator},
 };
 
-use super::{Result, StoreError, rows::Dialect};
+use super::{Result, StoreError, error::sqlite_kind, rows::Dialect};
 
 static SQLITE: Migrator = sqlx::migrate!("src/store/migrations/sqlite");
 static POSTGRES: Migrator = sqlx::migrate!("src/store/migrations/postgres");
@@ -20,7 +23,16 @@ pub const FILE_NAME: &str = "mote.db";
 const PAGE_BYTES: u64 = 4096;
 
 /// How long a statement waits for another process (`mote keys`) to finish its write.
-const BUSY_MS: u32 = 10_000;
+const BUSY: Duration = Duration::from_secs(10);
+
+/// Between two attempts at what SQLite does not wait for itself.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
+
+/// Pages that the writer's connection keeps: inner pages of the trees of a million adapters.
+const WRITER_CACHE_KIB: u32 = 32 * 1024;
+
+/// The same of each reader, which asks for single rows.
+const READER_CACHE_KIB: u32 = 4 * 1024;
 
 /// Where the state is kept.
 #[derive(Clone, PartialEq, Eq)]
@@ -121,7 +133,7 @@ impl Connector {
     /// One connection.
     pub(super) async fn connect(&self) -> Result<AnyConnection> {
         let mut connection = self.options.connect().await.map_err(|error| self.failed(error))?;
-        self.set_up(&mut connection).await.map_err(|error| self.failed(error))?;
+        self.set_up(&mut connection, WRITER_CACHE_KIB).await.map_err(|error| self.failed(error))?;
         Ok(connection)
     }
 
@@ -134,18 +146,25 @@ impl Connector {
             .test_before_acquire(!self.is_sqlite())
             .after_connect(move |connection, _| {
                 let this = this.clone();
-                Box::pin(async move { this.set_up(connection).await })
+                Box::pin(async move { this.set_up(connection, READER_CACHE_KIB).await })
             })
             .connect_with(self.options.clone())
             .await
             .map_err(|error| self.failed(error))
     }
 
-    async fn set_up(&self, connection: &mut AnyConnection) -> std::result::Result<(), sqlx::Error> {
-        if let Some(pragmas) = &self.pragmas {
-            sqlx::raw_sql(sqlx::AssertSqlSafe(pragmas.clone())).execute(connection).await?;
+    async fn set_up(&self, connection: &mut AnyConnection, cache_kib: u32) -> std::result::Result<(), sqlx::Error> {
+        let Some(pragmas) = &self.pragmas else { return Ok(()) };
+        let pragmas = format!("{pragmas} PRAGMA cache_size = -{cache_kib};");
+        // SQLite does not wait for others, whatever its timeout says, where two that wait could wait for each other: of those that make a new database a
+        // WAL one, all but one are told at once that it is locked.
+        let begun = Instant::now();
+        loop {
+            match sqlx::raw_sql(sqlx::AssertSqlSafe(pragmas.clone())).execute(&mut *connection).await {
+                Err(error) if is_busy(&error) && begun.elapsed() < BUSY => tokio::time::sleep(BUSY_PAUSE).await,
+                done => return done.map(|_| ()),
+            }
         }
-        Ok(())
     }
 
     /// How a writing transaction begins: SQLite takes the write lock at once, so that what is read in it stays true.
@@ -180,6 +199,12 @@ impl Connector {
     fn failed(&self, cause: impl std::fmt::Display) -> StoreError {
         StoreError::Open { location: self.location.clone(), cause: cause.to_string() }
     }
+}
+
+/// SQLITE_BUSY and its relatives.
+fn is_busy(error: &sqlx::Error) -> bool {
+    const SQLITE_BUSY: u32 = 5;
+    sqlite_kind(error) == Some(SQLITE_BUSY)
 }
 
 /// Makes the directory and the file, readable for their owner only when they are new.
@@ -222,7 +247,8 @@ fn pragmas(sync: Sync, most_bytes: Option<u64>) -> String {
     let most = most_bytes.map(|bytes| format!(" PRAGMA max_page_count = {};", (bytes / PAGE_BYTES).max(1)));
     let most = most.unwrap_or_default();
     format!(
-        "PRAGMA busy_timeout = {BUSY_MS}; PRAGMA journal_mode = WAL; PRAGMA synchronous = {sync}; \
-         PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768;{most}"
+        "PRAGMA busy_timeout = {}; PRAGMA journal_mode = WAL; PRAGMA synchronous = {sync}; \
+         PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON; PRAGMA temp_store = MEMORY;{most}",
+        BUSY.as_millis()
     )
 }

@@ -143,8 +143,7 @@ impl StoreError {
             _ => return None,
         };
         let code = error.as_database_error()?.code()?;
-        // PostgreSQL's codes have five characters, SQLite's are numbers whose last byte is the kind.
-        match (code.as_ref(), code.parse::<u32>().ok().filter(|_| code.len() < 5).map(|code| code & 0xff)) {
+        match (code.as_ref(), sqlite_kind(error)) {
             ("53100", _) | (_, Some(13)) => Some(Unwritable::Full),
             ("25006", _) | (_, Some(8)) => Some(Unwritable::ReadOnly),
             (_, Some(10)) => Some(Unwritable::Broken),
@@ -156,6 +155,12 @@ impl StoreError {
     pub(super) fn is_fatal(&self) -> bool {
         matches!(self, Self::Database(_) | Self::Corrupt(_) | Self::Closed)
     }
+}
+
+/// What kind of error SQLite's is: the last byte of its code. PostgreSQL's codes have five characters and are none.
+pub(super) fn sqlite_kind(error: &sqlx::Error) -> Option<u32> {
+    let code = error.as_database_error()?.code()?;
+    code.parse::<u32>().ok().filter(|_| code.len() < 5).map(|code| code & 0xff)
 }
 
 impl From<sqlx::Error> for StoreError {

@@ -73,6 +73,8 @@ impl Store {
         request_hash: &[u8; 32],
     ) -> Result<Option<String>> {
         let mut connection = self.pool.acquire().await?;
-        answer(&mut connection, tenant, route, key, request_hash).await
+        let kept = answer(&mut connection, tenant, route, key, request_hash).await?;
+        self.writer.told().await;
+        Ok(kept)
     }
 }

@@ -21,7 +21,9 @@ impl Store {
     /// Only the database's.
     pub async fn own_adapter(&self, tenant: TenantId, name: &str) -> Result<Option<AdapterRecord>> {
         let mut connection = self.pool.acquire().await?;
-        decode::own_record(&mut connection, tenant, name).await
+        let record = decode::own_record(&mut connection, tenant, name).await?;
+        self.writer.told().await;
+        Ok(record)
     }
 
     /// What a name means to a tenant: its own adapter, or else a public one.
@@ -34,6 +36,7 @@ impl Store {
         }
         let row =
             sqlx::query(select_records!("a.public = 1 AND a.name = $1")).bind(name).fetch_optional(&self.pool).await?;
+        self.writer.told().await;
         decode::record(&row.ok_or(StoreError::AdapterNotFound)?)
     }
 
@@ -87,6 +90,7 @@ impl Store {
         ))
         .fetch_all(&self.pool)
         .await?;
+        self.writer.told().await;
         let more = own.len() >= limit as usize || public.len() >= limit as usize;
         let rows = own.len() + public.len();
         // A row that cannot be read was named in the log at the start.
@@ -127,6 +131,7 @@ impl Store {
         .bind(adapter.0)
         .fetch_all(&self.pool)
         .await?;
+        self.writer.told().await;
         rows.iter().map(generation_record).collect()
     }
 
@@ -174,6 +179,26 @@ impl Store {
     pub async fn meta(&self, name: &str) -> Result<Option<String>> {
         let row = sqlx::query("SELECT value FROM meta WHERE name = $1").bind(name).fetch_optional(&self.pool).await?;
         Ok(row.map(|row| row.try_get(0)).transpose()?)
+    }
+
+    /// A fact about the whole store; if there is none, this one from now on.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn meta_or_set(&self, name: &'static str, value: String) -> Result<String> {
+        self.writer
+            .job(move |tx| {
+                Box::pin(async move {
+                    sqlx::query("INSERT INTO meta (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING")
+                        .bind(name)
+                        .bind(value)
+                        .execute(&mut *tx.connection)
+                        .await?;
+                    let row = sqlx::query("SELECT value FROM meta WHERE name = $1").bind(name);
+                    Ok(row.fetch_one(&mut *tx.connection).await?.try_get(0)?)
+                })
+            })
+            .await
     }
 
     /// Notes a fact about the whole store.

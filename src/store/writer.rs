@@ -11,7 +11,7 @@ use std::{
 use futures::future::BoxFuture;
 use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Row as _, SqlSafeStr as _, SqlStr};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{RwLock, mpsc, oneshot},
     time::Instant,
 };
 
@@ -84,13 +84,17 @@ impl Tx<'_> {
 pub(super) struct Writer {
     sender: mpsc::Sender<Message>,
     observer: Arc<OnceLock<Arc<dyn Observer>>>,
+    telling: Telling,
 }
+
+/// Held from before a commit until the observer was told of it: whoever has read what was committed waits for the rest here ([`Writer::told`]).
+type Telling = Arc<RwLock<()>>;
 
 impl Writer {
     /// Starts the task on a connection whose tables are up to date.
     pub(super) fn start(connector: Connector, connection: AnyConnection) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let observer = Arc::<OnceLock<_>>::default();
+        let (observer, telling) = (Arc::<OnceLock<_>>::default(), Telling::default());
         let task = Task {
             connector,
             connection: Some(connection),
@@ -98,9 +102,16 @@ impl Writer {
             totals: Totals::default(),
             erase_at: None,
             observer: observer.clone(),
+            telling: telling.clone(),
         };
         tokio::spawn(task.run(receiver));
-        Self { sender, observer }
+        Self { sender, observer, telling }
+    }
+
+    /// Returns when the observer knows of all that could be read before the call. Without it a client could see in the store that its adapter is there, and be
+    /// told by the memory that it is not.
+    pub(super) async fn told(&self) {
+        drop(self.telling.read().await);
     }
 
     pub(super) fn observe(&self, observer: Arc<dyn Observer>) {
@@ -238,6 +249,7 @@ struct Task {
     /// When the log is to be emptied.
     erase_at: Option<Instant>,
     observer: Arc<OnceLock<Arc<dyn Observer>>>,
+    telling: Telling,
 }
 
 impl Task {
@@ -319,10 +331,12 @@ impl Task {
         };
         run_group(&mut tx, group).await?;
         let (erased, changes) = (tx.erased, tx.changes.take());
+        let telling = self.telling.write().await;
         tx.commit().await?;
         if let (Some(observer), Some(changes)) = (self.observer.get(), changes) {
             changes.into_iter().for_each(|change| observer.committed(change));
         }
+        drop(telling);
         if erased && self.connector.is_sqlite() {
             self.erase_at.get_or_insert_with(|| Instant::now() + ERASE_AFTER);
         }

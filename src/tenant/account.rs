@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -86,6 +86,17 @@ pub struct UsageOfDay {
     pub usage: Usage,
 }
 
+/// What a tenant used since the process started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Total {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Its name.
+    pub name: Arc<str>,
+    /// What.
+    pub usage: Usage,
+}
+
 /// The buckets that are in force.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Rates {
@@ -105,9 +116,21 @@ struct State {
     tokens: Option<Bucket>,
     /// Not written yet; one entry but around midnight.
     pending: Vec<(i64, Usage)>,
+    /// All since the start of the process.
+    total: Usage,
 }
 
 impl State {
+    /// Adds to what is not written yet; true if there was nothing.
+    fn pend(&mut self, day: i64, usage: &Usage) -> bool {
+        let clean = self.pending.is_empty();
+        match self.pending.last_mut() {
+            Some((last, sum)) if *last == day => sum.add(usage),
+            _ => self.pending.push((day, *usage)),
+        }
+        clean
+    }
+
     /// Takes new limits over: buckets keep what was used.
     fn limit(&mut self, limits: Limits, now: Instant) {
         self.limits = limits;
@@ -131,6 +154,8 @@ type Dirty = Mutex<Vec<Arc<Account>>>;
 #[derive(Debug)]
 pub struct Account {
     tenant: TenantId,
+    /// The tenant's name, once somebody came with one.
+    name: OnceLock<Arc<str>>,
     state: Mutex<State>,
     /// Weak: an account in that list would hold the list.
     dirty: Weak<Dirty>,
@@ -179,12 +204,26 @@ impl Account {
         }
     }
 
-    fn note(self: &Arc<Self>, mut state: parking_lot::MutexGuard<'_, State>, day: i64, usage: Usage) {
-        let clean = state.pending.is_empty();
-        match state.pending.last_mut() {
-            Some((last, sum)) if *last == day => sum.add(&usage),
-            _ => state.pending.push((day, usage)),
+    /// The name under which the tenant's use is reported.
+    pub fn set_name(&self, name: &Arc<str>) {
+        if self.name.get().is_none() {
+            let _ = self.name.set(Arc::clone(name));
         }
+    }
+
+    /// What the tenant used since the process started; None while its name is not known.
+    pub fn total(&self) -> Option<Total> {
+        let usage = self.state.lock().total;
+        Some(Total { tenant: self.tenant, name: Arc::clone(self.name.get()?), usage })
+    }
+
+    fn note(self: &Arc<Self>, mut state: parking_lot::MutexGuard<'_, State>, day: i64, usage: Usage) {
+        state.total.add(&usage);
+        self.keep(state, day, usage);
+    }
+
+    fn keep(self: &Arc<Self>, mut state: parking_lot::MutexGuard<'_, State>, day: i64, usage: Usage) {
+        let clean = state.pend(day, &usage);
         drop(state);
         if clean && let Some(dirty) = self.dirty.upgrade() {
             dirty.lock().push(Arc::clone(self));
@@ -334,8 +373,10 @@ impl Accounts {
                 requests: None,
                 tokens: None,
                 pending: Vec::new(),
+                total: Usage::default(),
             };
-            Arc::new(Account { tenant, state: Mutex::new(state), dirty: Arc::downgrade(&self.dirty) })
+            let (name, state) = (OnceLock::new(), Mutex::new(state));
+            Arc::new(Account { tenant, name, state, dirty: Arc::downgrade(&self.dirty) })
         };
         let defaults = self.defaults();
         let account = Arc::clone(&self.accounts.entry(tenant).or_insert_with(new));
@@ -377,8 +418,13 @@ impl Accounts {
         for UsageOfDay { tenant, day, usage } in usage {
             let account = self.of(tenant);
             let state = account.state.lock();
-            account.note(state, day, usage);
+            account.keep(state, day, usage);
         }
+    }
+
+    /// What every tenant used since the process started.
+    pub fn totals(&self) -> Vec<Total> {
+        self.accounts.iter().filter_map(|account| account.total()).collect()
     }
 }
 

@@ -13,7 +13,9 @@ mod key;
 mod limits;
 mod names;
 
-pub use account::{Account, Accounts, Admission, Charge, DAY, LimitError, Rates, UsageOfDay, today, until_tomorrow};
+pub use account::{
+    Account, Accounts, Admission, Charge, DAY, LimitError, Rates, Total, UsageOfDay, today, until_tomorrow,
+};
 pub use attempts::network;
 pub use audit::{Actor, AuditRecord, Deed, Origin, Via};
 pub use bucket::Rate;

@@ -59,6 +59,10 @@ impl Tokenizer {
         // A file may carry the truncation of its training run, which would silently cut prompts.
         inner.with_truncation(None).map_err(|error| TokenizerError::Load(error.to_string()))?;
         inner.with_padding(None);
+        // Words that others sent: never evicted, kept once a thread, and faster the second time, which a stranger could measure.
+        let mut model = inner.get_model().clone();
+        model.resize_cache(0);
+        inner.with_model(model);
         let spelling = Spelling::of(inner.get_decoder())?;
         let added = inner.get_added_tokens_decoder();
         let vocabulary = inner.get_vocab(true);

@@ -17,7 +17,7 @@ use mote::{
         training::{EnginePolicies, PolicySource, TrainingConfig},
     },
     store::{Location, NewKey, Store, StoreConfig},
-    tenant::{ApiKey, Role},
+    tenant::{ApiKey, Caller, Role},
     text::{ChatTemplate, Tokenizer},
     types::{Fingerprint, TokenId},
 };
@@ -163,6 +163,11 @@ impl TestApp {
             Request::get(path).header(header::AUTHORIZATION, format!("Bearer {KEY}")).body(Body::empty()).unwrap(),
         )
         .await
+    }
+
+    /// The metrics as an admin sees them; the tests' key is a member's.
+    pub(crate) fn metrics(&self) -> String {
+        self.state.service.metrics_text(&Caller::built_in()).unwrap()
     }
 
     pub(crate) async fn delete(&self, path: &str) -> Answer {

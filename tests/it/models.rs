@@ -101,6 +101,5 @@ async fn an_adapter_inside_the_request_answers_with_its_generation() {
     assert_eq!(seen.len(), 2);
     let base = app.post("/v1/completions", body(MODEL)).await;
     assert!(base.headers.get("x-adapter-generation").is_none());
-    let answer = app.get("/metrics").await;
-    assert!(answer.text.contains("mote_engine_step_adapters_bucket{le=\"1.0\"}"));
+    assert!(app.metrics().contains("mote_engine_step_adapters_bucket{le=\"1.0\"}"));
 }

@@ -2,9 +2,12 @@
 //!
 //! So the completion of any prompt of n tokens begins at the script's n-th token, and what a test expects can be read off the script.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use mote::{
@@ -25,6 +28,8 @@ pub(crate) struct Watch {
     pub(crate) hold: Mutex<()>,
     /// Steps begun.
     pub(crate) steps: AtomicUsize,
+    /// Milliseconds that a step takes at least.
+    pub(crate) step_ms: AtomicU64,
 }
 
 pub(crate) struct Script {
@@ -57,6 +62,7 @@ impl Model for Script {
 
     fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         drop(self.watch.hold.lock());
+        std::thread::sleep(Duration::from_millis(self.watch.step_ms.load(Ordering::SeqCst)));
         self.watch.steps.fetch_add(1, Ordering::SeqCst);
         if batch.tokens.contains(&FAILS) {
             return Err(ModelError::Unsupported("the device is on fire".into()));

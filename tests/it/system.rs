@@ -65,7 +65,7 @@ async fn metrics_count_requests_tokens_and_steps() {
     get(&app, "/some/secret/path").await;
     let answer = app.get("/metrics").await;
     assert!(answer.headers[header::CONTENT_TYPE].to_str().unwrap().starts_with("application/openmetrics-text"));
-    let text = &answer.text;
+    let text = &app.metrics();
     let route = |route: &str, method: &str, status: u16| {
         value(text, &format!("mote_http_requests_total{{method=\"{method}\",route=\"{route}\",status=\"{status}\"}}"))
     };
@@ -106,7 +106,7 @@ async fn the_dashboard_asks_only_for_what_is_there() {
     let app = TestApp::new().await;
     // A family is described once it has a series.
     app.get("/healthz").await;
-    let text = app.get("/metrics").await.text;
+    let text = app.metrics();
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/grafana.json");
     let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
@@ -137,7 +137,7 @@ async fn the_dashboard_asks_only_for_what_is_there() {
 #[tokio::test]
 async fn the_process_is_shown_as_prometheus_names_it() {
     let app = TestApp::new().await;
-    let text = app.get("/metrics").await.text;
+    let text = app.metrics();
     let number = |name: &str| value(&text, name).unwrap_or_else(|| panic!("{name} in\n{text}"));
     assert!(number("process_resident_memory_bytes") > 4e6);
     assert!(number("process_open_fds") >= 3.0 && number("process_threads") >= 2.0);

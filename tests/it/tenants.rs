@@ -108,3 +108,47 @@ async fn keys_are_made_and_revoked_while_the_server_runs() {
     assert_eq!(models().await, 401);
     assert!(!app.log().contains(key), "the log never shows a key");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_see_their_own_metrics_and_admins_everybody_s() {
+    let app = TestApp::tiny("llama").start().await;
+    let (ann, bob) = (app.tenant("ann").await, app.tenant("bob").await);
+    for key in [&ann, &bob] {
+        let upload = json!({"name": "mine", "numbers": vec![0.5; 13]});
+        assert_eq!(
+            app.as_key(key, Method::POST, "/adapters").json(&upload).send().await.expect("an answer").status(),
+            201
+        );
+    }
+    for (key, model) in [(&ann, "mine"), (&ann, "mine"), (&ann, "tiny"), (&bob, "mine")] {
+        let body = json!({"model": model, "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": true});
+        let answer = app.as_key(key, Method::POST, "/v1/completions").json(&body).send().await.expect("an answer");
+        assert_eq!(answer.status(), 200);
+    }
+    let read = async |key: &str| {
+        app.as_key(key, Method::GET, "/metrics").send().await.expect("metrics").text().await.expect("text")
+    };
+    // A charge is settled when its request is gone, a moment after its answer.
+    let mut text = read(&ann).await;
+    while !text.contains("mote_tenant_completion_tokens_total{tenant=\"ann\"} 12") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        text = read(&ann).await;
+    }
+    for line in [
+        "mote_tenant_prompt_tokens_total{tenant=\"ann\"} 9",
+        "mote_adapter_requests_total{tenant=\"ann\",adapter=\"mine\"} 2",
+    ] {
+        assert!(text.lines().any(|found| found == line), "no {line} in\n{text}");
+    }
+    let own = |line: &str| line.starts_with('#') || line.contains("tenant=\"ann\"");
+    assert!(text.lines().all(own), "something of others, or of all, in\n{text}");
+
+    let all = app.request(Method::GET, "/metrics").send().await.expect("metrics").text().await.expect("text");
+    for line in [
+        "mote_adapter_requests_total{tenant=\"ann\",adapter=\"mine\"} 2",
+        "mote_adapter_requests_total{tenant=\"bob\",adapter=\"mine\"} 1",
+        "mote_adapters_resident 2",
+    ] {
+        assert!(all.lines().any(|found| found == line), "no {line} in\n{all}");
+    }
+}

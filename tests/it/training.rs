@@ -191,7 +191,7 @@ async fn a_job_trains_measures_and_publishes() {
     let first = &samples["data"].as_array().unwrap().iter().find(|it| it["phase"] == "training").unwrap()["samples"][0];
     assert!(first["text"].is_string() && first["reward"].is_number(), "{first}");
 
-    let metrics = app.get("/metrics").await.text;
+    let metrics = app.metrics();
     assert!(metrics.contains("mote_training_jobs_total{status=\"succeeded\"} 1"), "{metrics}");
     assert!(metrics.contains("mote_training_steps_total 12"));
 }

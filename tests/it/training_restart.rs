@@ -195,7 +195,7 @@ async fn a_damaged_job_has_failed_and_is_never_resumed() {
     tamper(app.folder.path(), "UPDATE jobs SET result = '{' WHERE name = 'done'").await;
 
     let app = TestApp::with(with(Some(app.folder.clone()))).await;
-    let text = app.get("/metrics").await.text;
+    let text = app.metrics();
     assert!(text.contains("mote_rows_damaged{kind=\"job\"} 4"), "{text}");
     for root in ["/adapters/train", "/v1/fine_tuning/jobs"] {
         let listed = app.get(root).await.json();

@@ -321,12 +321,11 @@ def test_a_cancelled_stream_leaves_nothing(crowd, oracle):
     assert sum(after[state] for state in states) == sum(before[state] for state in states) and after[states[1]] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="an adapter's id is the store's change counter, which counts what every tenant writes")
-def test_ids_do_not_count_what_others_do(crowd, empty):
-    """What bob is told when he uploads twice does not depend on what ann uploads meanwhile."""
+def test_ids_do_not_count_what_others_do(crowd):
+    """The ids of two uploads of bob's are as far from each other as any two numbers, whether ann uploads between them or not."""
 
-    def between(server, uploads) -> int:
-        ann, bob = (Api(server.url, new_tenant(server.url, ADMIN_KEY, f"{name}-who-counts")) for name in ("ann", "bob"))
+    def between(uploads) -> int:
+        ann, bob = (Api(crowd.url, new_tenant(crowd.url, ADMIN_KEY, f"{name}-counts-{uploads}")) for name in ("ann", "bob"))
         ids = []
         for name in ("a", "b"):
             ids.append(int(bob.call("POST", "/adapters", {"name": name, "numbers": [0.5] * 13}).json()["id"].rsplit("-", 1)[1], 16))
@@ -334,19 +333,19 @@ def test_ids_do_not_count_what_others_do(crowd, empty):
                 ann.call("POST", "/adapters", {"name": f"{name}-{number}", "numbers": [0.5] * 13})
         return ids[1] - ids[0]
 
-    assert between(crowd, 5) == between(empty, 0)
+    for uploads in (0, 5):
+        assert abs(between(uploads)) > 1 << 32, "ids that are next to each other count"
 
 
-@pytest.mark.xfail(strict=True, reason="any key may read /metrics, which count everybody's requests, adapters, tokens and cache hits together")
 def test_metrics_do_not_show_what_others_do(crowd):
     """What a member reads in /metrics does not change by another's upload, completion and cache hit."""
     ann, bob = (Api(crowd.url, new_tenant(crowd.url, ADMIN_KEY, f"{name}-of-the-metrics")) for name in ("ann", "bob"))
     path, body = QUESTIONS[0].request()
 
-    def read() -> dict:
+    def read() -> str:
         answer = bob.call("GET", "/metrics")
-        names = ("mote_adapters_resident", "mote_engine_cached_tokens_total", "mote_engine_generated_tokens_total")
-        return {line.split(" ")[0]: line for line in answer.body.decode().splitlines() if line.startswith(names)}
+        assert answer.status == 200 and b"mote_tenant_requests" in answer.body
+        return answer.body.decode()
 
     idle(crowd)
     before = read()

@@ -320,3 +320,33 @@ async fn changes_are_numbered_in_the_order_of_commits() {
         }
     }
 }
+
+/// Is slow, and then remembers that it was told.
+#[derive(Default)]
+struct Slow(std::sync::atomic::AtomicBool);
+
+impl Observer for Slow {
+    fn committed(&self, _: Change) {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        self.0.store(true, std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn who_reads_a_change_comes_after_whoever_is_told_of_it() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let slow = Arc::new(Slow::default());
+        store.observe(slow.clone());
+        let writing = {
+            let store = store.clone();
+            tokio::spawn(async move { store.put_adapter(new(BUILT_IN_TENANT, "a", 1)).await })
+        };
+        while store.own_adapter(BUILT_IN_TENANT, "a").await.unwrap().is_none() {
+            tokio::task::yield_now().await;
+        }
+        assert!(slow.0.load(std::sync::atomic::Ordering::SeqCst), "the store shows what the memory has not");
+        writing.await.unwrap().unwrap();
+        store.close().await;
+    }
+}

@@ -18,7 +18,9 @@ impl Store {
     /// [`crate::store::StoreError::JobNotFound`].
     pub async fn job(&self, tenant: TenantId, id: &str) -> Result<JobRecord> {
         let mut connection = self.pool.acquire().await?;
-        decode::own_job(&mut connection, tenant, id).await
+        let job = decode::own_job(&mut connection, tenant, id).await?;
+        self.writer.told().await;
+        Ok(job)
     }
 
     /// A tenant's jobs, newest first: at most `limit` of those older than `after`. Damaged ones are among them, as failed.
@@ -32,6 +34,7 @@ impl Store {
             .bind(i64::from(limit))
             .fetch_all(&self.pool)
             .await?;
+        self.writer.told().await;
         Ok(rows.iter().map(decode::job).collect())
     }
 
@@ -82,6 +85,7 @@ impl Store {
         .bind(i64::from(limit))
         .fetch_all(&self.pool)
         .await?;
+        self.writer.told().await;
         rows.iter().map(event).collect()
     }
 
@@ -98,6 +102,7 @@ impl Store {
         .bind(i64::from(limit))
         .fetch_all(&self.pool)
         .await?;
+        self.writer.told().await;
         rows.iter().map(event).collect()
     }
 
