@@ -3,8 +3,10 @@
 
     cargo build --release
     python3 bench/figure.py --mote target/release/mote --out bench/results/figure
+    python3 bench/figure.py --mote target/release/mote --out bench/results/questions --questions DATA --model qwen2.5-coder-0.5b.gguf
 
-Every run is `mote train` on generated tasks (`mote task`): the same items, prompt and token limit for every arm, an adapter's numbers all that differs. Learning rates are
+Every run is `mote train` on generated tasks (`mote task`), or on the questions of SVAMP and GSM8K (`DATA/svamp/SVAMP.json`, `DATA/gsm8k/train.jsonl` and `test.jsonl`): the
+same items, prompt and token limit for every arm of a task, an adapter's numbers all that differs. Learning rates are
 chosen by a sweep on items that nothing else uses, at seeds that nothing else uses. A run that has been made is not made again: stop it and start it as you like.
 What a run finds does not depend on its threads or on what else the machine does, so several runs of one thread share it (`--parallel`); their cost is told in processor time.
 `--plan` prints what is left. The last step writes `results.json`, `results.md` and, if matplotlib is there, `results.svg`.
@@ -12,9 +14,11 @@ What a run finds does not depend on its threads or on what else the machine does
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -26,9 +30,27 @@ def groups(count):
     return {"convention": "peft", "rank": 2, "u": 1, "ties": {"kind": "groups", "count": count}}
 
 
-# Steps, prompts a step, completions a prompt, tokens: the size of a run.
-STEPS, PROMPTS, SAMPLES, TOKENS = 30, 6, 6, 24
-TRAIN, HELD_OUT = 400, 400  # held-out items: the first half chooses rates, the second half is reported
+@dataclasses.dataclass
+class Size:
+    """Of a run: steps, prompts a step, completions a prompt, the most tokens of each, and items."""
+
+    steps: int = 30
+    prompts: int = 6
+    samples: int = 6
+    tokens: int = 24
+    train: int = 400
+    held_out: int = 200  # so many to choose rates by, so many to report
+    prompt: str | None = None  # template of a question
+
+
+# Without a form asked for, the model of these questions writes programs until it is cut off.
+SHORT = "{question}\nThink in one short line of arithmetic, then end with '#### ' and the number."
+SIZES = {
+    "arithmetic": Size(),
+    "only-number": Size(),
+    "svamp": Size(steps=20, tokens=64, train=600, held_out=100, prompt=SHORT.replace("{question}", "{{item.Body}}. {{item.Question}}")),
+    "gsm8k": Size(steps=12, prompts=4, tokens=160, train=2000, held_out=100, prompt=SHORT.replace("{question}", "{{item.question}}")),
+}
 # Seeds of the sweeps, which no reported run has.
 ONE, TWO = [1000], [1000, 1001]
 # Which arms: (task, method, numbers, seeds reported, rates of the sweep, its seeds).
@@ -43,13 +65,19 @@ ARMS = [
     ("arithmetic", "grpo", 210, 3, [0.01, 0.03, 0.1], ONE),
     ("arithmetic", "sft", 210, 3, [0.003, 0.01, 0.03], ONE),
 ]
+# The questions: as many as two cores allow.
+ARMS_OF_QUESTIONS = [
+    ("svamp", "grpo", 13, 2, [0.01, 0.03], ONE),
+    ("gsm8k", "grpo", 13, 1, [0.01], ONE),
+    ("svamp", "sft", 13, 1, [0.003], ONE),
+]
 
 
-def hyperparameters(method, rate):
+def hyperparameters(size, method, rate):
     """What a run is told beside its data."""
-    settings = {"steps": STEPS, "prompts_per_step": PROMPTS, "max_completion_tokens": TOKENS, "learning_rate": rate}
+    settings = {"steps": size.steps, "prompts_per_step": size.prompts, "max_completion_tokens": size.tokens, "learning_rate": rate}
     if method == "grpo":
-        settings |= {"samples_per_prompt": SAMPLES}
+        settings |= {"samples_per_prompt": size.samples}
     if method == "es":
         # What a step saves on the gradient it spends on candidates.
         settings |= {"samples_per_prompt": 1, "population": 32, "sigma": 0.1}
@@ -65,19 +93,22 @@ class Runs:
         os.makedirs(self.work, exist_ok=True)
 
     def task(self, task):
-        """The folder of a task's data, its held-out items in two halves."""
-        folder = os.path.join(self.work, task)
-        if not os.path.exists(os.path.join(folder, "test.jsonl")):
-            subprocess.run(
-                [self.args.mote, "task", task, "--out", folder, "--train", str(TRAIN), "--validation", str(HELD_OUT)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+        """The folder of a task's data: items to train on, to choose rates by, and to report."""
+        folder, size = os.path.join(self.work, task), SIZES[task]
+        if os.path.exists(os.path.join(folder, "test.jsonl")):
+            return folder
+        if task in ("svamp", "gsm8k"):
+            os.makedirs(folder, exist_ok=True)
+            parts = questions(self.args.questions, task, size)
+        else:
+            make = [self.args.mote, "task", task, "--out", folder, "--train", str(size.train), "--validation", str(2 * size.held_out)]
+            subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
             with open(os.path.join(folder, "validation.jsonl")) as file:
-                lines = file.readlines()
-            for name, part in [("dev", lines[: HELD_OUT // 2]), ("test", lines[HELD_OUT // 2 :])]:
-                with open(os.path.join(folder, name + ".jsonl"), "w") as file:
-                    file.writelines(part)
+                lines = file.read().splitlines()
+            parts = {"dev": lines[: size.held_out], "test": lines[size.held_out :]}
+        for name, lines in parts.items():
+            with open(os.path.join(folder, name + ".jsonl"), "w") as file:
+                file.writelines(line + "\n" for line in lines)
         return folder
 
     def run(self, task, method, numbers, rate, seed, held_out):
@@ -93,10 +124,14 @@ class Runs:
                 return None
             command = [self.args.mote, "train", "--data", os.path.join(folder, "train.jsonl")]
             command += ["--validation", os.path.join(folder, held_out + ".jsonl"), "--method", method, "--resume"]
-            command += ["--grader", "@" + os.path.join(folder, "grader.json"), "--seed", str(seed), "--out", out]
+            command += ["--seed", str(seed), "--out", out]
+            if os.path.exists(os.path.join(folder, "grader.json")):
+                command += ["--grader", "@" + os.path.join(folder, "grader.json")]
+            if SIZES[task].prompt:
+                command += ["--prompt", SIZES[task].prompt]
             command += ["--scheme", json.dumps(groups(numbers))]
-            command += ["--samples", "4" if held_out == "test" else "1", "--log", "warn"]
-            for key, value in hyperparameters(method, rate).items():
+            command += ["--samples", "4" if held_out == "test" and not self.args.questions else "1", "--log", "warn"]
+            for key, value in hyperparameters(SIZES[task], method, rate).items():
                 command += ["--set", f"{key}={value}"]
             if self.args.model:
                 command += ["--model", self.args.model]
@@ -122,8 +157,27 @@ class Runs:
             return found | json.load(file)
 
 
+def questions(data, task, size):
+    """Lines of a dataset as published, cut into what is trained on, what chooses and what is reported."""
+    if task == "svamp":
+        with open(os.path.join(data, "svamp", "SVAMP.json")) as file:
+            items = json.load(file)
+        random.Random(0).shuffle(items)
+        test, items = items[: size.held_out], items[size.held_out :]
+    else:
+        test, items = [], []
+        for name, into in [("test", test), ("train", items)]:
+            with open(os.path.join(data, "gsm8k", name + ".jsonl")) as file:
+                into += [json.loads(line) for line in file]
+        test = test[: size.held_out]
+    dev, train = items[: size.held_out], items[size.held_out :][: size.train]
+    return {name: [json.dumps(item) for item in part] for name, part in [("test", test), ("dev", dev), ("train", train)]}
+
+
 def chosen_rate(runs, task, method, numbers, rates, seeds):
-    """The rate with the best reward on the dev items, over the seeds and both ways of sampling; the table of all."""
+    """The rate with the best reward on the dev items, over the seeds and both ways of sampling; the table of all. One rate alone is taken as it is."""
+    if len(rates) == 1:
+        return rates[0], {}
     rewards = {}
     for rate in rates:
         reports = [runs.run(task, method, numbers, rate, seed, "dev") for seed in seeds]
@@ -148,6 +202,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mote", default="target/release/mote", help="our binary; a release build")
     parser.add_argument("--model", help="another model than the default one")
+    parser.add_argument("--questions", metavar="DATA", help="train on SVAMP and GSM8K, which lie in this folder")
     parser.add_argument("--out", default="bench/results/figure", help="folder of the results")
     parser.add_argument("--work", help="folder of single runs [default: runs in --out]")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many minutes")
@@ -156,10 +211,11 @@ def main():
     args = parser.parse_args()
     args.until = time.monotonic() + 60 * args.minutes
     runs = Runs(args)
+    chosen = ARMS_OF_QUESTIONS if args.questions else ARMS
     if not args.plan:
-        make(runs, args.parallel)
+        make(runs, chosen, args.parallel)
     arms = []
-    for task, method, numbers, seeds, rates, sweep_seeds in ARMS:
+    for task, method, numbers, seeds, rates, sweep_seeds in chosen:
         rate, sweep = chosen_rate(runs, task, method, numbers, rates, sweep_seeds)
         reports = []
         if rate is not None:
@@ -188,13 +244,13 @@ def main():
     write(args.out, arms)
 
 
-def make(runs, parallel):
+def make(runs, arms, parallel):
     """Makes what is missing, several runs at a time: an arm's sweep, then its seeds."""
-    for task in {arm[0] for arm in ARMS}:
+    for task in {arm[0] for arm in arms}:
         runs.task(task)
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        for task, method, numbers, seeds, rates, sweep_seeds in ARMS:
-            sweep = [(rate, seed) for rate in rates for seed in sweep_seeds]
+        for task, method, numbers, seeds, rates, sweep_seeds in arms:
+            sweep = [(rate, seed) for rate in rates for seed in sweep_seeds if len(rates) > 1]
             list(pool.map(lambda each: runs.run(task, method, numbers, *each, "dev"), sweep))
             rate, _ = chosen_rate(runs, task, method, numbers, rates, sweep_seeds)
             if rate is not None:
@@ -202,9 +258,9 @@ def make(runs, parallel):
 
 
 def write(out, arms):
-    size = {"steps": STEPS, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_completion_tokens": TOKENS}
+    sizes = {task: dataclasses.asdict(SIZES[task]) for task in {arm["task"] for arm in arms}}
     with open(os.path.join(out, "results.json"), "w") as file:
-        json.dump({"size": size, "arms": arms}, file, indent=1)
+        json.dump({"sizes": sizes, "arms": arms}, file, indent=1, sort_keys=True)
         file.write("\n")
     lines = [
         "| task | method | numbers | learning rate | seeds | base greedy | greedy | gain | base sampled | sampled | gain | s of a core a run |",
@@ -262,6 +318,9 @@ def draw(out, arms):
                 right.plot(range(1, len(mean) + 1), mean, color=colour, label=f"{method}, 13 numbers, mean of {len(curves)}")
     if mine:
         left.axhline(mine[0]["base_greedy"], color="grey", linestyle=":", label="base")
+    else:
+        plot.close(figure)
+        return
     left.set_xscale("log")
     left.set_xticks([1, 13, 210], ["1", "13", "210"])
     left.set_xlabel("numbers")

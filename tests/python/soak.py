@@ -229,7 +229,7 @@ def summary(world, found, took):
         "p50_ms": round(quantile(world.times[kind], 0.5) * 1000, 2), "p99_ms": round(quantile(world.times[kind], 0.99) * 1000, 2),
     } for kind, counts in sorted(world.counts.items())}
     return {
-        "minutes": round(took / 60, 2), "clients": world.args.clients, "seed": world.args.seed, "requests": sum(kind["requests"] for kind in kinds.values()),
+        "minutes": round(took / 60, 2), "clients": world.args.clients, "pause": world.args.pause, "seed": world.args.seed, "requests": sum(kind["requests"] for kind in kinds.values()),
         "texts_compared": world.compared, "violations": world.violated, "first_violations": world.violations, "kinds": kinds,
     } | found
 
@@ -277,6 +277,7 @@ def main():
     parser.add_argument("--mote", default=os.environ.get("MOTE_BIN", str(ROOT / "target/debug/mote")), help="the binary")
     parser.add_argument("--minutes", type=float, default=10, help="of load, warm-up included; two restarts and two looks at the idle server come on top")
     parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--pause", type=float, default=0, help="seconds that a client waits on average before it does the next thing")
     parser.add_argument("--seed", type=int, default=None, help="of what clients choose; when each gets its turn is not the seed's")
     parser.add_argument("--model", default=None, help="as of `mote serve` [default: a tiny golden model]")
     actions = [action.__name__ for action, _ in ACTIONS]

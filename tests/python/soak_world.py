@@ -293,6 +293,9 @@ class Client:
                     await asyncio.sleep(0.05)
             except (Outage, Shed, Wrong) as error:
                 await self.after(error)
+            if self.world.args.pause and not self.world.stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.world.stop.wait(), self.rng.expovariate(1 / self.world.args.pause))
         self.wire.close()
 
     async def after(self, error):
