@@ -183,7 +183,7 @@ pub struct EngineArgs {
     /// Sequences that run at once.
     #[arg(long, env = "MOTE_MAX_BATCH", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub max_batch: u16,
-    /// Requests that may wait; one more is answered 429 queue_full.
+    /// Requests that may wait; one more is answered 429 queue_full. A fourth more is kept for tenants that have next to nothing here.
     #[arg(long, env = "MOTE_MAX_QUEUE", value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_queue: u32,
     /// Longest prompt plus completion, in tokens [default: the model's context].

@@ -1,9 +1,10 @@
-//! What handles and worker share: how many sequences are in the engine, and whether it lives.
+//! What handles and worker share: whose sequences are in the engine, and whether it lives.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU8, Ordering::SeqCst},
     },
     time::Instant,
 };
@@ -11,7 +12,7 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 use super::{
-    api::{Event, Priority},
+    api::{Event, Priority, ShareKey},
     events::{Sender, Wakes},
 };
 
@@ -30,31 +31,66 @@ pub enum Health {
 
 const STATES: [Health; 4] = [Health::Running, Health::Draining, Health::Stopped, Health::Dead];
 
+/// Beside the places for all there are a fourth as many for keys that have next to nothing here, so that a flood shuts nobody out.
+const KEPT: usize = 4;
+
+/// Next to nothing is this part of the places for all, and one sequence in any case.
+const SMALL: usize = 16;
+
+/// Sequences of a priority, waiting ones included.
+#[derive(Debug, Default)]
+struct Places {
+    all: usize,
+    by_key: HashMap<ShareKey, usize>,
+}
+
+impl Places {
+    /// Takes `n` places, or none: of `most` for everybody, and of those that are kept.
+    fn reserve(&mut self, key: ShareKey, n: usize, most: usize) -> bool {
+        let (all, own) = (self.all.saturating_add(n), self.by_key.get(&key).map_or(n, |had| had.saturating_add(n)));
+        let fits = all <= most || (own <= (most / SMALL).max(1) && all <= most + (most / KEPT).max(1));
+        if fits && n > 0 {
+            self.all = all;
+            self.by_key.insert(key, own);
+        }
+        fits
+    }
+
+    fn release(&mut self, key: ShareKey, n: usize) {
+        self.all = self.all.saturating_sub(n);
+        if let Some(own) = self.by_key.get_mut(&key) {
+            *own = own.saturating_sub(n);
+            if *own == 0 {
+                self.by_key.remove(&key);
+            }
+        }
+    }
+}
+
 /// The shared part.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
     /// By priority: each has a queue of its own, so that a flood of background requests shuts nobody out.
-    in_flight: [AtomicUsize; 2],
+    in_flight: [Mutex<Places>; 2],
     state: AtomicU8,
     gone: Mutex<bool>,
     left: Condvar,
 }
 
 impl Gate {
-    /// Takes `n` places of `most`, or none.
-    pub(super) fn reserve(&self, priority: Priority, n: usize, most: usize) -> bool {
-        let more = |now: usize| now.checked_add(n).filter(|&all| all <= most);
-        self.in_flight[priority as usize].fetch_update(SeqCst, SeqCst, more).is_ok()
+    /// Takes `n` places for a key, or none. There are `most` for all, and some more for keys that have next to nothing.
+    pub(super) fn reserve(&self, (priority, key): (Priority, ShareKey), n: usize, most: usize) -> bool {
+        self.in_flight[priority as usize].lock().reserve(key, n, most)
     }
 
     /// Gives places back.
-    pub(super) fn release(&self, priority: Priority, n: usize) {
-        self.in_flight[priority as usize].fetch_sub(n, SeqCst);
+    pub(super) fn release(&self, (priority, key): (Priority, ShareKey), n: usize) {
+        self.in_flight[priority as usize].lock().release(key, n);
     }
 
     /// Sequences of this priority in the engine, waiting ones included.
     pub(super) fn in_flight(&self, priority: Priority) -> usize {
-        self.in_flight[priority as usize].load(SeqCst)
+        self.in_flight[priority as usize].lock().all
     }
 
     /// What the engine can do now.
@@ -90,14 +126,14 @@ impl Gate {
 pub(super) struct Outbox {
     events: Sender,
     gate: Arc<Gate>,
-    priority: Priority,
+    owner: (Priority, ShareKey),
     open: bool,
 }
 
 impl Outbox {
     /// For a place that was reserved.
-    pub(super) fn new(events: Sender, gate: Arc<Gate>, priority: Priority) -> Self {
-        Self { events, gate, priority, open: true }
+    pub(super) fn new(events: Sender, gate: Arc<Gate>, owner: (Priority, ShareKey)) -> Self {
+        Self { events, gate, owner, open: true }
     }
 
     /// True when nobody listens any more.
@@ -118,7 +154,7 @@ impl Outbox {
     fn end(&mut self, event: Event, wakes: &mut Wakes) {
         if std::mem::take(&mut self.open) {
             // First the place: a client that sees the end may submit again at once.
-            self.gate.release(self.priority, 1);
+            self.gate.release(self.owner, 1);
             self.events.send_last(event, wakes);
         }
     }

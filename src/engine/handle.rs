@@ -146,8 +146,8 @@ impl Handle {
     /// Queues all of these requests or none, one receiver a request, in order. They may run in one step.
     ///
     /// # Errors
-    /// `Invalid` if one of them can never run here, `QueueFull` if those of a priority would be more than `max_batch` running and `max_queue` waiting,
-    /// `Stopped` after a shutdown or when the engine is dead.
+    /// `Invalid` if one of them can never run here, `QueueFull` if those of a priority would be more than `max_batch` running and `max_queue` waiting (a fourth more for keys
+    /// that have no more than a sixteenth of these), `Stopped` after a shutdown or when the engine is dead.
     pub fn submit_many(&self, requests: Vec<Request>) -> Result<Vec<Events>, SubmitError> {
         let Inner { config, gate, stats, .. } = &*self.inner;
         if gate.health() != Health::Running {
@@ -160,13 +160,15 @@ impl Handle {
                 "{count} sequences at once, but the engine holds at most {most}"
             )));
         }
-        let background = requests.iter().filter(|request| request.priority == Priority::Background).count();
-        let places = [(Priority::Interactive, count - background), (Priority::Background, background)];
-        for (at, &(priority, n)) in places.iter().enumerate() {
-            if !gate.reserve(priority, n, most) {
-                places[..at].iter().for_each(|&(priority, n)| gate.release(priority, n));
+        let owner = |request: &Request| (request.priority, request.share.key);
+        // Runs of one owner: as a rule there is one.
+        let runs: Vec<_> =
+            requests.chunk_by(|a, b| owner(a) == owner(b)).map(|run| (owner(&run[0]), run.len())).collect();
+        for (at, &(owner, n)) in runs.iter().enumerate() {
+            if !gate.reserve(owner, n, most) {
+                runs[..at].iter().for_each(|&(owner, n)| gate.release(owner, n));
                 stats.refused.add(count);
-                let waiting = gate.in_flight(priority).saturating_sub(config.max_batch);
+                let waiting = gate.in_flight(owner.0).saturating_sub(config.max_batch);
                 return Err(SubmitError::QueueFull(waiting));
             }
         }
@@ -193,7 +195,7 @@ impl Handle {
     /// The hashes of the prompt are made here, on the caller's thread, and not between two steps.
     fn prepare(&self, mut request: Request) -> (Submission, Events) {
         let (sender, events) = events::channel();
-        let outbox = Outbox::new(sender, Arc::clone(&self.inner.gate), request.priority);
+        let outbox = Outbox::new(sender, Arc::clone(&self.inner.gate), (request.priority, request.share.key));
         let tokens = std::mem::take(&mut request.prompt);
         let shared = self.inner.config.prefix_cache && request.use_cache;
         let chain = shared.then(|| Chain::new(request.salt, &tokens));

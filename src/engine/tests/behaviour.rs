@@ -175,6 +175,30 @@ fn a_full_queue_refuses_all_or_nothing() {
 }
 
 #[test]
+fn a_flood_fills_the_queue_for_itself_only() {
+    let (handle, watch) = engine(64, EngineConfig { max_batch: 2, max_queue: 30, ..config() });
+    let held = watch.hold.lock().unwrap();
+    let of = |key: u64, n: usize| {
+        let share = Share { key: ShareKey(key), ..Share::default() };
+        vec![Request { share, ..request(prompt(5, 1), 3) }; n]
+    };
+    let is_full = |requests: Vec<Request>| matches!(handle.submit_many(requests), Err(SubmitError::QueueFull(_)));
+    let mut events = handle.submit_many(of(1, 32)).unwrap();
+    assert!(is_full(of(1, 1)), "the flood itself");
+    // Two are a sixteenth of 32, and eight more than 32 are a fourth.
+    assert!(is_full(of(2, 3)));
+    for key in 2..6 {
+        events.extend(handle.submit_many(of(key, 2)).unwrap());
+        assert!(is_full(of(key, 1)));
+    }
+    assert!(is_full(of(6, 1)), "a crowd is no flood");
+    drop(held);
+    events.into_iter().for_each(|events| assert!(collect(events).finish.is_some()));
+    assert_eq!(handle.in_flight(), 0);
+    assert!(handle.submit_many(of(1, 32)).is_ok());
+}
+
+#[test]
 fn what_can_never_run_is_refused() {
     let (handle, _) = engine(4, config());
     let refused = |request: Request, word: &str| match handle.submit(request) {
