@@ -44,8 +44,13 @@ class Mote:
         self.server.port, self.server.health = self.port, "/readyz"
         self.server.start()
         self.server.__enter__()
-        create = lambda tenant: subprocess.run([args.mote, "keys", "create", "--tenant", tenant, "--data-dir", data], check=True, capture_output=True, text=True)  # noqa: E731
-        self.keys = {tenant: create(tenant).stdout.strip() for tenant in TENANTS}
+
+        def create(*flags) -> str:
+            command = [args.mote, "keys", "create", "--data-dir", data, *flags]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+        self.keys = {tenant: create("--tenant", tenant) for tenant in TENANTS}
+        self.admin = create("--role", "admin")
         status, models = client.call(self.port, "/v1/models", key=self.keys["single"])
         if status != 200:
             raise SystemExit(f"/v1/models: {status}: {models[:300]!r}")
@@ -62,7 +67,7 @@ class Mote:
         return client.request("/v1/completions", body, key=self.keys[tenant])
 
     async def metrics(self) -> str:
-        status, text = await asyncio.to_thread(client.call, self.port, "/metrics", None, key=ADMIN)
+        status, text = await asyncio.to_thread(client.call, self.port, "/metrics", None, key=self.admin)
         if status != 200:
             raise SystemExit(f"/metrics: {status}")
         return text.decode()

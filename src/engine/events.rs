@@ -126,7 +126,8 @@ impl Events {
         match self.events.try_recv() {
             Ok(event) => Poll::Ready(Some(event)),
             Err(TryRecvError::Disconnected) => Poll::Ready(None),
-            Err(TryRecvError::Empty) if self.shared.ended.load(SeqCst) => Poll::Ready(None),
+            // The last event may have come between the two looks; after it nothing does.
+            Err(TryRecvError::Empty) if self.shared.ended.load(SeqCst) => Poll::Ready(self.events.try_recv().ok()),
             Err(TryRecvError::Empty) => Poll::Pending,
         }
     }
@@ -227,6 +228,29 @@ mod tests {
         sender.send(event(0), &mut Wakes::default());
         drop(sender);
         assert_eq!((events.try_recv(), events.blocking_recv()), (Some(event(0)), None));
+    }
+
+    #[test]
+    fn the_last_event_is_seen_however_close_the_reader_looks() {
+        let (to_writer, senders) = mpsc::channel::<Sender>();
+        let writer = std::thread::spawn(move || {
+            senders.into_iter().for_each(|sender| sender.send_last(event(7), &mut Wakes::default()));
+        });
+        for round in 0..20_000 {
+            let (sender, mut events) = channel();
+            let mut context = Context::from_waker(Waker::noop());
+            to_writer.send(sender).unwrap();
+            // It never rests, so that it looks in every moment of the writer's.
+            let found = loop {
+                if let Poll::Ready(found) = events.poll_recv(&mut context) {
+                    break found;
+                }
+            };
+            assert_eq!(found, Some(event(7)), "round {round}");
+            assert_eq!(events.blocking_recv(), None);
+        }
+        drop(to_writer);
+        writer.join().unwrap();
     }
 
     #[test]
