@@ -18,31 +18,31 @@ const ADMIN: &str = "mote-sk-test-admin-0123456789abcdef";
 const OTHER: &str = "mote-sk-test-other-0123456789abcdef";
 
 /// Thirteen bf16 numbers.
-fn raw(number: f32) -> Vec<u8> {
+pub(crate) fn raw(number: f32) -> Vec<u8> {
     number.to_le_bytes()[2..].repeat(13)
 }
 
-fn json_of(name: &str, number: f32) -> Value {
+pub(crate) fn json_of(name: &str, number: f32) -> Value {
     json!({"name": name, "numbers": vec![number; 13]})
 }
 
-fn request(key: &str, method: Method, path: &str, media: &str, body: impl Into<Body>) -> Request<Body> {
+pub(crate) fn request(key: &str, method: Method, path: &str, media: &str, body: impl Into<Body>) -> Request<Body> {
     let builder = Request::builder().method(method).uri(path).header(header::AUTHORIZATION, format!("Bearer {key}"));
     builder.header(header::CONTENT_TYPE, media).body(body.into()).unwrap()
 }
 
-async fn send(app: &TestApp, key: &str, method: Method, path: &str, body: Value) -> Answer {
+pub(crate) async fn send(app: &TestApp, key: &str, method: Method, path: &str, body: Value) -> Answer {
     app.send(request(key, method, path, "application/json", body.to_string())).await
 }
 
 /// A 2xx's body.
-async fn ok(app: &TestApp, method: Method, path: &str, body: Value) -> Value {
+pub(crate) async fn ok(app: &TestApp, method: Method, path: &str, body: Value) -> Value {
     let answer = send(app, KEY, method, path, body).await;
     assert!(answer.status.is_success(), "{path}: {}", answer.text);
     answer.json()
 }
 
-async fn with_keys() -> TestApp {
+pub(crate) async fn with_keys() -> TestApp {
     let app = TestApp::new().await;
     for (key, tenant, role) in [(ADMIN, "default", Role::Admin), (OTHER, "other", Role::Member)] {
         let key = ApiKey::chosen(key).unwrap();
@@ -418,114 +418,6 @@ async fn a_request_sent_again_is_the_same_upload() {
     // Gone or not, the answer stays the same.
     send(&app, KEY, Method::DELETE, "/adapters/a", json!({})).await;
     assert_eq!(keyed(KEY, "k1", json_of("a", 0.5)).await.json(), first.json());
-}
-
-#[tokio::test]
-async fn a_batch_answers_every_line_in_order() {
-    let app = TestApp::new().await;
-    ok(&app, Method::POST, "/adapters", json_of("taken", 0.5)).await;
-    let lines = [
-        json_of("one", 0.5).to_string(),
-        "{\"name\": \"broken\", ".into(),
-        String::new(),
-        "{\"name\": \"wrong\", \"numbers\": \"x\"}".into(),
-        json_of("taken", 0.25).to_string(),
-        json!({"name": "taken", "numbers": vec![0.25; 13], "on_conflict": "new_generation"}).to_string(),
-        json!({"name": "long", "numbers": [1, 2]}).to_string(),
-        "[]".into(),
-        json_of("one", 0.5).to_string(),
-        json!({"numbers": vec![0.5; 13]}).to_string(),
-        json_of("last", 0.5).to_string(),
-    ];
-    let body = lines.join("\n");
-    let answer = app.send(request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", body)).await;
-    assert_eq!(
-        (answer.status, &answer.headers[header::CONTENT_TYPE]),
-        (StatusCode::OK, &"application/x-ndjson".parse().unwrap())
-    );
-    let answers: Vec<Value> = answer.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let expected = [
-        ("one", None),
-        ("", Some((400, None, None))),
-        ("wrong", Some((400, Some("numbers"), None))),
-        ("taken", Some((409, Some("name"), Some("name_taken")))),
-        ("taken", None),
-        ("long", Some((400, Some("numbers"), None))),
-        ("", Some((400, None, None))),
-        ("one", Some((409, Some("name"), Some("name_taken")))),
-        ("", Some((400, Some("name"), None))),
-        ("last", None),
-    ];
-    assert_eq!(answers.len(), expected.len(), "{answers:#?}");
-    for (answer, (name, error)) in answers.iter().zip(expected) {
-        assert_eq!(answer["name"].as_str().unwrap_or(""), name, "{answer}");
-        assert_eq!(answer.as_object().unwrap().len(), 2, "{answer}");
-        match error {
-            None => assert_eq!(answer["generation"].as_str().unwrap().len(), 32),
-            Some((_, param, code)) => {
-                let error = &answer["error"];
-                assert_eq!((error["param"].as_str(), error["code"].as_str()), (param, code), "{answer}");
-                assert_eq!(error.as_object().unwrap().len(), 4);
-            }
-        }
-    }
-    assert_eq!(app.get("/adapters/taken/weights?format=json").await.json()["numbers"], json!(vec![0.25; 13]));
-}
-
-/// Lines go in while answers come out, and what was answered can be used.
-#[tokio::test]
-async fn a_batch_streams_both_ways() {
-    let app = TestApp::new().await;
-    let (lines, body) = tokio::sync::mpsc::channel::<Result<String, std::convert::Infallible>>(1);
-    let body = Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(body));
-    let request = request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", body);
-    let response = app.router.clone().oneshot(request).await.unwrap();
-    let mut answers = response.into_body().into_data_stream();
-    for i in 0..5 {
-        let line = json_of(&format!("n{i}"), 0.5).to_string();
-        // In two pieces, one without an end.
-        let (a, b) = line.split_at(10);
-        lines.send(Ok(a.to_owned())).await.unwrap();
-        lines.send(Ok(format!("{b}\n"))).await.unwrap();
-        let answer =
-            tokio::time::timeout(Duration::from_secs(10), answers.next()).await.expect("an answer while sending");
-        let answer: Value = serde_json::from_slice(&answer.unwrap().unwrap()).unwrap();
-        assert_eq!(answer["name"], format!("n{i}"));
-        assert_eq!(app.get(&format!("/adapters/n{i}")).await.json()["generation"], answer["generation"]);
-    }
-    drop(lines);
-    assert!(answers.next().await.is_none());
-}
-
-/// A client that sends everything before it reads anything is served too, and a body beyond the limit ends with the reason.
-#[tokio::test]
-async fn a_batch_is_bounded_and_does_not_wait_for_its_reader() {
-    let line = json_of("a-name", 0.5).to_string();
-    let limit = 3000 * (line.len() + 1);
-    let app = TestApp::with(Options { limits: Limits { body: 1 << 20, batch: limit }, ..Options::default() }).await;
-    let body = |count: usize| {
-        let pieces =
-            (0..count).map(|i| Ok::<_, std::convert::Infallible>(json_of(&format!("n{i:05}"), 0.5).to_string() + "\n"));
-        // A pause after each line, as of a slow link: every line is a group of its own.
-        Body::from_stream(futures::stream::iter(pieces).then(|piece| async {
-            tokio::task::yield_now().await;
-            piece
-        }))
-    };
-    let post = |count| request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", body(count));
-    let response = app.router.clone().oneshot(post(3000)).await.unwrap();
-    let deadline = std::time::Instant::now() + Duration::from_secs(30);
-    while app.state.service.library.registry.len() < 3000 {
-        assert!(std::time::Instant::now() < deadline, "the batch waits for a reader");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
-    assert_eq!(bytes.iter().filter(|byte| **byte == b'\n').count(), 3000);
-
-    let answer = app.send(post(3100)).await;
-    let last: Value = serde_json::from_str(answer.text.lines().last().unwrap()).unwrap();
-    assert!(last["error"]["message"].as_str().unwrap().contains(&limit.to_string()), "{last}");
-    assert!(last["name"].is_null());
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod adapters;
+mod adapters_batch;
 mod app;
 mod audit;
 mod bench;
@@ -33,5 +34,6 @@ mod toy;
 mod training;
 mod training_files;
 mod training_model;
+mod training_owners;
 mod training_refusals;
 mod training_restart;
