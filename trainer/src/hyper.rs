@@ -167,8 +167,8 @@ hyperparameters! {
     max_completion_tokens: u64 = |_| 256, (1.0, 131_072.0), ALL;
     #[doc = "Sampling temperature of rollouts and of the sampled part of the evaluation; above 0 for grpo."]
     temperature: f64 = |_| 1.0, (0.0, 2.0), ALL;
-    #[doc = "Peak learning rate of Adam on the numbers. The usable rate falls with the number of sites that share a number."]
-    learning_rate: f64 = |_| 0.03, (1e-9, 10.0), ALL;
+    #[doc = "Peak learning rate of Adam on the numbers. The default is the best of a sweep with 13 numbers (bench/figure.py); the usable rate falls with the number of sites that share a number."]
+    learning_rate: f64 = |method| if method == Method::Sft { 0.003 } else { 0.01 }, (1e-9, 10.0), ALL;
     #[doc = "How the learning rate moves: constant, linear or cosine (both down to zero)."]
     schedule: Schedule = |_| Schedule::Constant, ANY, ALL;
     #[doc = "Steps over which the learning rate rises to its peak."]
