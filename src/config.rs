@@ -3,6 +3,7 @@
 mod bench;
 mod edge;
 mod limits;
+mod retention;
 mod secret;
 mod state;
 mod tenants;
@@ -18,6 +19,7 @@ pub use bench::{
 };
 pub use edge::EdgeArgs;
 pub use limits::LimitArgs;
+pub use retention::RetentionArgs;
 pub use secret::{Secret, SecretFile};
 pub use state::{BackupArgs, IntegrityCheck, RestoreArgs, StateArgs, SyncMode};
 pub use tenants::{KeysArgs, KeysCommand, LimitChoice, RoleArg, SetLimits, TenantsArgs, TenantsCommand};
@@ -103,6 +105,9 @@ pub struct ServeArgs {
     /// Limits of a tenant.
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// For how long things are kept.
+    #[command(flatten)]
+    pub retention: RetentionArgs,
 }
 
 /// Limits of training.

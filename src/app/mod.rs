@@ -23,7 +23,7 @@ pub use train::{eval, task, train};
 
 use crate::{
     adapter::BasisError,
-    config::{HttpArgs, LimitArgs, Secret, ServeArgs, TrainingArgs},
+    config::{HttpArgs, LimitArgs, RetentionArgs, Secret, ServeArgs, TrainingArgs},
     engine::{Handle, Health, StartError},
     http::{
         self, AppState, AuthMode, Limits,
@@ -32,7 +32,7 @@ use crate::{
     kernel::KernelError,
     model::ModelError,
     service::{
-        Service,
+        Retention, Service,
         training::{DataLimits, EnginePolicies, RemoteAccess, TrainingConfig},
     },
     store::{Store, StoreError},
@@ -127,9 +127,7 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
     if !args.http.no_auth {
         limit(&service, &args.limits);
     }
-    if args.limits.audit_days > 0 {
-        service.keep_audit(args.limits.audit_days);
-    }
+    service.keep_for(retention(&args.retention));
     let policies = EnginePolicies::of(&service);
     service.start_training(training_config(&args.training), Arc::new(policies)).await?;
     if !args.http.no_auth {
@@ -228,6 +226,17 @@ fn training_config(args: &TrainingArgs) -> TrainingConfig {
         files_of_tenant: mebibytes(args.max_files_mb_per_tenant) as u64,
         remote: RemoteAccess::new(args.grader_hosts.clone(), args.grader_concurrency.into()),
         ..default
+    }
+}
+
+/// For how long what is kept.
+fn retention(args: &RetentionArgs) -> Retention {
+    let kept = |days: u32| Some(days).filter(|days| *days > 0);
+    Retention {
+        audit: kept(args.audit_days),
+        jobs: kept(args.job_days),
+        keys: kept(args.key_days),
+        usage: kept(args.usage_days),
     }
 }
 

@@ -1,15 +1,13 @@
 //! `mote tenants` and `mote keys`: tenants and keys of a data directory, also while a server runs on it.
 
-use std::{
-    fmt::Write,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::fmt::Write;
 
 use super::{AppError, state::open_store};
 use crate::{
     config::{LimitChoice, RoleArg, SetLimits, StateArgs},
     store::{NewKey, Rotation, Store},
     tenant::{Actor, ApiKey, Bound, KeyRecord, LimitChanges, Overrides, Role, Tenant, Via, check_tenant_name},
+    types::clock::unix_now,
 };
 
 /// Rows a page when a command lists everything.
@@ -20,12 +18,8 @@ async fn open(state: &StateArgs) -> Result<Store, AppError> {
     Ok(open_store(state).await?.by(Actor::operator(Via::CommandLine)))
 }
 
-fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
-}
-
 fn ends(expires_in: Option<u64>) -> Option<i64> {
-    expires_in.map(|seconds| now().saturating_add_unsigned(seconds))
+    expires_in.map(|seconds| unix_now().saturating_add_unsigned(seconds))
 }
 
 fn checked(name: &str) -> Result<(), AppError> {
@@ -108,7 +102,7 @@ pub async fn list_keys(state: &StateArgs, tenant: Option<&str>) -> Result<String
 fn state_of(key: &KeyRecord) -> &'static str {
     match key.revoked_at {
         Some(_) => "revoked",
-        None if key.is_live(now()) => "live",
+        None if key.is_live(unix_now()) => "live",
         None => "expired",
     }
 }

@@ -29,9 +29,6 @@ pub struct LimitArgs {
     /// Failed attempts to show a key that one address has a minute; 0: any number.
     #[arg(long, env = "MOTE_AUTH_FAILURES_PER_MINUTE", value_name = "N", default_value_t = 60)]
     pub auth_failures_per_minute: u32,
-    /// Days for which the audit log is kept; 0: for ever.
-    #[arg(long, env = "MOTE_AUDIT_DAYS", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=36_500))]
-    pub audit_days: u32,
 }
 
 /// Numbers that every JSON reader has exactly.

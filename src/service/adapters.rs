@@ -410,6 +410,11 @@ pub(super) fn store_error(error: StoreError, name: &str) -> Error {
         StoreError::TenantNotFound => {
             Error::new(ErrorKind::Unauthenticated, "The key's tenant is gone.").with_code("invalid_api_key")
         }
+        StoreError::AdapterDamaged => Error::adapter_damaged(name),
+        StoreError::AnswerDamaged => {
+            let message = "The answer that was kept for this 'Idempotency-Key' is damaged in the server's store.";
+            Error::new(ErrorKind::Internal, message).with_param("Idempotency-Key")
+        }
         other => Error::store(other),
     }
 }

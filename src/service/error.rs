@@ -92,6 +92,12 @@ impl Error {
         }
     }
 
+    /// 500 adapter_damaged: the row of an adapter of the caller's cannot be read.
+    pub fn adapter_damaged(name: &str) -> Self {
+        let message = format!("Your adapter '{name}' is damaged in the server's store; upload it anew or delete it.");
+        Self::new(ErrorKind::Internal, message).with_code("adapter_damaged")
+    }
+
     /// 500; the cause goes to the log, not to the client.
     pub fn internal(cause: impl std::fmt::Display) -> Self {
         tracing::error!(%cause, "internal error");
@@ -114,6 +120,7 @@ impl Error {
             Some(Unwritable::ReadOnly) => "its data directory is read-only",
             Some(Unwritable::Broken) => "its disk fails",
             Some(Unwritable::Unreachable) => "its database cannot be opened",
+            Some(Unwritable::Locked) => "another program has locked its database",
             None => return Self::internal(error),
         };
         tracing::error!(%error, "nothing can be written to the store");

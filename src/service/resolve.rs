@@ -102,9 +102,7 @@ impl Service {
     /// What a name means to the caller. An own adapter that cannot be read is an error, and never a public one of that name.
     fn find(&self, caller: &Caller, name: &str) -> Result<Option<Used>, Error> {
         if self.library.is_corrupt(caller.tenant, name) {
-            let message =
-                format!("Your adapter '{name}' is damaged in the server's store; upload it anew or delete it.");
-            return Err(Error::new(ErrorKind::Internal, message).with_code("adapter_damaged"));
+            return Err(Error::adapter_damaged(name));
         }
         let found = self.library.registry.resolve(caller.tenant, name);
         Ok(found.map(|lease| Used { adapter: lease.adapter, stored: Some((lease.owner, name.to_owned())) }))

@@ -1,14 +1,10 @@
 //! Tenants and their keys, for admins. Whether the caller is one is checked where the request comes in.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
-
 use super::{Error, ErrorKind, Service};
 use crate::{
     store::{Damaged, NewKey, Rotation, StoreError},
-    tenant::{ApiKey, AuditRecord, Caller, DAY, KeyRecord, LimitChanges, Limits, Role, Tenant, check_tenant_name},
+    tenant::{ApiKey, AuditRecord, Caller, KeyRecord, LimitChanges, Limits, Role, Tenant, check_tenant_name},
+    types::clock::unix_now,
 };
 
 /// The longest life of a key that can be asked for, in seconds: a hundred years.
@@ -17,14 +13,6 @@ pub const MAX_LIFE: u64 = 100 * 366 * 24 * 60 * 60;
 pub const MAX_GRACE: u64 = 366 * 24 * 60 * 60;
 /// For how long it does when nothing else is asked for, in seconds: a day.
 pub const DEFAULT_GRACE: u64 = 24 * 60 * 60;
-
-/// How often old entries of the audit log are looked for, and how long uploads have the writer for themselves between two pieces that are dropped.
-const BETWEEN_LOOKS: Duration = Duration::from_secs(3600);
-const BETWEEN_PIECES: Duration = Duration::from_millis(100);
-
-fn unix_now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
-}
 
 /// How long a key lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,26 +105,6 @@ impl Service {
         let more = entries.len() > limit as usize;
         entries.truncate(limit as usize);
         Ok((entries, more))
-    }
-
-    /// From now on entries of the audit log are dropped when they are so many days old.
-    pub fn keep_audit(&self, days: u32) {
-        let (store, alive) = (self.store.clone(), Arc::downgrade(&self.accounts));
-        tokio::spawn(async move {
-            while alive.strong_count() > 0 {
-                let before = unix_now() - i64::from(days) * DAY;
-                let pause = match store.drop_audit(before).await {
-                    Ok(true) => BETWEEN_PIECES,
-                    Ok(false) => BETWEEN_LOOKS,
-                    Err(StoreError::Closed) => return,
-                    Err(error) => {
-                        tracing::error!(%error, "old entries of the audit log cannot be dropped");
-                        BETWEEN_LOOKS
-                    }
-                };
-                tokio::time::sleep(pause).await;
-            }
-        });
     }
 
     /// A new key of a tenant, which is shown this once.

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock};
 use sqlx::{Row as _, SqlStr, any::AnyRow};
 
 use super::{
-    AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, decode, idempotency,
+    AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, ask, decode, idempotency,
     rows::{AnyQuery, RowsSql},
     writer::{PutResults, Tx},
 };
@@ -40,7 +40,8 @@ struct Existing {
     id: AdapterId,
     public: bool,
     metadata: String,
-    created_at: i64,
+    /// None: it cannot be read.
+    created_at: Option<i64>,
     generation: Generation,
 }
 
@@ -53,7 +54,7 @@ pub(super) struct Known {
 }
 
 /// All that is to be known of a single upload: see [`bind_known`] for its parameters and [`Known::of_one`] for its row.
-pub(super) const KNOWN_OF_ONE: &str = "SELECT t.name, j.id, a.id, a.public, a.metadata, a.created_at, g.generation FROM tenants t \
+pub(super) const KNOWN_OF_ONE: &str = "SELECT t.name, CASE WHEN j.id IS NULL THEN 0 ELSE 1 END, a.id, a.public, a.metadata, a.created_at, g.generation FROM tenants t \
      LEFT JOIN adapters a ON a.tenant = t.id AND a.name = $2 AND a.deleted = 0 \
      LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
      LEFT JOIN jobs j ON j.tenant = t.id AND j.name = $2 AND j.id <> $3 \
@@ -71,12 +72,14 @@ impl Known {
         let mut known = Self::default();
         let Some(row) = row else { return Ok(known) };
         let key = (item.tenant, item.name.clone());
-        known.tenants.insert(item.tenant, row.try_get::<&str, _>(0)?.into());
-        if row.try_get::<Option<&str>, _>(1)?.is_some() {
+        // Of a tenant that cannot be read nothing is known: the upload fails, and no other.
+        let Ok(owner) = ask::text(row, 0) else { return Ok(known) };
+        known.tenants.insert(item.tenant, owner.into());
+        if row.try_get::<i64, _>(1)? != 0 {
             known.reserved.insert(key.clone());
         }
         if let Some(id) = row.try_get::<Option<i64>, _>(2)? {
-            known.existing.insert(key, decode_existing(row, AdapterId(id), 3)?);
+            known.existing.insert(key, decode_existing(row, AdapterId(id), 3));
         }
         Ok(known)
     }
@@ -180,8 +183,8 @@ impl Tx<'_> {
         let Known { tenants, mut existing, reserved } = match (known, &items[..]) {
             (Some(known), _) => known,
             (None, [item]) => {
-                let row = bind_known(sqlx::query(KNOWN_OF_ONE), item, publisher).fetch_optional(&mut *self.connection);
-                Known::of_one(item, row.await?.as_ref())?
+                let row = self.row(bind_known(sqlx::query(KNOWN_OF_ONE), item, publisher)).await?;
+                Known::of_one(item, row.as_ref())?
             }
             (None, items) => Known {
                 tenants: self.tenant_names(items).await?,
@@ -251,13 +254,13 @@ impl Tx<'_> {
 
     /// Names under which jobs will publish, but for `publisher`'s. They are few: jobs under way are limited.
     async fn reserved_names(&mut self, publisher: Option<&str>) -> Result<HashSet<Key>> {
-        let rows = sqlx::query(
+        let query = sqlx::query(
             "SELECT tenant, name FROM jobs WHERE status IN ('validating', 'queued', 'running', 'paused') AND id <> $1",
-        )
-        .bind(publisher.unwrap_or(""))
-        .fetch_all(&mut *self.connection)
-        .await?;
-        rows.iter().map(|row| Ok((TenantId(row.try_get(0)?), row.try_get(1)?))).collect()
+        );
+        let rows = self.rows(query.bind(publisher.unwrap_or(""))).await?;
+        // A name that cannot be read is nobody's.
+        let key = |row: &AnyRow| -> Result<Key> { Ok((TenantId(row.try_get(0)?), ask::text(row, 1)?.to_owned())) };
+        Ok(rows.iter().filter_map(|row| key(row).ok()).collect())
     }
 
     async fn tenant_names(&mut self, items: &[NewAdapter]) -> Result<HashMap<TenantId, Arc<str>>> {
@@ -270,8 +273,11 @@ impl Tx<'_> {
             for id in fill(piece, size) {
                 query = query.bind(id.0);
             }
-            for row in query.fetch_all(&mut *self.connection).await? {
-                names.insert(TenantId(row.try_get(0)?), row.try_get::<&str, _>(1)?.into());
+            for row in self.rows(query).await? {
+                // One that cannot be read is left out: its uploads fail, and no others.
+                if let Ok(name) = ask::text(&row, 1) {
+                    names.insert(TenantId(row.try_get(0)?), name.into());
+                }
             }
         }
         Ok(names)
@@ -284,9 +290,10 @@ impl Tx<'_> {
             for item in fill(piece, size) {
                 query = query.bind(item.tenant.0).bind(&*item.name);
             }
-            for row in query.fetch_all(&mut *self.connection).await? {
-                let key = (TenantId(row.try_get(1)?), row.try_get(2)?);
-                found.insert(key, decode_existing(&row, AdapterId(row.try_get(0)?), 3)?);
+            for row in self.rows(query).await? {
+                // The name is one that was asked for, and so can be read.
+                let key = (TenantId(row.try_get(1)?), ask::text(&row, 2)?.to_owned());
+                found.insert(key, decode_existing(&row, AdapterId(row.try_get(0)?), 3));
             }
         }
         Ok(found)
@@ -316,14 +323,15 @@ impl Tx<'_> {
 
     /// Another generation for an adapter that exists. One that it had before is pointed at again.
     async fn replace(&mut self, item: NewAdapter, old: Existing, owner: Arc<str>) -> Result<AdapterRecord> {
-        let row = sqlx::query(
+        let query = sqlx::query(
             "SELECT COALESCE(MAX(seq), 0), MAX(CASE WHEN generation = $2 THEN seq END) FROM generations WHERE adapter = $1",
-        )
-        .bind(old.id.0)
-        .bind(&item.contents.generation.0[..])
-        .fetch_one(&mut *self.connection)
-        .await?;
-        let (last, same): (i64, Option<i64>) = (row.try_get(0)?, row.try_get(1)?);
+        );
+        let row = self.row(query.bind(old.id.0).bind(&item.contents.generation.0[..])).await?;
+        let row = row.ok_or(sqlx::Error::RowNotFound)?;
+        let (last, same): (i64, Option<i64>) = match (row.try_get(0), row.try_get(1)) {
+            (Ok(last), Ok(same)) => (last, same),
+            _ => return Err(StoreError::AdapterDamaged),
+        };
         let seq = same.unwrap_or(last + 1);
         let text = item.metadata.as_ref().map_or(0, |new| new.len() as i64 - old.metadata.len() as i64);
         let data = if same.is_some() { 0 } else { item.contents.data.len() as i64 };
@@ -349,17 +357,19 @@ impl Tx<'_> {
             name: item.name,
             public: item.public.unwrap_or(old.public),
             metadata: item.metadata.unwrap_or(old.metadata),
-            created_at: old.created_at,
+            created_at: old.created_at.unwrap_or(self.now),
             updated_at: self.now,
             contents: item.contents,
         };
         let change = self.next_seq();
         sqlx::query(
-            "UPDATE adapters SET seq = $1, public = $2, metadata = $3, updated_at = $4, change_seq = $5 WHERE id = $6",
+            "UPDATE adapters SET seq = $1, public = $2, metadata = $3, created_at = $4, updated_at = $5, change_seq = $6 \
+             WHERE id = $7",
         )
         .bind(seq)
         .bind(i64::from(record.public))
         .bind(&*record.metadata)
+        .bind(record.created_at)
         .bind(self.now)
         .bind(change)
         .bind(record.id.0)
@@ -369,36 +379,29 @@ impl Tx<'_> {
         Ok(record)
     }
 
-    /// Erases an adapter's generations and metadata; a mark stays.
+    /// Erases an adapter with its generations. Facts that nobody else has go with the next sweep.
     pub(super) async fn delete_adapter(&mut self, tenant: TenantId, name: &str) -> Result<AdapterId> {
-        let row = sqlx::query("SELECT id, metadata FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2")
-            .bind(tenant.0)
-            .bind(name)
-            .fetch_optional(&mut *self.connection)
-            .await?
-            .ok_or(StoreError::AdapterNotFound)?;
-        let (id, mut bytes): (i64, i64) = (row.try_get(0)?, row.try_get::<&str, _>(1)?.len() as i64);
-        let rows = sqlx::query(
-            "DELETE FROM generations WHERE adapter = $1 RETURNING generation, CAST(OCTET_LENGTH(data) AS BIGINT)",
+        let row = sqlx::query(
+            "SELECT id, CAST(OCTET_LENGTH(metadata) AS BIGINT) FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2",
         )
-        .bind(id)
-        .fetch_all(&mut *self.connection)
-        .await?;
+        .bind(tenant.0)
+        .bind(name)
+        .fetch_optional(&mut *self.connection)
+        .await?
+        .ok_or(StoreError::AdapterNotFound)?;
+        let (id, mut bytes): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
+        let query =
+            sqlx::query("SELECT generation, CAST(OCTET_LENGTH(data) AS BIGINT) FROM generations WHERE adapter = $1");
+        let rows = self.rows(query.bind(id)).await?;
         // A damaged one was never served, so nothing of it is cached; and its owner must be able to be rid of it.
         let generations = rows.iter().filter_map(|row| decode::generation(row, 0).ok()).collect();
         for row in &rows {
             bytes += row.try_get::<i64, _>(1).unwrap_or(0);
         }
         self.totals.add(tenant, -1, -bytes);
-        let change = self.next_seq();
-        sqlx::query(
-            "UPDATE adapters SET deleted = 1, public = 0, metadata = '{}', updated_at = $1, change_seq = $2 WHERE id = $3",
-        )
-        .bind(self.now)
-        .bind(change)
-        .bind(id)
-        .execute(&mut *self.connection)
-        .await?;
+        for sql in ["DELETE FROM generations WHERE adapter = $1", "DELETE FROM adapters WHERE id = $1"] {
+            sqlx::query(sql).bind(id).execute(&mut *self.connection).await?;
+        }
         self.erased = true;
         self.changed(|| Change::Deleted { tenant, name: name.to_owned(), generations });
         Ok(AdapterId(id))
@@ -411,7 +414,11 @@ impl Tx<'_> {
         name: &str,
         generation: Generation,
     ) -> Result<(AdapterRecord, Generation)> {
-        let old = decode::own_record(self.connection, tenant, name).await?.ok_or(StoreError::AdapterNotFound)?;
+        let old = match decode::own_record(self.connection, tenant, name).await {
+            // Nothing was written yet, and it is no trouble of the others in this transaction.
+            Err(error) if error.is_damage() => return Err(StoreError::AdapterDamaged),
+            old => old?.ok_or(StoreError::AdapterNotFound)?,
+        };
         let row = sqlx::query("SELECT seq FROM generations WHERE adapter = $1 AND generation = $2")
             .bind(old.id.0)
             .bind(&generation.0[..])
@@ -470,13 +477,14 @@ fn fill<T>(piece: &[T], size: usize) -> impl Iterator<Item = &T> {
 }
 
 /// An adapter whose visibility, metadata, date and generation are in the columns from `first`.
-fn decode_existing(row: &AnyRow, id: AdapterId, first: usize) -> Result<Existing> {
-    Ok(Existing {
+///
+/// A damaged one is replaced like any other, and what cannot be read of it is written anew: an error here would fail every upload of the group.
+fn decode_existing(row: &AnyRow, id: AdapterId, first: usize) -> Existing {
+    Existing {
         id,
-        public: row.try_get::<i64, _>(first)? != 0,
-        metadata: row.try_get(first + 1)?,
-        created_at: row.try_get(first + 2)?,
-        // A damaged one is replaced like any other: an error here would fail every upload of the group.
+        public: row.try_get::<i64, _>(first).is_ok_and(|public| public != 0),
+        metadata: ask::text(row, first + 1).unwrap_or("{}").to_owned(),
+        created_at: row.try_get(first + 2).ok(),
         generation: decode::generation(row, first + 3).unwrap_or(DAMAGED),
-    })
+    }
 }

@@ -1,4 +1,4 @@
-//! The audit log: written in the transaction of the deed itself, read by admins, and cut at its old end.
+//! The audit log: written in the transaction of the deed itself, and read by admins.
 
 use futures::future::BoxFuture;
 use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr as _, SqlStr, any::AnyRow};
@@ -7,13 +7,11 @@ use std::sync::LazyLock;
 use super::{
     Result, Store,
     adapters::INSERT_ONE,
+    ask::{optional_text, shown, text},
     rows::{AnyQuery, Dialect, RowsSql},
     writer::Tx,
 };
 use crate::tenant::{AuditRecord, Deed};
-
-/// Entries that are dropped in one transaction at most: uploads are not to wait for it.
-const DROPPED_AT_ONCE: i64 = 1000;
 
 static INSERT: RowsSql = RowsSql::new(
     "INSERT INTO audit (id, at, via, tenant, key_id, action, target, detail, peer, request_id) VALUES",
@@ -54,14 +52,14 @@ fn record(row: &AnyRow) -> Result<AuditRecord> {
     Ok(AuditRecord {
         id: row.try_get(0)?,
         at: row.try_get(1)?,
-        via: row.try_get(2)?,
-        tenant: row.try_get(3)?,
-        key: row.try_get(4)?,
-        action: row.try_get(5)?,
-        target: row.try_get(6)?,
-        detail: row.try_get(7)?,
-        peer: row.try_get(8)?,
-        request: row.try_get(9)?,
+        via: text(row, 2)?.to_owned(),
+        tenant: optional_text(row, 3)?.map(str::to_owned),
+        key: optional_text(row, 4)?.map(str::to_owned),
+        action: text(row, 5)?.to_owned(),
+        target: text(row, 6)?.to_owned(),
+        detail: optional_text(row, 7)?.map(str::to_owned),
+        peer: optional_text(row, 8)?.map(str::to_owned),
+        request: optional_text(row, 9)?.map(str::to_owned),
     })
 }
 
@@ -89,15 +87,6 @@ impl Tx<'_> {
         end.execute(&mut *self.connection).await?;
         Ok(())
     }
-
-    async fn drop_audit(&mut self, before: i64) -> Result<u64> {
-        let done = sqlx::query("DELETE FROM audit WHERE at < $1 AND id IN (SELECT id FROM audit ORDER BY id LIMIT $2)")
-            .bind(before)
-            .bind(DROPPED_AT_ONCE)
-            .execute(&mut *self.connection)
-            .await?;
-        Ok(done.rows_affected())
-    }
 }
 
 impl Store {
@@ -120,28 +109,19 @@ impl Store {
             .await
     }
 
-    /// At most `limit` entries of the audit log, newest first, of those before the one with number `before`.
+    /// At most `limit` entries of the audit log, newest first, of those before the one with number `before`; without damaged ones.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn audit(&self, before: Option<i64>, limit: u32) -> Result<Vec<AuditRecord>> {
-        let rows = sqlx::query(
-            "SELECT id, at, via, tenant, key_id, action, target, detail, peer, request_id FROM audit \
-             WHERE id < $1 ORDER BY id DESC LIMIT $2",
-        )
-        .bind(before.unwrap_or(i64::MAX))
-        .bind(i64::from(limit))
-        .fetch_all(&self.pool)
-        .await?;
-        rows.iter().map(record).collect()
-    }
-
-    /// Drops the oldest entries of the audit log, those before a time (unix seconds), some at once. True: there may be more.
-    ///
-    /// # Errors
-    /// Only the database's.
-    pub async fn drop_audit(&self, before: i64) -> Result<bool> {
-        let dropped = self.writer.job(move |tx| Box::pin(tx.drop_audit(before))).await?;
-        Ok(dropped as i64 == DROPPED_AT_ONCE)
+        let query = |limit| {
+            sqlx::query(
+                "SELECT id, at, via, tenant, key_id, action, target, detail, peer, request_id FROM audit \
+                 WHERE id < $1 ORDER BY id DESC LIMIT $2",
+            )
+            .bind(before.unwrap_or(i64::MAX))
+            .bind(limit)
+        };
+        self.page(limit, query, record, |row| format!("audit entry {}", shown(row, 0))).await
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -11,7 +12,7 @@ use sqlx::{
     migrate::{MigrateError, Migrator},
 };
 
-use super::{Result, StoreError, error::sqlite_kind, rows::Dialect};
+use super::{Faults, Result, StoreError, error::sqlite_kind, rows::Dialect};
 
 static SQLITE: Migrator = sqlx::migrate!("src/store/migrations/sqlite");
 static POSTGRES: Migrator = sqlx::migrate!("src/store/migrations/postgres");
@@ -85,12 +86,14 @@ pub struct StoreConfig {
     pub readers: u32,
     /// Bytes that the embedded database may have; a write that needs more fails as on a full disk.
     pub most_bytes: Option<u64>,
+    /// What goes wrong, in tests.
+    pub faults: Option<Arc<Faults>>,
 }
 
 impl StoreConfig {
     /// The usual configuration of a place.
     pub fn new(location: Location) -> Self {
-        Self { location, sync: Sync::default(), readers: 4, most_bytes: None }
+        Self { location, sync: Sync::default(), readers: 4, most_bytes: None, faults: None }
     }
 }
 
@@ -100,6 +103,7 @@ pub(super) struct Connector {
     options: AnyConnectOptions,
     pragmas: Option<String>,
     location: String,
+    faults: Option<Arc<Faults>>,
 }
 
 impl Connector {
@@ -119,7 +123,12 @@ impl Connector {
         };
         let options: AnyConnectOptions = url.parse().map_err(|error: sqlx::Error| failed(error.to_string()))?;
         // Statements carry adapters' names and hashes of keys; errors are logged where they are handled.
-        Ok(Self { options: options.disable_statement_logging(), pragmas, location })
+        let faults = config.faults.clone();
+        Ok(Self { options: options.disable_statement_logging(), pragmas, location, faults })
+    }
+
+    pub(super) fn faults(&self) -> Option<&Faults> {
+        self.faults.as_deref()
     }
 
     pub(super) fn is_sqlite(&self) -> bool {
@@ -140,10 +149,13 @@ impl Connector {
     /// A pool for reading.
     pub(super) async fn pool(&self, size: u32) -> Result<AnyPool> {
         let this = self.clone();
-        AnyPoolOptions::new()
-            .max_connections(size.max(1))
-            .acquire_timeout(Duration::from_secs(30))
-            .test_before_acquire(!self.is_sqlite())
+        let mut options = AnyPoolOptions::new().max_connections(size.max(1)).acquire_timeout(Duration::from_secs(30));
+        if self.is_sqlite() {
+            // All at once and for good: where the directory has become read-only no more can be opened, and reading shall go on.
+            options =
+                options.min_connections(size.max(1)).idle_timeout(None).max_lifetime(None).test_before_acquire(false);
+        }
+        options
             .after_connect(move |connection, _| {
                 let this = this.clone();
                 Box::pin(async move { this.set_up(connection, READER_CACHE_KIB).await })

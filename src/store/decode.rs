@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
-use super::{AdapterRecord, Contents, Facts, Result, StoreError};
+use super::{
+    AdapterRecord, Contents, Facts, Result, StoreError,
+    ask::{self, text},
+};
 use crate::{
     tenant::Bound,
     types::{AdapterId, Fingerprint, Generation, TenantId},
@@ -30,10 +33,10 @@ pub(super) fn record(row: &AnyRow) -> Result<AdapterRecord> {
     Ok(AdapterRecord {
         id: AdapterId(row.try_get(0)?),
         tenant: TenantId(row.try_get(1)?),
-        owner: row.try_get::<&str, _>(2)?.into(),
-        name: row.try_get(3)?,
+        owner: text(row, 2)?.into(),
+        name: text(row, 3)?.to_owned(),
         public: row.try_get::<i64, _>(4)? != 0,
-        metadata: row.try_get(5)?,
+        metadata: text(row, 5)?.to_owned(),
         created_at: row.try_get(6)?,
         updated_at: row.try_get(7)?,
         contents: contents(row, 8)?,
@@ -50,8 +53,8 @@ pub(super) fn facts(row: &AnyRow, at: usize) -> Result<Facts> {
     let fingerprint = |bytes: &[u8]| array(bytes, "fingerprint").map(Fingerprint);
     let forced_onto: Option<&[u8]> = row.try_get(at + 4)?;
     Ok(Facts {
-        dtype: row.try_get(at)?,
-        scheme: row.try_get(at + 1)?,
+        dtype: text(row, at)?.to_owned(),
+        scheme: text(row, at + 1)?.to_owned(),
         frame: row.try_get(at + 2)?,
         fingerprint: fingerprint(row.try_get(at + 3)?)?,
         forced_onto: forced_onto.map(fingerprint).transpose()?,
@@ -80,10 +83,6 @@ pub(super) async fn own_record(
     tenant: TenantId,
     name: &str,
 ) -> Result<Option<AdapterRecord>> {
-    let row = sqlx::query(select_records!("a.tenant = $1 AND a.name = $2"))
-        .bind(tenant.0)
-        .bind(name)
-        .fetch_optional(connection)
-        .await?;
-    row.as_ref().map(record).transpose()
+    let query = sqlx::query(select_records!("a.tenant = $1 AND a.name = $2")).bind(tenant.0).bind(name);
+    ask::row(connection, query).await?.as_ref().map(record).transpose()
 }

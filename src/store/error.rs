@@ -113,6 +113,15 @@ pub enum StoreError {
     /// A row holds what the program never writes.
     #[error("the database holds an invalid {0}")]
     Corrupt(&'static str),
+    /// A text of a row is no UTF-8; the column's name.
+    #[error("the database holds a text that is not UTF-8 in the column '{0}'")]
+    NotUtf8(String),
+    /// The row of the adapter that was to be changed cannot be read.
+    #[error("the adapter is damaged in the database")]
+    AdapterDamaged,
+    /// The answer that was kept for an idempotency key cannot be read.
+    #[error("the answer kept for the idempotency key is damaged in the database")]
+    AnswerDamaged,
     /// The row of the tenant or key that was asked for cannot be read.
     #[error(transparent)]
     Damaged(DamagedRow),
@@ -132,6 +141,8 @@ pub enum Unwritable {
     Broken,
     /// The database cannot be opened again.
     Unreachable,
+    /// Another process holds the database's lock.
+    Locked,
 }
 
 impl StoreError {
@@ -147,13 +158,23 @@ impl StoreError {
             ("53100", _) | (_, Some(13)) => Some(Unwritable::Full),
             ("25006", _) | (_, Some(8)) => Some(Unwritable::ReadOnly),
             (_, Some(10)) => Some(Unwritable::Broken),
+            (_, Some(5)) => Some(Unwritable::Locked),
             _ => None,
+        }
+    }
+
+    /// Is it that a row cannot be read?
+    pub(super) fn is_damage(&self) -> bool {
+        match self {
+            Self::Corrupt(_) | Self::NotUtf8(_) => true,
+            Self::Database(error) => matches!(**error, sqlx::Error::ColumnDecode { .. }),
+            _ => false,
         }
     }
 
     /// Did the transaction fail, and not just the request in it?
     pub(super) fn is_fatal(&self) -> bool {
-        matches!(self, Self::Database(_) | Self::Corrupt(_) | Self::Closed)
+        matches!(self, Self::Database(_) | Self::Corrupt(_) | Self::NotUtf8(_) | Self::Closed)
     }
 }
 

@@ -2,14 +2,14 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use sqlx::Row as _;
+use sqlx::{AnyConnection, Row as _};
 
-use super::{Facts, Result, writer::Tx};
+use super::{Facts, Result, rows::Dialect, writer::Tx};
 
 /// Distinct facts remembered; beyond this the memory starts anew.
 const CAPACITY: usize = 100_000;
 
-/// The writer's memory of numbers already given. A row is never changed or deleted, so a number keeps its meaning.
+/// The writer's memory of numbers already given. A row is never changed, and all is forgotten when some are erased.
 #[derive(Default)]
 pub(super) struct Interner {
     facts: HashMap<Arc<Facts>, i64>,
@@ -43,6 +43,23 @@ impl Tx<'_> {
         self.interner.facts.insert(facts.clone(), id);
         Ok(id)
     }
+}
+
+/// Erases facts that no adapter has any more, in a transaction of its own: it reads every generation. Numbers are never given twice.
+pub(super) async fn sweep(connection: &mut AnyConnection, dialect: Dialect) -> Result<()> {
+    let statements = match dialect {
+        // Its own check would read every generation for each of the facts: an index for it would cost every upload a page.
+        Dialect::Sqlite => {
+            "PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; UPDATE counter SET value = value + 1 WHERE id = 1; \
+             DELETE FROM facts WHERE id NOT IN (SELECT facts FROM generations); COMMIT; PRAGMA foreign_keys = ON"
+        }
+        Dialect::Postgres => {
+            "BEGIN; UPDATE counter SET value = value + 1 WHERE id = 1; \
+             DELETE FROM facts WHERE NOT EXISTS (SELECT 1 FROM generations g WHERE g.facts = facts.id); COMMIT"
+        }
+    };
+    sqlx::raw_sql(statements).execute(connection).await?;
+    Ok(())
 }
 
 /// By a hash: a frame exceeds what PostgreSQL indexes.

@@ -2,11 +2,13 @@
 
 use std::collections::HashSet;
 
-use futures::{TryStreamExt as _, future::BoxFuture};
+use futures::future::BoxFuture;
 use sqlx::{Row as _, any::AnyRow};
 
 use super::{
-    Damaged, DamagedRow, Result, Store, StoreError, decode,
+    Damaged, DamagedRow, Result, Store, StoreError,
+    ask::{self, text},
+    decode,
     tenants::{limit_columns, or_damaged, overrides, select_tenants, tenant},
     writer::Tx,
 };
@@ -36,12 +38,12 @@ fn read_key(row: &AnyRow) -> Result<KeyRecord> {
     // No key of a tenant works of which anything cannot be read.
     row.try_get::<i64, _>(11 + Overrides::NAMES.len())?;
     Ok(KeyRecord {
-        id: row.try_get(0)?,
+        id: text(row, 0)?.to_owned(),
         tenant: TenantId(row.try_get(1)?),
-        tenant_name: row.try_get(2)?,
+        tenant_name: text(row, 2)?.to_owned(),
         hash: KeyHash(decode::array(row.try_get(3)?, "key hash")?),
-        prefix: row.try_get(4)?,
-        role: row.try_get::<&str, _>(5)?.parse().map_err(|_| StoreError::Corrupt("role"))?,
+        prefix: text(row, 4)?.to_owned(),
+        role: text(row, 5)?.parse().map_err(|_| StoreError::Corrupt("role"))?,
         created_at: row.try_get(6)?,
         expires_at: row.try_get(7)?,
         revoked_at: row.try_get(8)?,
@@ -81,7 +83,7 @@ pub struct Rotation {
 impl Tx<'_> {
     async fn create_key(&mut self, new: NewKey) -> Result<Option<KeyRecord>> {
         if new.only_first
-            && sqlx::query("SELECT id FROM keys LIMIT 1").fetch_optional(&mut *self.connection).await?.is_some()
+            && sqlx::query("SELECT 1 FROM keys LIMIT 1").fetch_optional(&mut *self.connection).await?.is_some()
         {
             return Ok(None);
         }
@@ -133,7 +135,7 @@ impl Tx<'_> {
     }
 
     async fn rotate_key(&mut self, id: &str, new: Rotation) -> Result<(KeyRecord, KeyRecord)> {
-        let row = sqlx::query(select_keys!("k.id = $1")).bind(id).fetch_optional(&mut *self.connection).await?;
+        let row = self.row(sqlx::query(select_keys!("k.id = $1")).bind(id)).await?;
         let mut old = key_record(&row.ok_or(StoreError::KeyNotFound)?)?;
         if !old.is_live(self.now) {
             return Err(StoreError::KeyNotLive);
@@ -230,20 +232,18 @@ impl Store {
     /// # Errors
     /// [`StoreError::KeyNotFound`], [`StoreError::Damaged`].
     pub async fn key(&self, id: &str) -> Result<KeyRecord> {
-        let row = sqlx::query(select_keys!("k.id = $1")).bind(id).fetch_optional(&self.pool).await?;
+        let row = self.row(sqlx::query(select_keys!("k.id = $1")).bind(id)).await?;
         key_record(&row.ok_or(StoreError::KeyNotFound)?)
     }
 
-    /// The keys of a tenant, oldest first, revoked ones too; without damaged ones, which the log named at the start.
+    /// The keys of a tenant, oldest first, revoked ones too; without damaged ones.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn keys(&self, tenant: TenantId) -> Result<Vec<KeyRecord>> {
-        let rows = sqlx::query(select_keys!("k.tenant = $1 ORDER BY k.created_at, k.id"))
-            .bind(tenant.0)
-            .fetch_all(&self.pool)
-            .await?;
-        Ok(rows.iter().filter_map(|row| key_record(row).ok()).collect())
+        let rows =
+            self.rows(sqlx::query(select_keys!("k.tenant = $1 ORDER BY k.created_at, k.id")).bind(tenant.0)).await?;
+        Ok(self.readable(&rows, key_record, |row| format!("key {}", ask::name(row, 0))))
     }
 
     /// Every row of a tenant or a key that cannot be read: at start. Keys of a damaged tenant are not named one by one.
@@ -253,16 +253,13 @@ impl Store {
     pub async fn damaged_rows(&self) -> Result<Vec<DamagedRow>> {
         let mut damaged = Vec::new();
         let mut tenants: HashSet<i64> = HashSet::new();
-        let mut rows = sqlx::query(select_tenants!("1 = 1 ORDER BY t.id")).fetch(&self.pool);
-        while let Some(row) = rows.try_next().await? {
+        for row in self.rows(sqlx::query(select_tenants!("1 = 1 ORDER BY t.id"))).await? {
             if let Err(StoreError::Damaged(of_tenant)) = tenant(&row) {
                 damaged.push(of_tenant);
                 tenants.extend(row.try_get::<i64, _>(0));
             }
         }
-        drop(rows);
-        let mut rows = sqlx::query(select_keys!("1 = 1 ORDER BY k.id")).fetch(&self.pool);
-        while let Some(row) = rows.try_next().await? {
+        for row in self.rows(sqlx::query(select_keys!("1 = 1 ORDER BY k.id"))).await? {
             let named = row.try_get::<i64, _>(1).is_ok_and(|tenant| tenants.contains(&tenant));
             if let Err(StoreError::Damaged(of_key)) = key_record(&row)
                 && !named
@@ -277,8 +274,8 @@ impl Store {
 impl KeySource for Store {
     fn key_by_hash(&self, hash: KeyHash) -> BoxFuture<'_, std::result::Result<Option<KeyRecord>, KeySourceError>> {
         Box::pin(async move {
-            let row = sqlx::query(select_keys!("k.hash = $1")).bind(&hash.0[..]).fetch_optional(&self.pool).await;
-            let record = row.map_err(StoreError::from).and_then(|row| row.as_ref().map(key_record).transpose());
+            let row = self.row(sqlx::query(select_keys!("k.hash = $1")).bind(&hash.0[..])).await;
+            let record = row.and_then(|row| row.as_ref().map(key_record).transpose());
             record.map_err(|error| match error {
                 StoreError::Damaged(row) => KeySourceError::Damaged(row.to_string()),
                 other => KeySourceError::Unavailable(other.to_string()),

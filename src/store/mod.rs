@@ -6,15 +6,18 @@
 //! **Invariant.** Nothing else in the program does disk I/O for state.
 
 mod adapters;
+mod ask;
 mod audit;
 mod connect;
 mod decode;
 mod error;
+mod faults;
 mod idempotency;
 mod intern;
 mod keys;
 mod read;
 mod records;
+mod retention;
 mod rows;
 mod tenants;
 #[cfg(test)]
@@ -27,21 +30,20 @@ mod writer;
 
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
 pub use error::{Result, StoreError, Unwritable};
+pub use faults::Faults;
 pub use keys::{NewKey, Rotation};
 pub use records::{
     AdapterRecord, Change, Contents, CorruptAdapter, Damaged, DamagedRow, Facts, GenerationRecord, Idempotency,
     LoadedAdapter, NewAdapter, Observer, OnConflict, Stored,
 };
+pub use retention::Aged;
 pub use training::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
     NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
 };
 pub use upkeep::{Check, back_up, restore};
 
-use std::{
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::sync::Arc;
 
 use sqlx::AnyPool;
 
@@ -59,6 +61,7 @@ pub struct Store {
     pool: AnyPool,
     /// Who answers for what is written through this handle; None: nobody asks.
     actor: Option<Arc<Actor>>,
+    named: Arc<ask::Named>,
 }
 
 impl std::fmt::Debug for Store {
@@ -78,7 +81,7 @@ impl Store {
         connector.migrate(&mut connection).await?;
         let pool = connector.pool(config.readers).await?;
         let writer = Writer::start(connector, connection);
-        Ok(Self { writer, pool, actor: None })
+        Ok(Self { writer, pool, actor: None, named: Arc::default() })
     }
 
     /// The same store for somebody: what is written through it goes into the audit log under that name, in the same transaction.
@@ -147,9 +150,4 @@ impl Store {
         )
         .await
     }
-}
-
-/// Unix seconds.
-fn unix_now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }

@@ -7,9 +7,14 @@ use sqlx::{AnyConnection, Connection as _, Row as _, any::AnyRow};
 
 use super::{
     AdapterRecord, Contents, CorruptAdapter, Facts, GenerationRecord, LoadedAdapter, Result, Store, StoreError,
+    ask::{self, shown, text},
     decode::{self, select_records},
+    rows::AnyQuery,
 };
 use crate::types::{AdapterId, TenantId};
+
+/// Adapters that are read in the way that costs more, where one of them cannot be read otherwise.
+const PIECE: i64 = 100;
 
 /// Sorts after every name that begins with a prefix: names are ASCII.
 const AFTER_ALL: char = '\u{7f}';
@@ -34,8 +39,7 @@ impl Store {
         if let Some(own) = self.own_adapter(tenant, name).await? {
             return Ok(own);
         }
-        let row =
-            sqlx::query(select_records!("a.public = 1 AND a.name = $1")).bind(name).fetch_optional(&self.pool).await?;
+        let row = self.row(sqlx::query(select_records!("a.public = 1 AND a.name = $1")).bind(name)).await?;
         self.writer.told().await;
         decode::record(&row.ok_or(StoreError::AdapterNotFound)?)
     }
@@ -73,28 +77,22 @@ impl Store {
     ) -> Result<(Vec<AdapterRecord>, u32, bool)> {
         let end = format!("{prefix}{AFTER_ALL}");
         let page = |sql: &'static str| {
-            sqlx::query(sql)
-                .bind(prefix.to_owned())
-                .bind(end.clone())
-                .bind(after.unwrap_or("").to_owned())
-                .bind(i64::from(limit))
-                .bind(tenant.0)
+            sqlx::query(sql).bind(prefix).bind(&*end).bind(after.unwrap_or("")).bind(i64::from(limit)).bind(tenant.0)
         };
         let own = page(select_records!(
             "a.tenant = $5 AND a.name >= $1 AND a.name < $2 AND a.name > $3 ORDER BY a.name LIMIT $4"
-        ))
-        .fetch_all(&self.pool)
-        .await?;
+        ));
+        let own = self.rows(own).await?;
         let public = page(select_records!(
             "a.public = 1 AND a.tenant <> $5 AND a.name >= $1 AND a.name < $2 AND a.name > $3 ORDER BY a.name LIMIT $4"
-        ))
-        .fetch_all(&self.pool)
-        .await?;
+        ));
+        let public = self.rows(public).await?;
         self.writer.told().await;
         let more = own.len() >= limit as usize || public.len() >= limit as usize;
         let rows = own.len() + public.len();
-        // A row that cannot be read was named in the log at the start.
-        let mut records: Vec<_> = own.iter().chain(&public).filter_map(|row| decode::record(row).ok()).collect();
+        let named = |row: &AnyRow| format!("adapter {} ({})", shown(row, 0), ask::name(row, 3));
+        let mut records = self.readable(&own, decode::record, named);
+        records.extend(self.readable(&public, decode::record, named));
         let corrupt = (rows - records.len()) as u32;
         // Stable: of one name the own comes first.
         records.sort_by(|a, b| a.name.cmp(&b.name));
@@ -108,31 +106,27 @@ impl Store {
     /// # Errors
     /// [`StoreError::AdapterNotFound`].
     pub async fn adapter_name(&self, tenant: TenantId, id: AdapterId) -> Result<String> {
-        let row =
-            sqlx::query("SELECT name FROM adapters WHERE id = $1 AND deleted = 0 AND (tenant = $2 OR public = 1)")
-                .bind(id.0)
-                .bind(tenant.0)
-                .fetch_optional(&self.pool)
-                .await?;
-        Ok(row.ok_or(StoreError::AdapterNotFound)?.try_get(0)?)
+        let query =
+            sqlx::query("SELECT name FROM adapters WHERE id = $1 AND deleted = 0 AND (tenant = $2 OR public = 1)");
+        let row = self.row(query.bind(id.0).bind(tenant.0)).await?;
+        Ok(text(&row.ok_or(StoreError::AdapterNotFound)?, 0)?.to_owned())
     }
 
-    /// Every generation of an adapter, newest upload first.
+    /// Every generation of an adapter, newest upload first; without damaged ones.
     ///
     /// # Errors
     /// Only the database's. An adapter that is gone has none.
     pub async fn generations(&self, adapter: AdapterId) -> Result<Vec<GenerationRecord>> {
-        let rows = sqlx::query(
+        let query = sqlx::query(
             "SELECT g.seq, CASE WHEN g.seq = a.seq THEN 1 ELSE 0 END, g.created_at, \
              g.generation, g.data, f.dtype, f.scheme, f.frame, f.fingerprint, f.forced_onto \
              FROM generations g JOIN adapters a ON a.id = g.adapter JOIN facts f ON f.id = g.facts \
              WHERE g.adapter = $1 AND a.deleted = 0 ORDER BY g.seq DESC",
-        )
-        .bind(adapter.0)
-        .fetch_all(&self.pool)
-        .await?;
+        );
+        let rows = self.rows(query.bind(adapter.0)).await?;
         self.writer.told().await;
-        rows.iter().map(generation_record).collect()
+        let named = |row: &AnyRow| format!("generation {} of adapter {}", shown(row, 0), adapter.0);
+        Ok(self.readable(&rows, generation_record, named))
     }
 
     /// Gives every adapter to `each`, in no order; at start. What is interned in the database is shared in memory. A row that cannot be read is given as
@@ -152,22 +146,35 @@ impl Store {
         };
         let mut tx = connection.begin_with(begin).await?;
         let facts = all_facts(&mut tx).await?;
-        let mut count = 0;
-        let mut rows = sqlx::query(
-            "SELECT a.id, a.tenant, a.name, a.public, g.generation, g.data, g.facts \
-             FROM adapters a LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq WHERE a.deleted = 0",
-        )
-        .fetch(&mut *tx);
-        while let Some(row) = rows.try_next().await? {
-            match loaded(&row, &facts) {
+        let (mut count, mut last) = (0, i64::MIN);
+        let mut read = |row: &AnyRow| -> Result<i64> {
+            match loaded(row, &facts) {
                 Ok(adapter) => {
                     each(Ok(adapter));
                     count += 1;
                 }
-                Err(error) => each(Err(corrupt(&row, &error))),
+                Err(error) => each(Err(corrupt(row, &error))),
+            }
+            Ok(row.try_get(0)?)
+        };
+        loop {
+            let mut rows = adapters_after(last, i64::MAX).fetch(&mut *tx);
+            let end = loop {
+                match rows.try_next().await {
+                    Ok(Some(row)) => last = read(&row)?,
+                    end => break end,
+                }
+            };
+            drop(rows);
+            match end {
+                Err(error) if ask::is_unreadable(&error) => {}
+                end => break end.map(drop)?,
+            }
+            // A row stopped the stream: it and some after it are read in the way that costs more.
+            for row in ask::rows(&mut tx, adapters_after(last, PIECE)).await? {
+                last = read(&row)?;
             }
         }
-        drop(rows);
         tx.commit().await?;
         Ok(count)
     }
@@ -177,8 +184,8 @@ impl Store {
     /// # Errors
     /// Only the database's.
     pub async fn meta(&self, name: &str) -> Result<Option<String>> {
-        let row = sqlx::query("SELECT value FROM meta WHERE name = $1").bind(name).fetch_optional(&self.pool).await?;
-        Ok(row.map(|row| row.try_get(0)).transpose()?)
+        let row = self.row(sqlx::query("SELECT value FROM meta WHERE name = $1").bind(name)).await?;
+        row.map(|row| text(&row, 0).map(str::to_owned)).transpose()
     }
 
     /// A fact about the whole store; if there is none, this one from now on.
@@ -224,9 +231,20 @@ impl Store {
     }
 }
 
+/// Rows as [`loaded`] reads them, in the order of their numbers.
+fn adapters_after(last: i64, most: i64) -> AnyQuery<'static> {
+    sqlx::query(
+        "SELECT a.id, a.tenant, a.name, a.public, g.generation, g.data, g.facts \
+         FROM adapters a LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
+         WHERE a.deleted = 0 AND a.id > $1 ORDER BY a.id LIMIT $2",
+    )
+    .bind(last)
+    .bind(most)
+}
+
 async fn all_facts(connection: &mut AnyConnection) -> Result<HashMap<i64, Arc<Facts>>> {
     let rows = sqlx::query("SELECT id, dtype, scheme, frame, fingerprint, forced_onto FROM facts");
-    let rows = rows.fetch_all(connection).await?;
+    let rows = ask::rows(connection, rows).await?;
     // Facts that cannot be read are missed by the adapters that name them.
     let read = |row: &AnyRow| -> Result<_> { Ok((row.try_get(0)?, Arc::new(decode::facts(row, 1)?))) };
     Ok(rows.iter().filter_map(|row| read(row).ok()).collect())
@@ -237,7 +255,7 @@ fn corrupt(row: &AnyRow, error: &StoreError) -> CorruptAdapter {
     CorruptAdapter {
         id: AdapterId(row.try_get(0).unwrap_or_default()),
         tenant: TenantId(row.try_get(1).unwrap_or_default()),
-        name: row.try_get(2).unwrap_or_default(),
+        name: ask::name(row, 2),
         cause: error.to_string(),
     }
 }
@@ -247,7 +265,7 @@ fn loaded(row: &AnyRow, facts: &HashMap<i64, Arc<Facts>>) -> Result<LoadedAdapte
     Ok(LoadedAdapter {
         id: AdapterId(row.try_get(0)?),
         tenant: TenantId(row.try_get(1)?),
-        name: row.try_get(2)?,
+        name: text(row, 2)?.to_owned(),
         public: row.try_get::<i64, _>(3)? != 0,
         contents: Contents { generation: decode::generation(row, 4)?, data: row.try_get(5)?, facts: facts.clone() },
     })

@@ -2,7 +2,7 @@
 
 use sqlx::{Row as _, any::AnyRow};
 
-use super::{Change, Damaged, DamagedRow, Result, Store, StoreError, decode, decode::bound, writer::Tx};
+use super::{Change, Damaged, DamagedRow, Result, Store, StoreError, ask, decode, decode::bound, writer::Tx};
 use crate::{
     tenant::{BUILT_IN_TENANT, LimitChanges, Overrides, Tenant},
     types::TenantId,
@@ -53,7 +53,7 @@ fn readable_overrides(row: &AnyRow, at: usize) -> Overrides {
 /// What was read of a row, whose name is in a column; whatever keeps it from being read is the trouble of that row alone.
 pub(super) fn or_damaged<T>(read: Result<T>, kind: Damaged, row: &AnyRow, name: usize) -> Result<T> {
     read.map_err(|error| {
-        let (name, cause) = (row.try_get(name).unwrap_or_default(), error.to_string());
+        let (name, cause) = (ask::name(row, name), error.to_string());
         StoreError::Damaged(DamagedRow { kind, name, cause })
     })
 }
@@ -63,12 +63,13 @@ pub(super) fn tenant(row: &AnyRow) -> Result<Tenant> {
 }
 
 fn read_tenant(row: &AnyRow, limits: Overrides) -> Result<Tenant> {
-    Ok(Tenant { id: TenantId(row.try_get(0)?), name: row.try_get(1)?, created_at: row.try_get(2)?, limits })
+    let name = ask::text(row, 1)?.to_owned();
+    Ok(Tenant { id: TenantId(row.try_get(0)?), name, created_at: row.try_get(2)?, limits })
 }
 
 impl Tx<'_> {
     async fn tenant_row(&mut self, name: &str) -> Result<Option<AnyRow>> {
-        Ok(sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&mut *self.connection).await?)
+        self.row(sqlx::query(select_tenants!("t.name = $1")).bind(name)).await
     }
 
     pub(super) async fn living_tenant(&mut self, name: &str) -> Result<Option<Tenant>> {
@@ -119,30 +120,19 @@ impl Tx<'_> {
         if id == BUILT_IN_TENANT {
             return Err(StoreError::BuiltInTenant);
         }
-        let rows = sqlx::query(
+        let query = sqlx::query(
             "SELECT a.name, g.generation FROM adapters a LEFT JOIN generations g ON g.adapter = a.id \
              WHERE a.tenant = $1 AND a.deleted = 0 ORDER BY a.name",
-        )
-        .bind(id.0)
-        .fetch_all(&mut *self.connection)
-        .await?;
+        );
+        let rows = self.rows(query.bind(id.0)).await?;
         // A damaged adapter was never served, so nothing of it is cached; its name is gone all the same.
-        let pairs = rows.iter().map(|row| Ok((row.try_get::<String, _>(0)?, decode::generation(row, 1).ok())));
-        let pairs = pairs.collect::<Result<Vec<_>>>()?;
-        sqlx::query("DELETE FROM generations WHERE adapter IN (SELECT id FROM adapters WHERE tenant = $1)")
-            .bind(id.0)
-            .execute(&mut *self.connection)
-            .await?;
-        let (now, change) = (self.now, self.next_seq());
-        sqlx::query(
-            "UPDATE adapters SET deleted = 1, public = 0, metadata = '{}', updated_at = $1, change_seq = $2 \
-             WHERE tenant = $3 AND deleted = 0",
-        )
-        .bind(now)
-        .bind(change)
-        .bind(id.0)
-        .execute(&mut *self.connection)
-        .await?;
+        let pairs: Vec<_> = rows.iter().map(|row| (ask::name(row, 0), decode::generation(row, 1).ok())).collect();
+        for sql in [
+            "DELETE FROM generations WHERE adapter IN (SELECT id FROM adapters WHERE tenant = $1)",
+            "DELETE FROM adapters WHERE tenant = $1",
+        ] {
+            sqlx::query(sql).bind(id.0).execute(&mut *self.connection).await?;
+        }
         for of_name in pairs.chunk_by(|a, b| a.0 == b.0) {
             let generations = of_name.iter().filter_map(|(_, generation)| *generation).collect();
             self.changed(|| Change::Deleted { tenant: id, name: of_name[0].0.clone(), generations });
@@ -153,15 +143,10 @@ impl Tx<'_> {
             "DELETE FROM idempotency WHERE tenant = $1",
             "DELETE FROM keys WHERE tenant = $1",
             "DELETE FROM tenant_usage WHERE tenant = $1",
+            "DELETE FROM tenants WHERE id = $1",
         ] {
             sqlx::query(sql).bind(id.0).execute(&mut *self.connection).await?;
         }
-        let change = self.next_seq();
-        sqlx::query("UPDATE tenants SET deleted = 1, change_seq = $1 WHERE id = $2")
-            .bind(change)
-            .bind(id.0)
-            .execute(&mut *self.connection)
-            .await?;
         self.erased = true;
         Ok(id)
     }
@@ -221,31 +206,18 @@ impl Store {
     /// # Errors
     /// [`StoreError::TenantNotFound`], [`StoreError::Damaged`].
     pub async fn tenant(&self, name: &str) -> Result<Tenant> {
-        let row = sqlx::query(select_tenants!("t.name = $1")).bind(name).fetch_optional(&self.pool).await?;
+        let row = self.row(sqlx::query(select_tenants!("t.name = $1")).bind(name)).await?;
         tenant(&row.ok_or(StoreError::TenantNotFound)?)
     }
 
-    /// At most `limit` tenants in the order of their names, those after `after`. Damaged ones are left out; the log named them at the start.
+    /// At most `limit` tenants in the order of their names, those after `after`. Damaged ones are left out.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn tenants(&self, after: Option<&str>, limit: u32) -> Result<Vec<Tenant>> {
-        let mut tenants: Vec<Tenant> = Vec::new();
-        let mut after = after.unwrap_or("").to_owned();
-        loop {
-            let rows = sqlx::query(select_tenants!("t.name > $1 ORDER BY t.name LIMIT $2"))
-                .bind(&*after)
-                .bind(i64::from(limit))
-                .fetch_all(&self.pool)
-                .await?;
-            tenants.extend(rows.iter().filter_map(|row| tenant(row).ok()));
-            tenants.truncate(limit as usize);
-            // A page that damaged rows left short would be taken for the last.
-            let more = rows.len() >= limit as usize && tenants.len() < limit as usize;
-            match rows.last().and_then(|row| row.try_get(1).ok()) {
-                Some(last) if more => after = last,
-                _ => return Ok(tenants),
-            }
-        }
+        let query = |limit| {
+            sqlx::query(select_tenants!("t.name > $1 ORDER BY t.name LIMIT $2")).bind(after.unwrap_or("")).bind(limit)
+        };
+        self.page(limit, query, tenant, |row| format!("tenant {}", ask::name(row, 1))).await
     }
 }

@@ -1,8 +1,8 @@
 //! What tenants used, by day.
 
-use sqlx::Row as _;
+use sqlx::{Row as _, any::AnyRow};
 
-use super::{Result, Store, training::count, writer::Tx};
+use super::{Result, Store, ask::shown, training::count, writer::Tx};
 use crate::{
     tenant::{DAY, Usage, UsageOfDay},
     types::TenantId,
@@ -14,12 +14,13 @@ impl Tx<'_> {
         self.now.div_euclid(DAY)
     }
 
+    /// Of a tenant that was deleted meanwhile nothing is kept.
     pub(super) async fn add_usage(&mut self, usage: &[UsageOfDay]) -> Result<()> {
         let signed = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         for UsageOfDay { tenant, day, usage } in usage {
             sqlx::query(
                 "INSERT INTO tenant_usage (tenant, day, requests, prompt_tokens, completion_tokens, trained_tokens) \
-                 VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (tenant, day) DO UPDATE SET \
+                 SELECT id, $2, $3, $4, $5, $6 FROM tenants WHERE id = $1 AND deleted = 0 ON CONFLICT (tenant, day) DO UPDATE SET \
                  requests = tenant_usage.requests + excluded.requests, \
                  prompt_tokens = tenant_usage.prompt_tokens + excluded.prompt_tokens, \
                  completion_tokens = tenant_usage.completion_tokens + excluded.completion_tokens, \
@@ -47,28 +48,25 @@ impl Store {
         self.writer.job(move |tx| Box::pin(async move { tx.add_usage(&usage).await })).await
     }
 
-    /// What a tenant used on the days from one to another (days since 1970, both included), oldest first. Days without use are left out.
+    /// What a tenant used on the days from one to another (days since 1970, both included), oldest first. Days without use are left out, and damaged ones.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn usage(&self, tenant: TenantId, from: i64, to: i64) -> Result<Vec<UsageOfDay>> {
-        let rows = sqlx::query(
+        let query = sqlx::query(
             "SELECT day, requests, prompt_tokens, completion_tokens, trained_tokens FROM tenant_usage \
              WHERE tenant = $1 AND day >= $2 AND day <= $3 ORDER BY day",
-        )
-        .bind(tenant.0)
-        .bind(from)
-        .bind(to)
-        .fetch_all(&self.pool)
-        .await?;
-        let usage = |row| -> Result<Usage> {
-            Ok(Usage {
+        );
+        let rows = self.rows(query.bind(tenant.0).bind(from).bind(to)).await?;
+        let usage = |row: &AnyRow| -> Result<UsageOfDay> {
+            let usage = Usage {
                 requests: count(row, 1)?,
                 prompt_tokens: count(row, 2)?,
                 completion_tokens: count(row, 3)?,
                 trained_tokens: count(row, 4)?,
-            })
+            };
+            Ok(UsageOfDay { tenant, day: row.try_get(0)?, usage })
         };
-        rows.iter().map(|row| Ok(UsageOfDay { tenant, day: row.try_get(0)?, usage: usage(row)? })).collect()
+        Ok(self.readable(&rows, usage, |row| format!("usage of tenant {}, day {}", tenant.0, shown(row, 0))))
     }
 }

@@ -18,13 +18,16 @@ use tokio::{
 use super::{
     Change, NewAdapter, Observer, Result, StoreError, Stored,
     adapters::{Created, KNOWN_OF_ONE, Known, bind_known},
+    ask,
     connect::Connector,
-    intern::Interner,
+    intern::{self, Interner},
     rows::Dialect,
     totals::Totals,
-    unix_now,
 };
-use crate::tenant::{Actor, Deed};
+use crate::{
+    tenant::{Actor, Deed},
+    types::clock::unix_now,
+};
 
 /// Jobs that may wait for the writer; more wait in their senders.
 const QUEUE: usize = 1024;
@@ -37,6 +40,9 @@ const SEQS_A_JOB: i64 = 4;
 
 /// After a deletion the log is emptied too (SQLite), but not more often than this.
 const ERASE_AFTER: Duration = Duration::from_secs(1);
+
+/// After a deletion facts that nobody has are erased, but not more often than this: all generations are read for it.
+const SWEEP_AFTER: Duration = Duration::from_secs(600);
 
 /// Uploads' results, in their order.
 pub(super) type PutResults = Vec<Result<Stored>>;
@@ -100,7 +106,9 @@ impl Writer {
             connection: Some(connection),
             interner: Interner::default(),
             totals: Totals::default(),
+            last_seq: None,
             erase_at: None,
+            sweep_at: None,
             observer: observer.clone(),
             telling: telling.clone(),
         };
@@ -246,8 +254,12 @@ struct Task {
     connection: Option<AnyConnection>,
     interner: Interner,
     totals: Totals,
+    /// Where the change sequence stood after our last transaction. Anywhere else: another process wrote, and what is remembered may not hold any more.
+    last_seq: Option<i64>,
     /// When the log is to be emptied.
     erase_at: Option<Instant>,
+    /// When facts that nobody has are to be erased.
+    sweep_at: Option<Instant>,
     observer: Arc<OnceLock<Arc<dyn Observer>>>,
     telling: Telling,
 }
@@ -279,13 +291,17 @@ impl Task {
         self.close().await;
     }
 
-    /// The next message; while there is none, the log is emptied when that is due.
+    /// The next message; before it, what is due after deletions.
     async fn next(&mut self, receiver: &mut mpsc::Receiver<Message>) -> Option<Message> {
-        while let Some(at) = self.erase_at {
-            if Instant::now() >= at {
+        while let Some(at) = self.erase_at.into_iter().chain(self.sweep_at).min() {
+            if Instant::now() < at {
+                if let Ok(message) = tokio::time::timeout_at(at, receiver.recv()).await {
+                    return message;
+                }
+            } else if self.sweep_at == Some(at) {
+                self.sweep().await;
+            } else {
                 self.erase_log().await;
-            } else if let Ok(message) = tokio::time::timeout_at(at, receiver.recv()).await {
-                return message;
             }
         }
         receiver.recv().await
@@ -313,13 +329,27 @@ impl Task {
             Some(connection) => connection,
             None => self.connection.insert(self.connector.connect().await?),
         };
-        let only = only_upload(group).filter(|_| self.connector.is_sqlite());
-        let (seqs_end, known) = begin(connection, self.connector.dialect(), seqs, only).await?;
+        if let Some(faults) = self.connector.faults() {
+            faults.before_begin(connection).await?;
+        }
+        let (dialect, only) = (self.connector.dialect(), only_upload(group).filter(|_| self.connector.is_sqlite()));
+        let (seqs_end, known) = match begin(connection, dialect, seqs, only).await {
+            // What is known of the upload cannot be read at once with the rest: it is asked again by itself.
+            Err(StoreError::Database(error)) if only.is_some() && ask::is_unreadable(&error) => {
+                sqlx::query("ROLLBACK").execute(&mut *connection).await?;
+                begin(connection, dialect, seqs, None).await?
+            }
+            begun => begun?,
+        };
+        if self.last_seq.replace(seqs_end) != Some(seqs_end - seqs) {
+            self.interner = Interner::default();
+            self.totals = Totals::default();
+        }
         let mut tx = Tx {
             connection: &mut *connection,
             interner: &mut self.interner,
             totals: &mut self.totals,
-            dialect: self.connector.dialect(),
+            dialect,
             now: unix_now(),
             erased: false,
             changes: self.observer.get().map(|_| Vec::new()),
@@ -332,15 +362,38 @@ impl Task {
         run_group(&mut tx, group).await?;
         let (erased, changes) = (tx.erased, tx.changes.take());
         let telling = self.telling.write().await;
+        if let Some(faults) = self.connector.faults() {
+            faults.before_commit().await;
+        }
         tx.commit().await?;
         if let (Some(observer), Some(changes)) = (self.observer.get(), changes) {
             changes.into_iter().for_each(|change| observer.committed(change));
         }
         drop(telling);
+        if erased {
+            self.sweep_at.get_or_insert_with(|| Instant::now() + SWEEP_AFTER);
+        }
         if erased && self.connector.is_sqlite() {
             self.erase_at.get_or_insert_with(|| Instant::now() + ERASE_AFTER);
         }
         Ok(())
+    }
+
+    /// Erases facts that no adapter has any more.
+    async fn sweep(&mut self) {
+        self.sweep_at = None;
+        let Some(connection) = &mut self.connection else { return };
+        match intern::sweep(connection, self.connector.dialect()).await {
+            Ok(()) => {
+                self.interner = Interner::default();
+                self.erase_at = self.connector.is_sqlite().then(Instant::now);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "what deleted adapters' numbers meant stays in the database until the next deletion");
+                // Whatever it stands at: a new one begins anew.
+                self.connection = None;
+            }
+        }
     }
 
     /// Moves the log into the database and cuts it, so that deleted contents are nowhere on disk.
@@ -355,6 +408,9 @@ impl Task {
     }
 
     async fn close(&mut self) {
+        if self.sweep_at.is_some() {
+            self.sweep().await;
+        }
         if self.erase_at.is_some() {
             self.erase_log().await;
         }

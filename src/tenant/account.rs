@@ -8,7 +8,7 @@ use std::{
         Arc, OnceLock, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use dashmap::DashMap;
@@ -18,7 +18,7 @@ use super::{
     Limits, Overrides, Usage,
     bucket::{Bucket, Rate},
 };
-use crate::types::TenantId;
+use crate::types::{TenantId, clock::unix_now};
 
 /// Seconds of a day.
 pub const DAY: i64 = 24 * 60 * 60;
@@ -430,13 +430,12 @@ impl Accounts {
 
 /// Days since 1970, UTC.
 pub fn today() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64) / DAY
+    unix_now().div_euclid(DAY)
 }
 
 /// Until the next day begins (UTC).
 pub fn until_tomorrow() -> Duration {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    Duration::from_secs(DAY as u64 - now % DAY as u64)
+    Duration::from_secs((DAY - unix_now().rem_euclid(DAY)) as u64)
 }
 
 #[cfg(test)]

@@ -3,13 +3,14 @@
 use std::{
     net::IpAddr,
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use dashmap::DashMap;
 use futures::future::BoxFuture;
 
 use super::{Accounts, Caller, KeyHash, KeyRecord, Origin, attempts::Attempts};
+use crate::types::clock::unix_now;
 
 /// When a verified key is looked up again. Until then, and until twice this while that look-up runs (or was lost with its
 /// request), the key is believed: a change in the store is honoured within a second.
@@ -189,10 +190,6 @@ impl Directory {
         }
         self.known.insert(hash, Remembered { caller, expires_at, verified: Instant::now(), claimed: false });
     }
-}
-
-fn unix_now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
 #[cfg(test)]

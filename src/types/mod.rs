@@ -1,5 +1,6 @@
-//! Names that every room may use: identifiers and hashes, no logic.
+//! Names that every room may use: identifiers, hashes and the wall clock, no logic.
 
+pub mod clock;
 #[cfg(test)]
 pub(crate) mod fuzz;
 

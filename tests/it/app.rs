@@ -16,7 +16,7 @@ use mote::{
         BaseInfo, RequestPolicy, Service,
         training::{EnginePolicies, PolicySource, TrainingConfig},
     },
-    store::{Location, NewKey, Store, StoreConfig},
+    store::{Faults, Location, NewKey, Store, StoreConfig},
     tenant::{ApiKey, Caller, Role},
     text::{ChatTemplate, Tokenizer},
     types::{Fingerprint, TokenId},
@@ -50,6 +50,8 @@ pub(crate) struct Options {
     pub(crate) policies: Option<Arc<dyn PolicySource>>,
     /// The data directory of a server that was there before.
     pub(crate) folder: Option<Arc<TempDir>>,
+    /// What goes wrong with the disk.
+    pub(crate) faults: Option<Arc<Faults>>,
 }
 
 impl Default for Options {
@@ -67,6 +69,7 @@ impl Default for Options {
             training: TrainingConfig::default(),
             policies: None,
             folder: None,
+            faults: None,
         }
     }
 }
@@ -126,7 +129,7 @@ impl TestApp {
         let basis = basis(&base.sites);
         let engine = Engine::start(Box::new(model), config).unwrap();
         let folder = options.folder.unwrap_or_else(|| Arc::new(tempfile::tempdir().unwrap()));
-        let service = Service::open(base, basis, engine, store(&folder).await).await.unwrap();
+        let service = Service::open(base, basis, engine, store(&folder, options.faults).await).await.unwrap();
         let mut service = service.with_policy(options.policy);
         service.request_timeout = options.request_timeout;
         let service = Arc::new(service);
@@ -222,8 +225,9 @@ fn basis(sites: &Sites) -> Basis {
     Basis { rank: 2, fingerprint: FINGERPRINT, sites: vec![site; sites.len()] }
 }
 
-async fn store(folder: &TempDir) -> Store {
-    let store = Store::open(StoreConfig::new(Location::Directory(folder.path().into()))).await.unwrap();
+async fn store(folder: &TempDir, faults: Option<Arc<Faults>>) -> Store {
+    let config = StoreConfig { faults, ..StoreConfig::new(Location::Directory(folder.path().into())) };
+    let store = Store::open(config).await.unwrap();
     if store.tenant("acme").await.is_ok() {
         return store;
     }

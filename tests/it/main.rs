@@ -13,6 +13,7 @@ mod contract;
 mod door;
 mod durability;
 mod errors;
+mod faults;
 mod fuzz;
 mod golden;
 mod huge;

@@ -223,6 +223,52 @@ async fn a_damaged_job_has_failed_and_is_never_resumed() {
     }
 }
 
+/// A job goes on from the newest checkpoint that can be used, to the numbers of one that nobody disturbed; without any it fails in words.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_checkpoint_costs_the_steps_since_the_one_before() {
+    let hyper = json!({"steps": 30, "checkpoint_every": 2});
+    let with =
+        |toy: &Arc<Toy>, folder| Options { policies: Some(Arc::new(Toys(toy.clone()))), folder, ..Options::default() };
+    let app = TestApp::with(with(&Arc::default(), None)).await;
+    let id = app.train(letters_with("alice", hyper.clone())).await;
+    let undisturbed = outcome(&app, &id, "alice").await;
+    drop(app);
+
+    let toy = Toy::slow(3);
+    let app = TestApp::with(with(&toy, None)).await;
+    let id = app.train(letters_with("alice", hyper.clone())).await;
+    app.until(&id, |job| job["step"].as_u64().unwrap() >= 9).await;
+    app.state.service.training().unwrap().play_dead().await;
+    app.state.service.store.close().await;
+    let newest = format!("job = '{id}' AND step = (SELECT MAX(step) FROM job_checkpoints WHERE job = '{id}'");
+    let damage = [
+        format!("UPDATE job_checkpoints SET state = '{{' WHERE {newest})"),
+        format!("UPDATE job_checkpoints SET state = CAST(x'7bff' AS TEXT) WHERE {newest} - 2)"),
+        format!("UPDATE job_events SET message = CAST(x'ff' AS TEXT) WHERE job = '{id}' AND seq = 1"),
+        format!("UPDATE job_samples SET samples = CAST(x'ff' AS TEXT) WHERE job = '{id}' AND step = 1"),
+    ];
+    tamper(app.folder.path(), &damage.join(";")).await;
+    let app = TestApp::with(with(&Arc::default(), Some(app.folder.clone()))).await;
+    for part in ["events", "checkpoints", "samples"] {
+        assert_eq!(app.get(&format!("/adapters/train/{id}/{part}")).await.status, 200, "{part}");
+    }
+    let disturbed = outcome(&app, &id, "alice").await;
+    assert_eq!(disturbed, undisturbed);
+
+    let lost = app.train(letters_with("bob", json!({"steps": 2000, "checkpoint_every": 1}))).await;
+    app.until(&lost, |job| job["step"].as_u64().unwrap() >= 3).await;
+    app.post(&format!("/adapters/train/{lost}/pause"), json!({})).await;
+    app.state.service.training().unwrap().stop(Duration::from_secs(10)).await;
+    app.state.service.store.close().await;
+    tamper(app.folder.path(), &format!("UPDATE job_checkpoints SET state = '{{}}' WHERE job = '{lost}'")).await;
+    let app = TestApp::with(with(&Arc::default(), Some(app.folder.clone()))).await;
+    assert_eq!(app.get(&format!("/adapters/train/{lost}/checkpoints")).await.json()["data"], json!([]));
+    app.post(&format!("/adapters/train/{lost}/resume"), json!({})).await;
+    let job = app.ended(&lost).await;
+    assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("checkpoint_unusable")), "{job}");
+    assert!(job["error"]["message"].as_str().unwrap().contains("None of the job's"), "{job}");
+}
+
 /// All methods on the tiny golden model, in a real process that is killed with SIGKILL.
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_9_changes_nothing() {

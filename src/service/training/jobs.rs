@@ -311,28 +311,40 @@ impl Service {
         self.store.events_before(id, before.unwrap_or(u64::MAX), limit).await.map_err(Error::internal)
     }
 
-    /// A job's checkpoints, newest first.
+    /// A job's checkpoints, newest first; without damaged ones.
     ///
     /// # Errors
     /// 404.
     pub async fn job_checkpoints(&self, caller: &Caller, id: &str) -> Result<Vec<CheckpointInfo>, Error> {
         let spec = info(self.own_job(caller, id).await?).spec;
         let is_default = spec.is_some_and(|spec| spec.read_scheme().is_ok_and(|scheme| scheme == Scheme::default()));
-        let records = self.store.checkpoints(id).await.map_err(Error::internal)?;
-        let shown = |record: crate::store::CheckpointRecord| {
-            let saved: Saved = serde_json::from_str(&record.state).map_err(Error::internal)?;
+        let (records, _) = self.store.checkpoints(id).await.map_err(Error::internal)?;
+        let shown = |record: &crate::store::CheckpointRecord| -> Result<CheckpointInfo, String> {
+            let saved: Saved = serde_json::from_str(&record.state).map_err(|error| error.to_string())?;
             let numbers = round_to_bf16(&saved.run.state.numbers);
-            let bytes = codec::encode(&numbers, NumberType::Bf16).map_err(Error::internal)?;
+            let bytes = codec::encode(&numbers, NumberType::Bf16).map_err(|error| error.to_string())?;
             let inline = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(&bytes);
             Ok(CheckpointInfo {
                 step: record.step,
-                metrics: serde_json::from_str(&record.metrics).map_err(Error::internal)?,
+                metrics: serde_json::from_str(&record.metrics).map_err(|error| error.to_string())?,
                 data: STANDARD.encode(bytes),
                 model: is_default.then(|| format!("{}+{inline}", self.base.model_id)),
                 created_at: record.created_at,
             })
         };
-        records.into_iter().map(shown).collect()
+        let listed = records.iter().filter_map(|record| match shown(record) {
+            Ok(info) => Some(info),
+            Err(error) => {
+                tracing::error!(
+                    job = id,
+                    step = record.step,
+                    error,
+                    "a checkpoint of a training job cannot be read: it is left out"
+                );
+                None
+            }
+        });
+        Ok(listed.collect())
     }
 
     /// A job's samples, newest first: at most `limit` records of those before the step `before`.

@@ -6,8 +6,8 @@ use std::{
 };
 
 use mote_trainer::{
-    Checkpoint, EvalSettings, FinalReport, Metrics, NoGrader, Policy, PolicyError, Run, StepReport, Stop, TrainError,
-    data::Dataset, grader::Grader,
+    Checkpoint, EvalSettings, FinalReport, Metrics, NoGrader, Policy, PolicyError, Run, Settings, StepReport, Stop,
+    TrainError, data::Dataset, grader::Grader,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -161,13 +161,8 @@ impl Worker {
         let policy = policy.as_mut();
         let no_grader = NoGrader;
         let grading: &dyn Grader = grader.as_deref().unwrap_or(&no_grader);
-        let mut run = match self.saved()? {
-            Some(saved) => {
-                self.tokens = saved.tokens;
-                Run::resume(saved.run, &settings, training).map_err(|error| {
-                    Error::new(ErrorKind::Invalid, sentence(&error.to_string())).with_code("checkpoint_unusable")
-                })?
-            }
+        let mut run = match self.resumed(&settings, &training)? {
+            Some(run) => run,
             None => Run::new(settings, training, self.spec.initial(numbers)?)?,
         };
         while run.end().is_none() {
@@ -191,10 +186,39 @@ impl Worker {
         self.publish(&run, &validation)
     }
 
-    /// The newest checkpoint.
-    fn saved(&self) -> Result<Option<Saved>, Error> {
-        let found = self.inner.runtime.block_on(self.inner.store.checkpoints(&self.job.id)).map_err(Error::internal)?;
-        found.first().map(|newest| serde_json::from_str(&newest.state).map_err(damaged)).transpose()
+    /// The run as the newest checkpoint that can be used has it: steps after that are computed again, to the same bits. None: there is no checkpoint yet.
+    fn resumed(&mut self, settings: &Settings, training: &Dataset) -> Result<Option<Run>, Error> {
+        let id = &self.job.id;
+        let found = self.inner.runtime.block_on(self.inner.store.checkpoints(id)).map_err(Error::internal)?;
+        let (checkpoints, there_are) = found;
+        let mut cause = "they cannot be read".to_owned();
+        for checkpoint in &checkpoints {
+            let saved = serde_json::from_str::<Saved>(&checkpoint.state).map_err(|error| error.to_string());
+            let resumed = saved.and_then(|saved| {
+                let run = Run::resume(saved.run, settings, training.clone()).map_err(|error| error.to_string())?;
+                Ok((run, saved.tokens))
+            });
+            match resumed {
+                Ok((run, tokens)) => {
+                    self.tokens = tokens;
+                    return Ok(Some(run));
+                }
+                Err(error) => {
+                    tracing::error!(
+                        job = id,
+                        step = checkpoint.step,
+                        error,
+                        "a checkpoint of a training job cannot be used"
+                    );
+                    cause = error;
+                }
+            }
+        }
+        if there_are == 0 {
+            return Ok(None);
+        }
+        let message = format!("None of the job's {there_are} checkpoints can be used: {cause}.");
+        Err(Error::new(ErrorKind::Invalid, message).with_code("checkpoint_unusable"))
     }
 
     fn checkpoint(&self, run: &Run, metrics: String) -> Result<NewCheckpoint, Error> {

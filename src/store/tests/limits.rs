@@ -207,9 +207,6 @@ async fn deeds_are_written_with_what_they_did_and_only_then() {
         let told = [Some(via), tenant, key, peer, request].map(Option::unwrap);
         assert_eq!(told, ["http", "ann", "key_1", "10.1.2.3", "req-1"]);
         assert_eq!(store.audit(Some(newest.id), 1000).await.unwrap().len(), 5);
-        assert!(!store.drop_audit(newest.at).await.unwrap(), "nothing is that old");
-        assert!(!store.drop_audit(newest.at + 1).await.unwrap());
-        assert!(store.audit(None, 10).await.unwrap().is_empty());
         store.close().await;
     }
 }

@@ -2,10 +2,13 @@
 
 mod adapters;
 mod durability;
+mod faults;
+mod growth;
 mod keys;
 mod limits;
 mod measure;
 mod opening;
+mod text;
 mod training;
 mod upkeep;
 
@@ -17,7 +20,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::{
     tenant::{BUILT_IN_TENANT, Room},
-    types::{Fingerprint, Generation},
+    types::{Fingerprint, Generation, clock::unix_now},
 };
 
 /// A database of its own for a test.

@@ -72,7 +72,7 @@ async fn a_job_is_made_run_and_published_in_one_piece_each() {
         }
         let now = store.job(tenant, &queued.id).await.unwrap();
         assert_eq!((now.step, now.events, now.metrics.as_deref()), (5, 7, Some("{\"step\":5}")));
-        let kept: Vec<u64> = store.checkpoints(&queued.id).await.unwrap().iter().map(|it| it.step).collect();
+        let kept: Vec<u64> = store.checkpoints(&queued.id).await.unwrap().0.iter().map(|it| it.step).collect();
         assert_eq!(kept, [5, 3], "the two newest");
 
         let publication = Publication {
@@ -137,7 +137,7 @@ async fn a_step_is_reported_once_whoever_computes_it_again() {
         store.report_progress(&job_id(1), 2, step(3, true), None).await.unwrap();
         let again = store.job(BUILT_IN_TENANT, &job_id(1)).await.unwrap();
         assert_eq!((again.events, again.step), (before, 3));
-        assert_eq!(store.checkpoints(&job_id(1)).await.unwrap()[0].step, 3, "its checkpoint is taken all the same");
+        assert_eq!(store.checkpoints(&job_id(1)).await.unwrap().0[0].step, 3, "its checkpoint is taken all the same");
         store.report_progress(&job_id(1), 2, step(4, false), None).await.unwrap();
         let events = store.events_after(&job_id(1), 0, 100).await.unwrap();
         assert_eq!(events.iter().filter(|event| event.kind == "step").count(), 4);
@@ -160,7 +160,7 @@ async fn owners_stop_jobs_whatever_their_worker_does() {
         assert!(matches!(store.report_progress(&first.id, 1, step(1, true), None).await, Err(StoreError::JobLost)));
         let kept = step(1, true).checkpoint.unwrap();
         store.leave_checkpoint(&first.id, 1, kept.clone()).await.unwrap();
-        assert_eq!(store.checkpoints(&first.id).await.unwrap().len(), 1);
+        assert_eq!(store.checkpoints(&first.id).await.unwrap().0.len(), 1);
         assert_eq!(store.resume_job(tenant, &first.id).await.unwrap().status, JobStatus::Queued);
         assert_eq!(claimed(&store).await.id, first.id, "who ran before goes first");
         assert_eq!(store.cancel_job(tenant, &first.id).await.unwrap().status, JobStatus::Cancelled);
@@ -283,7 +283,7 @@ async fn files_are_kept_within_bounds_and_go_with_their_tenant() {
         assert!(matches!(store.report_progress(&job_id(1), 1, step(2, true), None).await, Err(StoreError::JobLost)));
         assert!(matches!(store.job_status(&job_id(1)).await, Err(StoreError::JobNotFound)));
         assert!(store.events_after(&job_id(1), 0, 10).await.unwrap().is_empty());
-        assert!(store.checkpoints(&job_id(1)).await.unwrap().is_empty());
+        assert!(store.checkpoints(&job_id(1)).await.unwrap().0.is_empty());
         assert!(store.files(tenant, None, 10).await.unwrap().is_empty());
         store.close().await;
     }

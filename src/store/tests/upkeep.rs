@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::*;
 use crate::tenant::{ApiKey, AuthError, Directory, LimitChanges, Limits};
 
-fn directory(database: &Database) -> &Path {
+pub(super) fn directory(database: &Database) -> &Path {
     match &database.config.location {
         Location::Directory(path) => path,
         Location::Postgres(_) => unreachable!("these are tests of the embedded database"),
@@ -13,7 +13,7 @@ fn directory(database: &Database) -> &Path {
 }
 
 /// Statements of somebody who is not the program.
-async fn tamper(directory: &Path, statements: &str) {
+pub(super) async fn tamper(directory: &Path, statements: &str) {
     let connector = Connector::new(&StoreConfig::new(Location::Directory(directory.into()))).unwrap();
     let mut connection = connector.connect().await.unwrap();
     let statements = format!("PRAGMA foreign_keys = OFF; {statements}");
@@ -21,7 +21,7 @@ async fn tamper(directory: &Path, statements: &str) {
     connection.close().await.unwrap();
 }
 
-async fn loaded(store: &Store) -> (Vec<String>, Vec<CorruptAdapter>) {
+pub(super) async fn loaded(store: &Store) -> (Vec<String>, Vec<CorruptAdapter>) {
     let (mut good, mut bad) = (Vec::new(), Vec::new());
     let each = |row: std::result::Result<LoadedAdapter, CorruptAdapter>| match row {
         Ok(adapter) => good.push(adapter.name),
@@ -85,7 +85,7 @@ async fn rows_that_cannot_be_read_are_named_and_stop_nobody() {
 }
 
 /// A new key of a tenant's, and its public identifier.
-async fn key_of(store: &Store, tenant: &str) -> (ApiKey, String) {
+pub(super) async fn key_of(store: &Store, tenant: &str) -> (ApiKey, String) {
     let key = ApiKey::generate().unwrap();
     let record = store.create_key(super::keys::key(&key, tenant)).await.unwrap().unwrap();
     (key, record.id)

@@ -4,7 +4,10 @@ use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
 use super::{FileRecord, JobRecord, JobStatus};
 use crate::{
-    store::{Result, StoreError},
+    store::{
+        Result, StoreError,
+        ask::{self, optional_text, text},
+    },
     types::TenantId,
 };
 
@@ -23,10 +26,10 @@ pub(super) use select_jobs;
 /// A row of [`select_jobs`]. One that cannot be read is a job that has failed: no worker takes it and nobody resumes it, and its owner sees what has become of it.
 pub(super) fn job(row: &AnyRow) -> JobRecord {
     read_job(row).unwrap_or_else(|error| JobRecord {
-        id: row.try_get(0).unwrap_or_default(),
+        id: ask::name(row, 0),
         tenant: TenantId(row.try_get(1).unwrap_or_default()),
-        owner: row.try_get::<&str, _>(2).unwrap_or_default().into(),
-        name: row.try_get(3).unwrap_or_default(),
+        owner: ask::name(row, 2).into(),
+        name: ask::name(row, 3),
         status: JobStatus::Failed,
         attempt: row.try_get(5).unwrap_or_default(),
         step: count(row, 6).unwrap_or_default(),
@@ -35,8 +38,8 @@ pub(super) fn job(row: &AnyRow) -> JobRecord {
         created_at: row.try_get(9).unwrap_or_default(),
         started_at: row.try_get(10).unwrap_or_default(),
         finished_at: row.try_get(11).unwrap_or_default(),
-        spec: row.try_get(12).unwrap_or_default(),
-        metrics: row.try_get(13).unwrap_or_default(),
+        spec: text(row, 12).unwrap_or_default().to_owned(),
+        metrics: optional_text(row, 13).unwrap_or_default().map(str::to_owned),
         result: None,
         error: None,
         damaged: Some(error.to_string()),
@@ -45,11 +48,11 @@ pub(super) fn job(row: &AnyRow) -> JobRecord {
 
 fn read_job(row: &AnyRow) -> Result<JobRecord> {
     Ok(JobRecord {
-        id: row.try_get(0)?,
+        id: text(row, 0)?.to_owned(),
         tenant: TenantId(row.try_get(1)?),
-        owner: row.try_get::<&str, _>(2)?.into(),
-        name: row.try_get(3)?,
-        status: row.try_get::<&str, _>(4)?.parse().map_err(|_| StoreError::Corrupt("job status"))?,
+        owner: text(row, 2)?.into(),
+        name: text(row, 3)?.to_owned(),
+        status: text(row, 4)?.parse().map_err(|_| StoreError::Corrupt("job status"))?,
         attempt: row.try_get(5)?,
         step: count(row, 6)?,
         steps: count(row, 7)?,
@@ -57,10 +60,10 @@ fn read_job(row: &AnyRow) -> Result<JobRecord> {
         created_at: row.try_get(9)?,
         started_at: row.try_get(10)?,
         finished_at: row.try_get(11)?,
-        spec: row.try_get(12)?,
-        metrics: row.try_get(13)?,
-        result: row.try_get(14)?,
-        error: row.try_get(15)?,
+        spec: text(row, 12)?.to_owned(),
+        metrics: optional_text(row, 13)?.map(str::to_owned),
+        result: optional_text(row, 14)?.map(str::to_owned),
+        error: optional_text(row, 15)?.map(str::to_owned),
         damaged: None,
     })
 }
@@ -78,9 +81,9 @@ pub(super) fn signed(count: u64) -> i64 {
 /// A row of id, filename, purpose, bytes, created_at.
 pub(super) fn file(row: &AnyRow) -> Result<FileRecord> {
     Ok(FileRecord {
-        id: row.try_get(0)?,
-        filename: row.try_get(1)?,
-        purpose: row.try_get(2)?,
+        id: text(row, 0)?.to_owned(),
+        filename: text(row, 1)?.to_owned(),
+        purpose: text(row, 2)?.to_owned(),
         bytes: count(row, 3)?,
         created_at: row.try_get(4)?,
     })
@@ -88,16 +91,13 @@ pub(super) fn file(row: &AnyRow) -> Result<FileRecord> {
 
 /// A tenant's job.
 pub(super) async fn own_job(connection: &mut AnyConnection, tenant: TenantId, id: &str) -> Result<JobRecord> {
-    let row = sqlx::query(select_jobs!("j.id = $1 AND j.tenant = $2"))
-        .bind(id)
-        .bind(tenant.0)
-        .fetch_optional(connection)
-        .await?;
+    let row =
+        ask::row(connection, sqlx::query(select_jobs!("j.id = $1 AND j.tenant = $2")).bind(id).bind(tenant.0)).await?;
     Ok(job(&row.ok_or(StoreError::JobNotFound)?))
 }
 
 /// A job, whoever owns it.
 pub(super) async fn any_job(connection: &mut AnyConnection, id: &str) -> Result<JobRecord> {
-    let row = sqlx::query(select_jobs!("j.id = $1")).bind(id).fetch_optional(connection).await?;
+    let row = ask::row(connection, sqlx::query(select_jobs!("j.id = $1")).bind(id)).await?;
     Ok(job(&row.ok_or(StoreError::JobNotFound)?))
 }

@@ -7,7 +7,7 @@ use super::{
     decode::{self, signed},
 };
 use crate::{
-    store::{Result, Store, StoreError, writer::Tx},
+    store::{Result, Store, StoreError, ask::name, writer::Tx},
     types::TenantId,
 };
 
@@ -42,13 +42,15 @@ impl Tx<'_> {
     }
 
     async fn delete_file(&mut self, tenant: TenantId, id: &str) -> Result<()> {
-        let row = sqlx::query("DELETE FROM files WHERE id = $1 AND tenant = $2 RETURNING bytes")
-            .bind(id)
-            .bind(tenant.0)
-            .fetch_optional(&mut *self.connection)
-            .await?;
-        let bytes: i64 = row.ok_or(StoreError::FileNotFound)?.try_get(0)?;
-        self.totals.add(tenant, 0, -bytes);
+        let row = self
+            .row(sqlx::query("SELECT bytes FROM files WHERE id = $1 AND tenant = $2").bind(id).bind(tenant.0))
+            .await?
+            .ok_or(StoreError::FileNotFound)?;
+        sqlx::query("DELETE FROM files WHERE id = $1").bind(id).execute(&mut *self.connection).await?;
+        match row.try_get::<i64, _>(0) {
+            Ok(bytes) => self.totals.add(tenant, 0, -bytes),
+            Err(_) => self.totals.forget(tenant),
+        }
         self.erased = true;
         Ok(())
     }
@@ -76,21 +78,21 @@ impl Store {
         .await
     }
 
-    /// A tenant's files, newest first: at most `limit` of those older than `after`.
+    /// A tenant's files, newest first: at most `limit` of those older than `after`; without damaged ones.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn files(&self, tenant: TenantId, after: Option<&str>, limit: u32) -> Result<Vec<FileRecord>> {
         // '~' is above every letter of an id.
-        let rows = sqlx::query(
-            "SELECT id, filename, purpose, bytes, created_at FROM files WHERE tenant = $1 AND id < $2 ORDER BY id DESC LIMIT $3",
-        )
-        .bind(tenant.0)
-        .bind(after.unwrap_or("~"))
-        .bind(i64::from(limit))
-        .fetch_all(&self.pool)
-        .await?;
-        rows.iter().map(decode::file).collect()
+        let query = |limit| {
+            sqlx::query(
+                "SELECT id, filename, purpose, bytes, created_at FROM files WHERE tenant = $1 AND id < $2 ORDER BY id DESC LIMIT $3",
+            )
+            .bind(tenant.0)
+            .bind(after.unwrap_or("~"))
+            .bind(limit)
+        };
+        self.page(limit, query, decode::file, |row| format!("file {}", name(row, 0))).await
     }
 
     /// A tenant's file.
@@ -98,12 +100,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::FileNotFound`].
     pub async fn file(&self, tenant: TenantId, id: &str) -> Result<FileRecord> {
-        let row =
-            sqlx::query("SELECT id, filename, purpose, bytes, created_at FROM files WHERE id = $1 AND tenant = $2")
-                .bind(id)
-                .bind(tenant.0)
-                .fetch_optional(&self.pool)
-                .await?;
+        let query =
+            sqlx::query("SELECT id, filename, purpose, bytes, created_at FROM files WHERE id = $1 AND tenant = $2");
+        let row = self.row(query.bind(id).bind(tenant.0)).await?;
         decode::file(&row.ok_or(StoreError::FileNotFound)?)
     }
 
@@ -112,11 +111,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::FileNotFound`].
     pub async fn file_data(&self, tenant: TenantId, id: &str) -> Result<Vec<u8>> {
-        let row = sqlx::query("SELECT data FROM files WHERE id = $1 AND tenant = $2")
-            .bind(id)
-            .bind(tenant.0)
-            .fetch_optional(&self.pool)
-            .await?;
+        let query = sqlx::query("SELECT data FROM files WHERE id = $1 AND tenant = $2");
+        let row = self.row(query.bind(id).bind(tenant.0)).await?;
         Ok(row.ok_or(StoreError::FileNotFound)?.try_get(0)?)
     }
 

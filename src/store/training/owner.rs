@@ -8,7 +8,7 @@ use super::{
     decode::{any_job, count, own_job, signed},
 };
 use crate::{
-    store::{Result, Store, StoreError, decode as adapters, idempotency, writer::Tx},
+    store::{Result, Store, StoreError, idempotency, writer::Tx},
     types::TenantId,
 };
 
@@ -43,7 +43,7 @@ impl Tx<'_> {
         if taken.is_some() {
             return Err(StoreError::NameReserved);
         }
-        if new.name_must_be_free && adapters::own_record(self.connection, new.tenant, &new.name).await?.is_some() {
+        if new.name_must_be_free && self.is_taken(new.tenant, &new.name).await? {
             return Err(StoreError::NameTaken);
         }
         let change = self.next_seq();
@@ -73,6 +73,12 @@ impl Tx<'_> {
             self.keep_answer(new.tenant, key.route, &key.key, &key.request_hash, new.id.clone()).await?;
         }
         any_job(self.connection, &new.id).await.map(JobStored::New)
+    }
+
+    /// Has the tenant an adapter of that name, damaged or not?
+    async fn is_taken(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
+        let query = sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND deleted = 0");
+        Ok(query.bind(tenant.0).bind(name).fetch_optional(&mut *self.connection).await?.is_some())
     }
 
     async fn check_room(&mut self, new: &NewJob) -> Result<()> {
@@ -105,12 +111,10 @@ impl Tx<'_> {
     /// Tokens that a tenant's jobs have trained on today.
     pub(super) async fn trained_today(&mut self, tenant: TenantId) -> Result<u64> {
         let day = self.day();
-        let row = sqlx::query("SELECT trained_tokens FROM tenant_usage WHERE tenant = $1 AND day = $2")
-            .bind(tenant.0)
-            .bind(day)
-            .fetch_optional(&mut *self.connection)
-            .await?;
-        row.map_or(Ok(0), |row| count(&row, 0))
+        let query = sqlx::query("SELECT trained_tokens FROM tenant_usage WHERE tenant = $1 AND day = $2");
+        let row = self.row(query.bind(tenant.0).bind(day)).await?;
+        // A count that cannot be read has come to any limit: it ends with the day.
+        Ok(row.map_or(0, |row| count(&row, 0).unwrap_or(u64::MAX)))
     }
 
     /// Writes events behind those that there are.
@@ -227,6 +231,20 @@ impl Tx<'_> {
             status if status.is_final() => Err(StoreError::JobStatus(status)),
             _ => Ok(job),
         }
+    }
+
+    /// Erases a job with all that it left behind.
+    pub(in crate::store) async fn erase_job(&mut self, id: &str) -> Result<()> {
+        for sql in [
+            "DELETE FROM job_data WHERE job = $1",
+            "DELETE FROM job_events WHERE job = $1",
+            "DELETE FROM job_checkpoints WHERE job = $1",
+            "DELETE FROM job_samples WHERE job = $1",
+            "DELETE FROM jobs WHERE id = $1",
+        ] {
+            sqlx::query(sql).bind(id).execute(&mut *self.connection).await?;
+        }
+        Ok(())
     }
 
     /// Erases everything of a tenant's training.

@@ -7,7 +7,10 @@ use super::{
     decode::{self, select_jobs, signed},
 };
 use crate::{
-    store::{Result, Store},
+    store::{
+        Result, Store,
+        ask::{shown, text},
+    },
     types::TenantId,
 };
 
@@ -28,12 +31,8 @@ impl Store {
     /// # Errors
     /// Only the database's.
     pub async fn jobs(&self, tenant: TenantId, after: Option<&str>, limit: u32) -> Result<Vec<JobRecord>> {
-        let rows = sqlx::query(select_jobs!("j.tenant = $1 AND j.id < $2 ORDER BY j.id DESC LIMIT $3"))
-            .bind(tenant.0)
-            .bind(after.unwrap_or("~"))
-            .bind(i64::from(limit))
-            .fetch_all(&self.pool)
-            .await?;
+        let query = sqlx::query(select_jobs!("j.tenant = $1 AND j.id < $2 ORDER BY j.id DESC LIMIT $3"));
+        let rows = self.rows(query.bind(tenant.0).bind(after.unwrap_or("~")).bind(i64::from(limit))).await?;
         self.writer.told().await;
         Ok(rows.iter().map(decode::job).collect())
     }
@@ -43,9 +42,8 @@ impl Store {
     /// # Errors
     /// Only the database's.
     pub async fn unfinished_jobs(&self) -> Result<Vec<JobRecord>> {
-        let rows = sqlx::query(select_jobs!("j.status NOT IN ('succeeded', 'failed', 'cancelled') ORDER BY j.id"))
-            .fetch_all(&self.pool)
-            .await?;
+        let query = sqlx::query(select_jobs!("j.status NOT IN ('succeeded', 'failed', 'cancelled') ORDER BY j.id"));
+        let rows = self.rows(query).await?;
         Ok(rows.iter().map(decode::job).collect())
     }
 
@@ -64,102 +62,100 @@ impl Store {
     /// # Errors
     /// Only the database's.
     pub async fn job_data(&self, id: &str, part: JobData) -> Result<Option<Vec<u8>>> {
-        let row = sqlx::query("SELECT data FROM job_data WHERE job = $1 AND part = $2")
-            .bind(id)
-            .bind(part.as_str())
-            .fetch_optional(&self.pool)
-            .await?;
+        let query = sqlx::query("SELECT data FROM job_data WHERE job = $1 AND part = $2");
+        let row = self.row(query.bind(id).bind(part.as_str())).await?;
         Ok(row.map(|row| row.try_get(0)).transpose()?)
     }
 
-    /// At most `limit` events of a job after the one with number `after`, oldest first.
+    /// At most `limit` events of a job after the one with number `after`, oldest first; without damaged ones.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn events_after(&self, id: &str, after: u64, limit: u32) -> Result<Vec<EventRecord>> {
-        let rows = sqlx::query(
-            "SELECT seq, kind, level, message, data, created_at FROM job_events WHERE job = $1 AND seq > $2 ORDER BY seq LIMIT $3",
-        )
-        .bind(id)
-        .bind(signed(after))
-        .bind(i64::from(limit))
-        .fetch_all(&self.pool)
-        .await?;
+        let query = |limit| {
+            sqlx::query(
+                "SELECT seq, kind, level, message, data, created_at FROM job_events WHERE job = $1 AND seq > $2 ORDER BY seq LIMIT $3",
+            )
+            .bind(id)
+            .bind(signed(after))
+            .bind(limit)
+        };
+        let events = self.page(limit, query, event, |row| format!("event {} of job {id}", shown(row, 0))).await?;
         self.writer.told().await;
-        rows.iter().map(event).collect()
+        Ok(events)
     }
 
-    /// At most `limit` events of a job before the one with number `before`, newest first.
+    /// At most `limit` events of a job before the one with number `before`, newest first; without damaged ones.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn events_before(&self, id: &str, before: u64, limit: u32) -> Result<Vec<EventRecord>> {
-        let rows = sqlx::query(
-            "SELECT seq, kind, level, message, data, created_at FROM job_events WHERE job = $1 AND seq < $2 ORDER BY seq DESC LIMIT $3",
-        )
-        .bind(id)
-        .bind(signed(before))
-        .bind(i64::from(limit))
-        .fetch_all(&self.pool)
-        .await?;
+        let query = |limit| {
+            sqlx::query(
+                "SELECT seq, kind, level, message, data, created_at FROM job_events WHERE job = $1 AND seq < $2 ORDER BY seq DESC LIMIT $3",
+            )
+            .bind(id)
+            .bind(signed(before))
+            .bind(limit)
+        };
+        let events = self.page(limit, query, event, |row| format!("event {} of job {id}", shown(row, 0))).await?;
         self.writer.told().await;
-        rows.iter().map(event).collect()
+        Ok(events)
     }
 
-    /// A job's checkpoints, newest first.
+    /// A job's checkpoints that can be read, newest first, and how many there are.
     ///
     /// # Errors
     /// Only the database's.
-    pub async fn checkpoints(&self, id: &str) -> Result<Vec<CheckpointRecord>> {
-        let rows = sqlx::query(
+    pub async fn checkpoints(&self, id: &str) -> Result<(Vec<CheckpointRecord>, usize)> {
+        let query = sqlx::query(
             "SELECT step, state, metrics, created_at FROM job_checkpoints WHERE job = $1 ORDER BY step DESC",
-        )
-        .bind(id)
-        .fetch_all(&self.pool)
-        .await?;
+        );
+        let rows = self.rows(query.bind(id)).await?;
         let record = |row: &AnyRow| {
             Ok(CheckpointRecord {
                 step: decode::count(row, 0)?,
-                state: row.try_get(1)?,
-                metrics: row.try_get(2)?,
+                state: text(row, 1)?.to_owned(),
+                metrics: text(row, 2)?.to_owned(),
                 created_at: row.try_get(3)?,
             })
         };
-        rows.iter().map(record).collect()
+        let named = |row: &AnyRow| format!("checkpoint {} of job {id}", shown(row, 0));
+        Ok((self.readable(&rows, record, named), rows.len()))
     }
 
-    /// A job's samples, newest first: at most `limit` steps' of those before the step `before`.
+    /// A job's samples, newest first: at most `limit` steps' of those before the step `before`; without damaged ones.
     ///
     /// # Errors
     /// Only the database's.
     pub async fn samples(&self, id: &str, before: Option<u64>, limit: u32) -> Result<Vec<SamplesRecord>> {
-        let rows = sqlx::query(
-            "SELECT step, phase, samples, created_at FROM job_samples WHERE job = $1 AND step < $2 ORDER BY step DESC, phase LIMIT $3",
-        )
-        .bind(id)
-        .bind(before.map_or(i64::MAX, signed))
-        .bind(i64::from(limit))
-        .fetch_all(&self.pool)
-        .await?;
+        let query = |limit| {
+            sqlx::query(
+                "SELECT step, phase, samples, created_at FROM job_samples WHERE job = $1 AND step < $2 ORDER BY step DESC, phase LIMIT $3",
+            )
+            .bind(id)
+            .bind(before.map_or(i64::MAX, signed))
+            .bind(limit)
+        };
         let record = |row: &AnyRow| {
             Ok(SamplesRecord {
                 step: decode::count(row, 0)?,
-                phase: row.try_get(1)?,
-                samples: row.try_get(2)?,
+                phase: text(row, 1)?.to_owned(),
+                samples: text(row, 2)?.to_owned(),
                 created_at: row.try_get(3)?,
             })
         };
-        rows.iter().map(record).collect()
+        self.page(limit, query, record, |row| format!("samples of step {} of job {id}", shown(row, 0))).await
     }
 }
 
 fn event(row: &AnyRow) -> Result<EventRecord> {
     Ok(EventRecord {
         seq: decode::count(row, 0)?,
-        kind: row.try_get(1)?,
-        level: row.try_get(2)?,
-        message: row.try_get(3)?,
-        data: row.try_get(4)?,
+        kind: text(row, 1)?.to_owned(),
+        level: text(row, 2)?.to_owned(),
+        message: text(row, 3)?.to_owned(),
+        data: text(row, 4)?.to_owned(),
         created_at: row.try_get(5)?,
     })
 }

@@ -11,7 +11,7 @@ use super::{
     owner::status_event,
 };
 use crate::{
-    store::{Result, Store, StoreError, Stored, decode::bound, writer::Tx},
+    store::{Result, Store, StoreError, Stored, ask::text, decode::bound, writer::Tx},
     tenant::{Bound, Usage, UsageOfDay},
     types::TenantId,
 };
@@ -31,9 +31,8 @@ fn of_tenant(default: Option<u64>, set: Option<Bound>) -> Option<u64> {
 impl Tx<'_> {
     async fn claim_job(&mut self, limits: StartLimits, lease: &str, busy: &[String]) -> Result<Option<JobRecord>> {
         let mut running: HashMap<i64, u64> = HashMap::new();
-        let rows = sqlx::query("SELECT tenant, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY tenant")
-            .fetch_all(&mut *self.connection)
-            .await?;
+        let query = sqlx::query("SELECT tenant, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY tenant");
+        let rows = self.rows(query).await?;
         for row in &rows {
             // A job whose tenant cannot be read runs all the same.
             running.insert(row.try_get(0).unwrap_or_default(), count(row, 1)?);
@@ -43,17 +42,15 @@ impl Tx<'_> {
         }
         // Those that ran before go first, then the oldest.
         let day = self.day();
-        let rows = sqlx::query(
+        let query = sqlx::query(
             "SELECT j.id, j.tenant, j.started_at, t.max_running_jobs, t.max_trained_tokens_per_day, \
              COALESCE(u.trained_tokens, 0) FROM jobs j JOIN tenants t ON t.id = j.tenant \
              LEFT JOIN tenant_usage u ON u.tenant = j.tenant AND u.day = $1 WHERE j.status = 'queued' \
              ORDER BY CASE WHEN j.started_at IS NULL THEN 1 ELSE 0 END, j.id",
-        )
-        .bind(day)
-        .fetch_all(&mut *self.connection)
-        .await?;
+        );
+        let rows = self.rows(query.bind(day)).await?;
         let allowed = |row: &AnyRow| -> Result<Option<(u64, String, bool)>> {
-            let (id, tenant): (String, i64) = (row.try_get(0)?, row.try_get(1)?);
+            let (id, tenant): (String, i64) = (text(row, 0)?.to_owned(), row.try_get(1)?);
             let load = running.get(&tenant).copied().unwrap_or(0);
             let running = of_tenant(Some(limits.running_of_tenant), bound(row, 3)?);
             let trained = of_tenant(limits.trained_tokens_per_day, bound(row, 4)?);
@@ -135,11 +132,11 @@ impl Tx<'_> {
 
     /// May a tenant's jobs go on today?
     async fn may_train(&mut self, tenant: TenantId, default: Option<u64>) -> Result<bool> {
-        let row = sqlx::query("SELECT max_trained_tokens_per_day FROM tenants WHERE id = $1")
-            .bind(tenant.0)
-            .fetch_one(&mut *self.connection)
-            .await?;
-        match of_tenant(default, bound(&row, 0)?) {
+        let query = sqlx::query("SELECT max_trained_tokens_per_day FROM tenants WHERE id = $1").bind(tenant.0);
+        let row = self.row(query).await?;
+        // Jobs of a tenant that cannot be read wait, as those in the queue do.
+        let Some(set) = row.and_then(|row| bound(&row, 0).ok()) else { return Ok(false) };
+        match of_tenant(default, set) {
             None => Ok(true),
             Some(most) => Ok(self.trained_today(tenant).await? < most),
         }
@@ -253,12 +250,11 @@ impl Tx<'_> {
     }
 
     async fn requeue_jobs(&mut self) -> Result<u64> {
-        let rows = sqlx::query("SELECT id FROM jobs WHERE status = 'running' ORDER BY id")
-            .fetch_all(&mut *self.connection)
-            .await?;
+        let rows = self.rows(sqlx::query("SELECT id FROM jobs WHERE status = 'running' ORDER BY id")).await?;
         let change = self.next_seq();
         for row in &rows {
-            let id: &str = row.try_get(0)?;
+            // A job whose id cannot be read has failed.
+            let Ok(id) = text(row, 0) else { continue };
             sqlx::query("UPDATE jobs SET status = 'queued', lease = NULL, change_seq = $1 WHERE id = $2")
                 .bind(change)
                 .bind(id)

@@ -1,0 +1,57 @@
+//! How long is kept what would else grow without end.
+
+use std::{sync::Arc, time::Duration};
+
+use super::Service;
+use crate::store::{Aged, StoreError};
+
+/// How often old rows are looked for, and how long uploads have the writer for themselves between two pieces that are dropped.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(3600);
+const BETWEEN_PIECES: Duration = Duration::from_millis(100);
+
+/// Days for which things are kept. None: for ever.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// Entries of the audit log.
+    pub audit: Option<u32>,
+    /// Jobs, after their end.
+    pub jobs: Option<u32>,
+    /// Keys, after their end.
+    pub keys: Option<u32>,
+    /// Tenants' usage.
+    pub usage: Option<u32>,
+}
+
+impl Retention {
+    fn each(&self) -> impl Iterator<Item = (Aged, u32)> {
+        let kept =
+            [(Aged::Audit, self.audit), (Aged::Jobs, self.jobs), (Aged::Keys, self.keys), (Aged::Usage, self.usage)];
+        let own = (Aged::Answers, Some(0));
+        kept.into_iter().chain([own]).filter_map(|(aged, days)| Some((aged, days?)))
+    }
+}
+
+impl Service {
+    /// From now on what is older than that is dropped.
+    pub fn keep_for(&self, retention: Retention) {
+        let (store, alive) = (self.store.clone(), Arc::downgrade(&self.accounts));
+        tokio::spawn(async move {
+            while alive.strong_count() > 0 {
+                for (aged, days) in retention.each() {
+                    loop {
+                        match store.drop_aged(aged, days).await {
+                            Ok(true) => tokio::time::sleep(BETWEEN_PIECES).await,
+                            Ok(false) => break,
+                            Err(StoreError::Closed) => return,
+                            Err(error) => {
+                                tracing::error!(%error, what = aged.as_str(), "old rows of the store cannot be dropped");
+                                break;
+                            }
+                        }
+                    }
+                }
+                tokio::time::sleep(BETWEEN_LOOKS).await;
+            }
+        });
+    }
+}

@@ -1,0 +1,129 @@
+//! What would grow without end is dropped when it is old: in pieces, so that uploads do not wait for it.
+
+use super::{Result, Store, ask::text, idempotency::KEEP, writer::Tx};
+use crate::{tenant::DAY, types::clock::unix_now};
+
+/// Rows that are dropped in one transaction at most.
+const DROPPED_AT_ONCE: i64 = 1000;
+/// Jobs, each of which may have thousands of events.
+const JOBS_AT_ONCE: i64 = 4;
+
+/// What is dropped when it is old.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aged {
+    /// Entries of the audit log.
+    Audit,
+    /// Jobs that ended so long ago, with their events, checkpoints and samples.
+    Jobs,
+    /// Keys that were revoked or expired so long ago.
+    Keys,
+    /// Tenants' usage of days that ended so long ago.
+    Usage,
+    /// Answers that are kept for retried requests: they have an age of their own.
+    Answers,
+}
+
+impl Aged {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Audit => "the audit log",
+            Self::Jobs => "ended jobs",
+            Self::Keys => "ended keys",
+            Self::Usage => "usage",
+            Self::Answers => "answers kept for retries",
+        }
+    }
+
+    /// Rows from before `$1`, or from so far behind now (`$2`) that a clock must have been wrong: at most `$3` of them.
+    fn old(self) -> &'static str {
+        match self {
+            // By number, which rises with time: there is no index by time.
+            Self::Audit => {
+                "SELECT id FROM (SELECT id, at FROM audit ORDER BY id LIMIT $3) oldest WHERE at < $1 OR at > $2"
+            }
+            Self::Jobs => {
+                "SELECT id FROM jobs WHERE (finished_at < $1 OR finished_at > $2) \
+                 AND status IN ('succeeded', 'failed', 'cancelled') LIMIT $3"
+            }
+            // Not the newest: a store in which a key was ever made shows it.
+            Self::Keys => {
+                "SELECT id FROM keys WHERE (revoked_at < $1 OR revoked_at > $2 OR expires_at < $1) \
+                 AND change_seq < (SELECT MAX(change_seq) FROM keys) LIMIT $3"
+            }
+            Self::Usage => "SELECT tenant, day FROM tenant_usage WHERE day < $1 OR day > $2 LIMIT $3",
+            Self::Answers => {
+                "SELECT tenant, route, key FROM idempotency WHERE created_at < $1 OR created_at > $2 LIMIT $3"
+            }
+        }
+    }
+
+    /// A statement that drops them.
+    fn drop(self) -> Option<String> {
+        let of = match self {
+            Self::Audit => "audit WHERE id",
+            Self::Keys => "keys WHERE id",
+            Self::Usage => "tenant_usage WHERE (tenant, day)",
+            Self::Answers => "idempotency WHERE (tenant, route, key)",
+            Self::Jobs => return None,
+        };
+        Some(format!("DELETE FROM {of} IN ({})", self.old()))
+    }
+}
+
+/// From when on something is too old, from when on it cannot be true, and how much of it is dropped at once.
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
+    before: i64,
+    after: i64,
+    most: i64,
+}
+
+impl Bounds {
+    fn new(aged: Aged, days: u32) -> Self {
+        let keep = if aged == Aged::Answers { KEEP } else { i64::from(days) * DAY };
+        let now = unix_now();
+        let (before, after) = (now.saturating_sub(keep), now.saturating_add(keep));
+        match aged {
+            Aged::Usage => Self { before: before.div_euclid(DAY), after: after.div_euclid(DAY), most: DROPPED_AT_ONCE },
+            Aged::Jobs => Self { before, after, most: JOBS_AT_ONCE },
+            _ => Self { before, after, most: DROPPED_AT_ONCE },
+        }
+    }
+}
+
+impl Tx<'_> {
+    async fn drop_aged(&mut self, aged: Aged, bounds: Bounds) -> Result<u64> {
+        let Bounds { before, after, most } = bounds;
+        if let Some(sql) = aged.drop() {
+            let query = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(before).bind(after).bind(most);
+            return Ok(query.execute(&mut *self.connection).await?.rows_affected());
+        }
+        let rows = self.rows(sqlx::query(aged.old()).bind(before).bind(after).bind(most)).await?;
+        let mut dropped = 0;
+        for row in &rows {
+            // A job whose id cannot be read stays.
+            let Ok(id) = text(row, 0) else { continue };
+            self.erase_job(id).await?;
+            dropped += 1;
+        }
+        self.erased |= dropped > 0;
+        Ok(dropped)
+    }
+}
+
+impl Store {
+    /// Drops some of what is older than so many days. True: there may be more.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn drop_aged(&self, aged: Aged, days: u32) -> Result<bool> {
+        let bounds = Bounds::new(aged, days);
+        // Mostly there is nothing, which is no reason to write.
+        let any = self.rows(sqlx::query(aged.old()).bind(bounds.before).bind(bounds.after).bind(bounds.most)).await?;
+        if any.is_empty() {
+            return Ok(false);
+        }
+        Ok(self.writer.job(move |tx| Box::pin(tx.drop_aged(aged, bounds))).await? > 0)
+    }
+}

@@ -1,0 +1,187 @@
+//! What comes and goes leaves nothing behind, and what stays goes by its age.
+
+use std::path::Path;
+
+use super::*;
+use crate::{
+    tenant::{Actor, ApiKey, DAY, Limits, Role, Usage, UsageOfDay, Via},
+    types::clock::tests::jump,
+};
+
+async fn count(store: &Store, table: &'static str) -> i64 {
+    let sql = sqlx::AssertSqlSafe(format!("SELECT COUNT(*) FROM {table}"));
+    sqlx::Row::get(&sqlx::query(sql).fetch_one(&store.pool).await.unwrap(), 0)
+}
+
+/// Bytes of the database and its log.
+fn size(directory: &Path) -> u64 {
+    std::fs::read_dir(directory).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum()
+}
+
+/// An upload whose meaning no other has, as of an imported checkpoint.
+fn imported(tenant: TenantId, name: &str, number: u64) -> NewAdapter {
+    let mut upload = new(tenant, name, number);
+    let frame = Some(number.to_le_bytes().repeat(100));
+    upload.contents.facts = Arc::new(Facts { frame, ..facts() });
+    upload
+}
+
+#[tokio::test]
+async fn uploads_that_are_deleted_leave_nothing_behind() {
+    for database in Database::each().await {
+        let mut sizes = Vec::new();
+        for round in 0..8u64 {
+            let store = database.open().await;
+            let stays = NewAdapter { on_conflict: OnConflict::NewGeneration, ..new(BUILT_IN_TENANT, "stays", 1) };
+            written(store.put_adapter(stays).await);
+            let name = |i: u64| format!("r{round}-{i}");
+            let batch = (0..300).map(|i| imported(BUILT_IN_TENANT, &name(i), round << 32 | i)).collect();
+            store.put_adapters(batch).await.unwrap().into_iter().for_each(|result| drop(written(result)));
+            let again = NewAdapter { on_conflict: OnConflict::NewGeneration, ..imported(BUILT_IN_TENANT, &name(0), 7) };
+            written(store.put_adapter(again).await);
+            for i in 0..300 {
+                store.delete_adapter(BUILT_IN_TENANT, &name(i)).await.unwrap();
+            }
+            for table in ["adapters", "generations"] {
+                assert_eq!(count(&store, table).await, 1, "{table} after round {round}");
+            }
+            // What they meant goes now and then, and with the end of the process.
+            store.close().await;
+            let store = database.open().await;
+            assert_eq!(count(&store, "facts").await, 1, "round {round}");
+            assert_eq!(all(&store).await.len(), 1);
+            store.close().await;
+            if let Location::Directory(path) = &database.config.location {
+                sizes.push(size(path));
+            }
+        }
+        if let [_, second, .., last] = sizes[..] {
+            assert!(last <= second + second / 4, "it grows: {sizes:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_tenant_that_is_deleted_leaves_nothing_behind() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        for round in 0..3 {
+            let ann = store.create_tenant("ann").await.unwrap().id;
+            store.put_adapters((0..20).map(|i| imported(ann, &format!("a{i}"), i)).collect()).await.unwrap();
+            written(store.put_adapter(imported(BUILT_IN_TENANT, &format!("other{round}"), 5)).await);
+            store.delete_tenant("ann").await.unwrap();
+            // What it used in its last second comes late, together with what others used.
+            let usage = Usage { requests: 1, ..Usage::default() };
+            let of = |tenant| UsageOfDay { tenant, day: 5, usage };
+            store.add_usage(vec![of(ann), of(BUILT_IN_TENANT)]).await.unwrap();
+            assert_eq!(count(&store, "tenants").await, 1);
+            assert_eq!(count(&store, "tenant_usage").await, 1);
+        }
+        store.close().await;
+        let store = database.open().await;
+        assert_eq!(count(&store, "facts").await, 1, "the one that another tenant has");
+        assert_eq!(all(&store).await.len(), 3);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn what_another_process_deleted_is_not_remembered() {
+    for database in Database::each().await {
+        let (server, command) = (database.open().await, database.open().await);
+        let ann = server.create_tenant("ann").await.unwrap().id;
+        written(server.put_adapter(imported(ann, "a", 1)).await);
+        command.delete_tenant("ann").await.unwrap();
+        command.close().await;
+        // The same meaning again, which the server wrote before and the command erased.
+        written(server.put_adapter(imported(BUILT_IN_TENANT, "b", 1)).await);
+        assert_eq!(all(&server).await.len(), 1);
+        server.close().await;
+    }
+}
+
+/// A job that failed.
+async fn ended_job(store: &Store, number: u32) -> String {
+    let id = format!("ftjob-{number:032x}");
+    let event = || NewEvent { kind: "status", level: EventLevel::Info, message: "made".into(), data: "{}".into() };
+    let job = NewJob {
+        id: id.clone(),
+        tenant: BUILT_IN_TENANT,
+        name: format!("name{number}"),
+        name_must_be_free: true,
+        status: JobStatus::Queued,
+        spec: "{}".into(),
+        steps: 10,
+        data: vec![(JobData::Training, b"train".to_vec())],
+        limits: Limits::default(),
+        most: 100,
+        key: None,
+        event: event(),
+    };
+    store.create_job(job).await.unwrap();
+    let limits = StartLimits { running: 10, running_of_tenant: 10, trained_tokens_per_day: None };
+    assert_eq!(store.claim_job(limits, "here", Vec::new()).await.unwrap().unwrap().id, id);
+    let checkpoint = Some(NewCheckpoint { step: 1, state: "{}".into(), metrics: "{}".into(), keep: 3 });
+    let samples = vec![("training", "[]".to_owned())];
+    let progress = Progress { step: 1, events: vec![event()], samples, checkpoint, ..Progress::default() };
+    store.report_progress(&id, 1, progress, None).await.unwrap();
+    store.fail_job(&id, 1, "{}".into(), vec![event()]).await.unwrap();
+    id
+}
+
+async fn dropped(store: &Store, aged: Aged, days: u32) {
+    while store.drop_aged(aged, days).await.unwrap() {}
+}
+
+#[tokio::test]
+async fn what_is_old_is_dropped_and_nothing_else() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        jump(0);
+        let by = store.by(Actor::operator(Via::CommandLine));
+        let key = async |revoked: bool| {
+            let record = by.create_key(super::keys::key(&ApiKey::generate().unwrap(), "ann")).await.unwrap().unwrap();
+            if revoked {
+                by.revoke_key(&record.id).await.unwrap();
+            }
+            record.id
+        };
+        let today = crate::tenant::today();
+        let used = async |day| {
+            let usage = Usage { requests: 1, ..Usage::default() };
+            store.add_usage(vec![UsageOfDay { tenant: BUILT_IN_TENANT, day, usage }]).await.unwrap();
+        };
+        // Long ago, by a clock that is then set right; and by one that was years ahead.
+        for (number, days) in [(1, -100), (2, 4_000)] {
+            jump(days * DAY);
+            ended_job(&store, number).await;
+            key(true).await;
+            used(today + days).await;
+        }
+        jump(0);
+        let (job, used_key) = (ended_job(&store, 3).await, key(false).await);
+        used(today).await;
+        let entries = store.audit(None, 100).await.unwrap().len();
+        for aged in [Aged::Audit, Aged::Jobs, Aged::Keys, Aged::Usage, Aged::Answers] {
+            dropped(&store, aged, 5_000).await;
+        }
+        assert_eq!((count(&store, "jobs").await, count(&store, "keys").await), (3, 3), "all of it is that young");
+        assert_eq!(store.audit(None, 100).await.unwrap().len(), entries);
+        for aged in [Aged::Audit, Aged::Jobs, Aged::Keys, Aged::Usage, Aged::Answers] {
+            dropped(&store, aged, 90).await;
+        }
+        for table in ["jobs", "job_checkpoints", "job_samples", "keys", "tenant_usage"] {
+            assert_eq!(count(&store, table).await, 1, "{table}");
+        }
+        assert_eq!(count(&store, "job_events").await, 4);
+        assert_eq!(store.job(BUILT_IN_TENANT, &job).await.unwrap().status, JobStatus::Failed);
+        assert_eq!(store.key(&used_key).await.unwrap().role, Role::Member);
+        assert_eq!(store.audit(None, 100).await.unwrap().len(), 1, "what was done today");
+        // The newest key stays, however old: a store in which keys were made shows it.
+        by.revoke_key(&used_key).await.unwrap();
+        jump(4_000 * DAY);
+        dropped(&store, Aged::Keys, 1).await;
+        assert_eq!(count(&store, "keys").await, 1);
+        store.close().await;
+    }
+}
