@@ -7,10 +7,10 @@ use clap::Args;
 #[command(next_help_heading = "How long things are kept (0: for ever)")]
 pub struct RetentionArgs {
     /// Days for which the audit log is kept.
-    #[arg(long, env = "MOTE_AUDIT_DAYS", value_name = "N", default_value_t = 90, value_parser = days())]
+    #[arg(long, env = "MOTE_AUDIT_DAYS", value_name = "N", default_value_t = 365, value_parser = days())]
     pub audit_days: u32,
     /// Days for which a training job is kept after its end, with its events, checkpoints and samples; its adapter stays.
-    #[arg(long, env = "MOTE_JOB_DAYS", value_name = "N", default_value_t = 90, value_parser = days())]
+    #[arg(long, env = "MOTE_JOB_DAYS", value_name = "N", default_value_t = 365, value_parser = days())]
     pub job_days: u32,
     /// Days for which a key is listed after it was revoked or expired.
     #[arg(long, env = "MOTE_KEY_DAYS", value_name = "N", default_value_t = 90, value_parser = days())]
