@@ -68,7 +68,7 @@ async fn a_slow_disk_slows_uploads_and_nothing_else() {
         times[10]
     };
     let before = median().await;
-    let commit = Duration::from_millis(300);
+    let commit = Duration::from_secs(1);
     faults.set_slow(commit);
     let uploads = async {
         let all = (0..40).map(|number| {
