@@ -6,6 +6,7 @@ mod limits;
 mod secret;
 mod state;
 mod tenants;
+mod traces;
 mod train;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -21,6 +22,7 @@ pub use limits::LimitArgs;
 pub use secret::{Secret, SecretFile};
 pub use state::{BackupArgs, IntegrityCheck, RestoreArgs, StateArgs, SyncMode};
 pub use tenants::{KeysArgs, KeysCommand, LimitChoice, RoleArg, SetLimits, TenantsArgs, TenantsCommand};
+pub use traces::TraceArgs;
 pub use train::{DataArgs, EvalArgs, MethodChoice, TaskArgs, TaskChoice, TrainArgs};
 
 /// One frozen language model in memory, thousands of 26-byte adapters over it, every request under its own, all in one batch.
@@ -103,6 +105,9 @@ pub struct ServeArgs {
     /// Limits of a tenant.
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// Where spans go.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 /// Limits of training.
