@@ -44,14 +44,16 @@ impl Trace {
         if span.is_disabled() {
             return;
         }
+        // With a sign: an unsigned number would reach a collector as text.
+        let count = |of: fn(&Sequence) -> usize| sequence.map(|sequence| of(sequence) as i64);
         tracing::record_all!(
             span,
             queue_seconds = queued.map(|time| time.as_secs_f64()),
             first_token_seconds = first_token.map(|time| time.as_secs_f64()),
-            prompt_tokens = sequence.map(|sequence| sequence.prompt),
-            cached_tokens = sequence.map(|sequence| sequence.cached.unwrap_or(0)),
-            completion_tokens = sequence.map(Sequence::generated),
-            preemptions = sequence.map(|sequence| sequence.preemptions),
+            prompt_tokens = count(|sequence| sequence.prompt),
+            cached_tokens = count(|sequence| sequence.cached.unwrap_or(0)),
+            completion_tokens = count(Sequence::generated),
+            preemptions = count(|sequence| sequence.preemptions),
             finish = finish,
         );
     }

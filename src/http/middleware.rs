@@ -64,7 +64,7 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
 
     let elapsed = started.elapsed();
     let status = response.status().as_u16();
-    span.record("status", status);
+    span.record("status", i64::from(status));
     tracing::debug!(parent: &span, ?elapsed, "answered");
     let route = RouteLabels { method, route };
     state.service.metrics.request_seconds.get_or_create(&route).observe(elapsed.as_secs_f64());

@@ -65,3 +65,43 @@ impl HttpBody for Spanned {
         self.body.size_hint()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use tracing_subscriber::{EnvFilter, Layer as _, fmt, layer::SubscriberExt as _};
+
+    use super::*;
+    use crate::telemetry::SpanSink;
+
+    /// `cargo nextest run --lib --run-ignored only cost_of_a_span --no-capture`
+    #[test]
+    #[ignore = "measures"]
+    fn cost_of_a_span() {
+        let log = |filter: &str| fmt::layer().with_writer(std::io::sink).with_filter(EnvFilter::new(filter));
+        let sink = SpanSink::start(&"http://127.0.0.1:9".parse().unwrap()).unwrap();
+        let once = || {
+            let began = Instant::now();
+            let span = of_request("POST", "/v1/completions", "req-019bd2f1c1d27c3f8f1a8c4be4a6e0f1", &HeaderMap::new());
+            span.in_scope(|| {
+                Span::current().record("tenant", 2);
+            });
+            span.record("status", 200);
+            drop(span);
+            began.elapsed()
+        };
+        let measure = |name: &str| {
+            let mut times: Vec<Duration> = (0..20_000).map(|_| once()).collect();
+            times.sort();
+            println!("{name}: {:?}", times[times.len() / 2]);
+        };
+        measure("nobody");
+        let registry = tracing_subscriber::registry;
+        tracing::subscriber::with_default(registry().with(log("off")), || measure("a log that shows nothing"));
+        tracing::subscriber::with_default(registry().with(log("info")), || measure("the log"));
+        let both = registry().with(log("info")).with(sink.layer());
+        tracing::subscriber::with_default(both, || measure("the log and a collector"));
+        sink.flush();
+    }
+}

@@ -200,7 +200,7 @@ impl Worker {
         while run.end().is_none() {
             let span = tracing::debug_span!(
                 "step",
-                step = run.steps_done() + 1,
+                step = run.steps_done() as i64 + 1,
                 rollout_seconds = Empty,
                 grading_seconds = Empty,
                 learning_seconds = Empty,
