@@ -259,7 +259,53 @@ impl HttpClient for Collector {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use opentelemetry_sdk::trace::SimpleSpanProcessor;
+    use tracing_subscriber::layer::SubscriberExt as _;
+
     use super::*;
+
+    /// Keeps what it is to send.
+    #[derive(Debug, Clone, Default)]
+    struct Probe(Arc<Mutex<Vec<SpanData>>>);
+
+    impl SpanExporter for Probe {
+        async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+            self.0.lock().extend(batch);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn spans_are_sent_under_the_names_that_collectors_know_and_nothing_else_is() {
+        let probe = Probe::default();
+        let processor = SimpleSpanProcessor::new(Translated(probe.clone()));
+        let sink = SpanSink { provider: SdkTracerProvider::builder().with_span_processor(processor).build() };
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(sink.layer()), || {
+            for status in [200, 404, 503] {
+                let request = tracing::error_span!("request", method = "POST", route = "/x/{name}", status);
+                adopt(&request, "no trace at all");
+                request.in_scope(|| tracing::error!("words"));
+            }
+            drop(tracing::debug_span!("sequence", finish = "failed"));
+            drop(tracing::debug_span!("job", method = "grpo", outcome = "succeeded"));
+            drop(tracing::trace_span!("detail"));
+            drop(tracing::error_span!(target: "hyper", "theirs"));
+        });
+        let sent = probe.0.lock();
+        let names: Vec<&str> = sent.iter().map(|span| span.name.as_ref()).collect();
+        assert_eq!(names, ["POST /x/{name}", "POST /x/{name}", "POST /x/{name}", "sequence", "job"]);
+        let failed: Vec<bool> = sent.iter().map(|span| span.status != Status::Unset).collect();
+        assert_eq!(failed, [false, false, true, true, false]);
+        let keys = |span: &SpanData| -> Vec<String> {
+            span.attributes.iter().map(|attribute| attribute.key.to_string()).collect()
+        };
+        assert_eq!(keys(&sent[0]), ["http.request.method", "http.route", "http.response.status_code"]);
+        assert_eq!(keys(&sent[4]), ["method", "outcome"]);
+        assert_eq!((&sent[0].span_kind, &sent[4].span_kind), (&SpanKind::Server, &SpanKind::Internal));
+        assert!(sent.iter().all(|span| span.events.is_empty()));
+    }
 
     #[test]
     fn a_collector_is_named_by_its_url() {

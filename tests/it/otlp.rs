@@ -1,6 +1,9 @@
 //! Spans of a real server on their way to a collector, and collectors that are none.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 use axum::{Router, body::Bytes, extract::State, http::HeaderMap, routing};
 use opentelemetry_proto::tonic::{
@@ -122,6 +125,19 @@ async fn a_request_reaches_the_collector_in_the_trace_of_its_caller() {
     assert_eq!(of_request("answered")["span"]["status"], 200);
 }
 
+/// The log, once it has these words: what a server says last is read a moment after its end.
+async fn until_logged(app: &TestApp, words: &str) -> String {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let log = app.log();
+        if log.contains(words) {
+            return log;
+        }
+        assert!(Instant::now() < deadline, "no {words:?} in\n{log}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// Nobody is there, or somebody who takes everything and says nothing: requests are answered, the server ends, and the log says it once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_does_not_answer_delays_nobody() {
@@ -150,12 +166,9 @@ async fn a_collector_that_does_not_answer_delays_nobody() {
         }
         app.signal("TERM");
         assert_eq!(app.exit_code().await, Some(0), "{}", app.log());
-        let log = app.log();
-        if held.is_some() {
-            // It ended under an export that waited.
-            assert!(log.contains("the last spans were not sent"), "{log}");
-        } else {
-            assert_eq!(log.matches("spans do not reach the collector").count(), 1, "{log}");
-        }
+        // With somebody who says nothing it ended under an export that waited.
+        let words = if held.is_some() { "the last spans were not sent" } else { "spans do not reach the collector" };
+        let log = until_logged(&app, words).await;
+        assert_eq!(log.matches(words).count(), 1, "{log}");
     }
 }

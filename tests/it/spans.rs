@@ -270,3 +270,21 @@ async fn a_job_is_followed_step_by_step_under_the_request_that_made_it() {
     let logged = job.events.iter().find(|event| event.contains("training job failed")).unwrap();
     assert!(logged.contains("out of order"), "{logged}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_attempt_of_a_job_names_the_request_that_made_it() {
+    let keeper = &*KEEPER;
+    let app = toy_app(&Toy::slow(2), Options::default()).await;
+    let made = send(&app, "attempts-1", "/adapters/train", &letters("alice")).await;
+    let id = made.json()["id"].as_str().unwrap().to_owned();
+    app.until(&id, |job| job["step"].as_u64().unwrap() >= 2).await;
+    app.state.service.training().unwrap().play_dead().await;
+    app.state.service.store.close().await;
+    let app = toy_app(&Arc::default(), Options { folder: Some(app.folder.clone()), ..Options::default() }).await;
+    assert_eq!(app.ended(&id).await["status"], "succeeded");
+    let attempts = keeper.of("job", "attempts-1");
+    let shown: Vec<(&str, &str)> =
+        attempts.iter().map(|(_, job)| (job.fields["job"].as_str(), job.fields["attempt"].as_str())).collect();
+    assert_eq!(shown, [(id.as_str(), "1"), (id.as_str(), "2")]);
+    assert_eq!(attempts[0].1.fields["outcome"], "left");
+}
