@@ -7,6 +7,7 @@ mod retention;
 mod secret;
 mod state;
 mod tenants;
+mod traces;
 mod train;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -23,6 +24,7 @@ pub use retention::RetentionArgs;
 pub use secret::{Secret, SecretFile};
 pub use state::{BackupArgs, IntegrityCheck, RestoreArgs, StateArgs, SyncMode};
 pub use tenants::{KeysArgs, KeysCommand, LimitChoice, RoleArg, SetLimits, TenantsArgs, TenantsCommand};
+pub use traces::TraceArgs;
 pub use train::{DataArgs, EvalArgs, MethodChoice, TaskArgs, TaskChoice, TrainArgs};
 
 /// One frozen language model in memory, thousands of 26-byte adapters over it, every request under its own, all in one batch.
@@ -108,6 +110,9 @@ pub struct ServeArgs {
     /// For how long things are kept.
     #[command(flatten)]
     pub retention: RetentionArgs,
+    /// Where spans go.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 /// Limits of training.

@@ -12,9 +12,10 @@ use mote::{
     config::{AdaptersCommand, Cli, Command, KeysCommand, LogFormat, TenantsCommand},
     http,
     model::Sources,
+    telemetry::SpanSink,
 };
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -28,16 +29,26 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
+    let sink = match &cli.command {
+        Command::Serve(args) => args.traces.otlp_endpoint.as_ref().map(SpanSink::start).transpose()?,
+        _ => None,
+    };
     let filter = EnvFilter::try_new(&cli.log).with_context(|| format!("--log {}", cli.log))?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    match cli.log_format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let log = match cli.log_format {
+        LogFormat::Text => log.boxed(),
+        LogFormat::Json => log.json().boxed(),
+    };
+    tracing_subscriber::registry().with(log.with_filter(filter)).with(sink.as_ref().map(SpanSink::layer)).init();
+    let outcome = command(cli.command);
+    if let Some(sink) = sink {
+        sink.flush();
     }
-    match cli.command {
+    outcome
+}
+
+fn command(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Serve(args) => {
             let runtime = runtime()?;
             let outcome = runtime.block_on(async { anyhow::Ok(app::serve(*args, asked_to_stop()?).await?) });

@@ -1,7 +1,8 @@
-//! Metric names, and the counters that more than one room writes to.
+//! Metric names, the counters that more than one room writes to, and the way of spans to a collector.
 //!
 //! Labels are bounded: routes, statuses and kinds, never a key or a path. (What is told of single tenants and adapters is counted in `service`.)
 
+mod otlp;
 mod process;
 
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
+pub use otlp::{OtlpEndpoint, OtlpError, SpanSink, adopt};
 pub use process::ProcessCollector;
 
 /// Upper bounds of the buckets for durations, in seconds.

@@ -2,6 +2,8 @@
 
 use std::{num::NonZeroU32, sync::Arc, time::Instant};
 
+use tracing::Span;
+
 use crate::{
     kernel::Cores,
     types::{CacheSalt, TokenId},
@@ -107,6 +109,8 @@ pub struct Request {
     pub share: Share,
     /// If it is not done by then, waiting or running, it ends with [`Event::Expired`] between two steps.
     pub deadline: Option<Instant>,
+    /// The span of whoever asks: the sequence's own is below it. [`Span::none`]: it has none.
+    pub span: Span,
 }
 
 /// The log-prob of a token and the likeliest alternatives at its place.
@@ -141,6 +145,16 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the end of the context.
     Length,
+}
+
+impl FinishReason {
+    /// Its word in traces.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
 }
 
 /// What a request cost.

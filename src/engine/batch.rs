@@ -8,6 +8,7 @@ use super::{
     sampler::{Counts, Question},
     scheduler::{Chunk, Plan, Scheduler},
     sequence::SequenceId,
+    trace::Trace,
 };
 use crate::kernel::{BASE_SLOT, Cores, SequenceRows, StepBatch};
 
@@ -26,6 +27,8 @@ pub(super) struct Job {
     pub(super) counts: Option<Counts>,
     /// Log-probs of the prompt so far, until they are sent.
     pub(super) scores: Option<PromptLogProbs>,
+    /// Told when it ends.
+    pub(super) trace: Trace,
 }
 
 /// The jobs of the engine.

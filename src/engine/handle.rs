@@ -16,6 +16,7 @@ use super::{
     scheduler::Limits,
     sequence::{Sequence, SequenceId, blocks_at_end},
     stats::Stats,
+    trace::Trace,
     worker::{Command, Submission, Worker},
 };
 use crate::{kernel::BLOCK_TOKENS, model::Model, types::CacheSalt};
@@ -203,7 +204,8 @@ impl Handle {
         let id = SequenceId { priority: request.priority, number: 0 };
         let scored = request.prompt_logprobs.is_some();
         let sequence = Sequence::new(id, request.share, tokens, request.max_tokens, chain, scored);
-        (Submission { request, sequence, outbox, submitted: Instant::now() }, events)
+        let trace = Trace::within(&request.span);
+        (Submission { request, sequence, outbox, submitted: Instant::now(), trace }, events)
     }
 
     fn check(&self, request: &Request) -> Result<(), SubmitError> {

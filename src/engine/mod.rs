@@ -4,7 +4,7 @@
 //!
 //! One step: `worker` receives commands, `scheduler` plans rows (over `sequence`, `shares`, `blocks` and `prefix`), `batch` writes the plan as a
 //! ragged batch, the model runs it, `sampler` (over `logits`) chooses tokens on the model's threads, and the worker commits and sends them (`events`).
-//! Between two steps `gradient` advances what training jobs have asked for.
+//! Between two steps `gradient` advances what training jobs have asked for. `trace` tells of each sequence when it has ended.
 //!
 //! **Invariants.** The tokens of a request depend on nothing but the request: not on its neighbours, on how its prompt is cut, on a cache hit, or on
 //! losing its blocks in between. A block is published only after it was computed and never written again. The engine never waits for a client.
@@ -25,6 +25,7 @@ mod shares;
 mod stats;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod worker;
 
 pub use crate::model::{CoreGradient, GradientJob};

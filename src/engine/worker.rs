@@ -22,6 +22,7 @@ use super::{
     scheduler::{Chunk, Limits, Plan, Scheduler},
     sequence::{Sequence, SequenceId},
     stats::Stats,
+    trace::Trace,
 };
 use crate::{
     kernel::BASE_SLOT,
@@ -56,6 +57,8 @@ pub(super) struct Submission {
     pub(super) outbox: Outbox,
     /// When it came.
     pub(super) submitted: Instant,
+    /// Told when it ends.
+    pub(super) trace: Trace,
 }
 
 /// The engine's thread.
@@ -236,12 +239,12 @@ impl Worker {
     }
 
     fn add(&mut self, submission: Submission) {
-        let Submission { request, mut sequence, outbox, submitted } = submission;
+        let Submission { request, mut sequence, outbox, submitted, trace } = submission;
         sequence.id = SequenceId { priority: request.priority, number: self.next_number };
         self.next_number += 1;
         let counts = Counts::for_request(&request.sampling, &sequence.tokens);
         let scores = request.prompt_logprobs.map(|_| vec![None]);
-        self.jobs.insert(sequence.id, Job { request, outbox, submitted, token_at: None, counts, scores });
+        self.jobs.insert(sequence.id, Job { request, outbox, submitted, token_at: None, counts, scores, trace });
         self.scheduler.add(sequence);
     }
 
@@ -250,8 +253,10 @@ impl Worker {
         let deserted: Vec<SequenceId> =
             self.jobs.iter().filter(|(_, job)| job.outbox.is_closed()).map(|(&id, _)| id).collect();
         for id in deserted {
-            self.scheduler.remove(id);
-            self.jobs.remove(&id);
+            let sequence = self.scheduler.remove(id);
+            if let Some(job) = self.jobs.remove(&id) {
+                job.trace.end("cancelled", sequence.as_ref());
+            }
             self.stats.cancelled.add(1);
         }
     }
@@ -261,9 +266,10 @@ impl Worker {
         let late = |job: &Job| job.request.deadline.is_some_and(|deadline| deadline <= now);
         let expired: Vec<SequenceId> = self.jobs.iter().filter(|(_, job)| late(job)).map(|(&id, _)| id).collect();
         for id in expired {
-            self.scheduler.remove(id);
+            let sequence = self.scheduler.remove(id);
             if let Some(job) = self.jobs.remove(&id) {
                 self.stats.expired.add(1);
+                job.trace.end("expired", sequence.as_ref());
                 job.outbox.close(Event::Expired, &mut self.wakes);
             }
         }
@@ -327,8 +333,10 @@ impl Worker {
             let rows = row..row + chunk.scores.len() + usize::from(chunk.sample);
             row = rows.end;
             if let Err(error) = self.commit_chunk(chunk, rows, now) {
-                tracing::error!(%error, "a request failed");
-                self.end_failed(chunk.id, Event::NotFinite);
+                if let Some(job) = self.jobs.get(&chunk.id) {
+                    tracing::error!(parent: &job.request.span, %error, "a request failed");
+                }
+                self.end_failed(chunk.id, "not_finite", Event::NotFinite);
             }
         }
     }
@@ -357,7 +365,9 @@ impl Worker {
         let (generated, most) = (sequence.generated(), sequence.max_tokens);
         if generated == 1 {
             job.outbox.send(Event::Began { cached_tokens: sequence.cached.unwrap_or(0) }, &mut self.wakes);
-            self.stats.first_token_seconds.observe_time(now.saturating_duration_since(job.submitted));
+            let waited = now.saturating_duration_since(job.submitted);
+            job.trace.first_token = Some(waited);
+            self.stats.first_token_seconds.observe_time(waited);
         }
         if let Some(before) = job.token_at.replace(now)
             && chunk.id.priority == Priority::Interactive
@@ -389,17 +399,19 @@ impl Worker {
             preemptions: sequence.preemptions,
         };
         self.stats.finished.add(1);
+        job.trace.end(reason.as_str(), Some(&sequence));
         job.outbox.close(Event::Finished(reason, usage), &mut self.wakes);
     }
 
     fn fail(&mut self, id: SequenceId, message: String) {
-        self.end_failed(id, Event::Failed(message));
+        self.end_failed(id, "failed", Event::Failed(message));
     }
 
-    fn end_failed(&mut self, id: SequenceId, event: Event) {
-        self.scheduler.remove(id);
+    fn end_failed(&mut self, id: SequenceId, finish: &'static str, event: Event) {
+        let sequence = self.scheduler.remove(id);
         if let Some(job) = self.jobs.remove(&id) {
             self.stats.failed.add(1);
+            job.trace.end(finish, sequence.as_ref());
             job.outbox.close(event, &mut self.wakes);
         }
     }
@@ -420,19 +432,21 @@ impl Worker {
         }
     }
 
-    fn count_plan(&self, plan: &Plan) {
-        let stats = &self.stats;
+    fn count_plan(&mut self, plan: &Plan) {
+        let Self { stats, jobs, scheduler, .. } = self;
         stats.preemptions.add(plan.preempted);
         stats.yielded.add(plan.yielded);
         stats.cached_tokens.add(plan.cached_tokens);
         if !plan.chunks.is_empty() {
-            let pool = self.scheduler.cache().pool();
+            let pool = scheduler.cache().pool();
             stats.step_kv_share.observe((pool.len() - pool.available()) as f64 / pool.len() as f64);
         }
         plan.first_places.iter().for_each(|&rounds| stats.first_place_steps.observe(rounds as f64));
         for &id in &plan.admitted {
-            let (Some(job), Some(sequence)) = (self.jobs.get(&id), self.scheduler.get(id)) else { continue };
-            stats.queue_seconds.observe_time(job.submitted.elapsed());
+            let (Some(job), Some(sequence)) = (jobs.get_mut(&id), scheduler.get(id)) else { continue };
+            let waited = job.submitted.elapsed();
+            job.trace.queued = Some(waited);
+            stats.queue_seconds.observe_time(waited);
             stats.cached_share.observe(sequence.cached.unwrap_or(0) as f64 / sequence.prompt as f64);
         }
     }

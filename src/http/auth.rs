@@ -4,6 +4,7 @@ use axum::{
     extract::FromRequestParts,
     http::{HeaderMap, header, request::Parts},
 };
+use tracing::Span;
 
 use super::{
     error::ApiError,
@@ -23,28 +24,34 @@ impl FromRequestParts<AppState> for Auth {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
-        let origin = origin(parts);
-        if state.auth == AuthMode::Open {
-            return Ok(Self(Caller { origin, ..Caller::built_in() }));
+        let caller = caller(parts, state).await?;
+        Span::current().record("tenant", caller.tenant.0);
+        Ok(Self(caller))
+    }
+}
+
+async fn caller(parts: &Parts, state: &AppState) -> Result<Caller, ApiError> {
+    let origin = origin(parts);
+    if state.auth == AuthMode::Open {
+        return Ok(Caller { origin, ..Caller::built_in() });
+    }
+    let token = bearer(&parts.headers).ok_or_else(|| {
+        unauthenticated(
+            "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.",
+        )
+    })?;
+    match state.service.directory.verify(token, origin.peer).await {
+        Ok(caller) => Ok(Caller { origin, ..caller }),
+        Err(error @ AuthError::UnknownKey) => Err(unauthenticated(&error.to_string())),
+        Err(AuthError::TooManyFailures(wait)) => {
+            Err(Error::rate_limited(AuthError::TooManyFailures(wait).to_string(), wait).into())
         }
-        let token = bearer(&parts.headers).ok_or_else(|| {
-            unauthenticated(
-                "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.",
-            )
-        })?;
-        match state.service.directory.verify(token, origin.peer).await {
-            Ok(caller) => Ok(Self(Caller { origin, ..caller })),
-            Err(error @ AuthError::UnknownKey) => Err(unauthenticated(&error.to_string())),
-            Err(AuthError::TooManyFailures(wait)) => {
-                Err(Error::rate_limited(AuthError::TooManyFailures(wait).to_string(), wait).into())
-            }
-            Err(AuthError::Damaged(row)) => {
-                tracing::error!(row, "a key that was shown cannot be read");
-                let words = AuthError::Damaged(row).to_string();
-                Err(Error::new(ErrorKind::Unauthenticated, words).with_code("key_damaged").into())
-            }
-            Err(AuthError::Unavailable(error)) => Err(Error::internal(error).into()),
+        Err(AuthError::Damaged(row)) => {
+            tracing::error!(row, "a key that was shown cannot be read");
+            let words = AuthError::Damaged(row).to_string();
+            Err(Error::new(ErrorKind::Unauthenticated, words).with_code("key_damaged").into())
         }
+        Err(AuthError::Unavailable(error)) => Err(Error::internal(error).into()),
     }
 }
 

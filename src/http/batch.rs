@@ -17,6 +17,7 @@ use futures::{FutureExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_stream::wrappers::ReceiverStream;
+use tracing::Instrument as _;
 use utoipa::ToSchema;
 
 use super::{
@@ -89,8 +90,8 @@ pub(super) async fn upload_batch(
     let (groups, received) = mpsc::channel(1);
     let (answers, answered) = mpsc::channel(ANSWERS);
     let reader = Reader { lines: Lines::new(limits.body), left: limits.batch, limit: limits.batch, groups };
-    tokio::spawn(reader.read(request.into_body().into_data_stream()));
-    tokio::spawn(write(state.service, caller, place, received, answers));
+    tokio::spawn(reader.read(request.into_body().into_data_stream()).in_current_span());
+    tokio::spawn(write(state.service, caller, place, received, answers).in_current_span());
     let body = Body::from_stream(ReceiverStream::new(answered).map(Ok::<_, std::convert::Infallible>));
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }

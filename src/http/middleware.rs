@@ -8,12 +8,14 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use tracing::Instrument as _;
 
 use super::{
     drain::{Patience, drained},
     edge,
     error::ApiError,
     peer::{ClientAddress, Socket},
+    span,
     state::AppState,
 };
 use crate::{
@@ -51,17 +53,19 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
     // The pattern and not the path: one series a route, however many adapters there are.
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let method = known_method(request.method());
+    let span = span::of_request(method, &route, &id, request.headers());
 
     let request = request.map(|body| drained(body, patience));
     let mut response = if state.lifecycle.is_draining() && !OPERATIONS.contains(&route.as_str()) {
         draining().into_response()
     } else {
-        next.run(request).await
+        next.run(request).instrument(span.clone()).await
     };
 
     let elapsed = started.elapsed();
     let status = response.status().as_u16();
-    tracing::debug!(%id, %method, %route, status, ?elapsed, "request");
+    span.record("status", i64::from(status));
+    tracing::debug!(parent: &span, ?elapsed, "answered");
     let route = RouteLabels { method, route };
     state.service.metrics.request_seconds.get_or_create(&route).observe(elapsed.as_secs_f64());
     state.service.metrics.requests.get_or_create(&RequestLabels { route, status }).inc();
@@ -71,7 +75,7 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
         headers.insert(REQUEST_ID, id);
     }
     headers.insert(PROCESSING_MS, HeaderValue::from(elapsed.as_millis().try_into().unwrap_or(u64::MAX)));
-    response
+    span::with_body(response, span)
 }
 
 fn draining() -> ApiError {

@@ -29,6 +29,7 @@ mod middleware;
 mod models;
 mod peer;
 pub mod server;
+mod span;
 mod sse;
 mod state;
 mod system;

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::{Error, ErrorKind, Service, Upload, limits::exhausted, resolve::incompatible, upload};
+use super::{
+    Error, ErrorKind, Service, Upload, completion::blocking, limits::exhausted, resolve::incompatible, upload,
+};
 use crate::{
     adapter::{Adapter, Scheme, peft},
     store::{AdapterRecord, Contents, GenerationRecord, Idempotency, OnConflict, StoreError, Stored},
@@ -279,14 +281,13 @@ impl Service {
         let service = self.clone();
         let zip = move || {
             let expander = &service.library.expander;
-            let files = peft::export(&adapter, expander.sites(), expander.basis(), &service.base.model_id)?;
-            files.to_zip()
+            let files = peft::export(&adapter, expander.sites(), expander.basis(), &service.base.model_id);
+            files.and_then(|files| files.to_zip()).map_err(|error| match error {
+                peft::PeftError::NotExpressible(_) => Error::invalid("format", format!("The adapter {error}.")),
+                error => upload::peft_error(&error),
+            })
         };
-        let files = tokio::task::spawn_blocking(zip).await.map_err(Error::internal)?;
-        files.map_err(|error| match error {
-            peft::PeftError::NotExpressible(_) => Error::invalid("format", format!("The adapter {error}.")),
-            error => upload::peft_error(&error),
-        })
+        blocking(zip).await
     }
 
     /// Every generation of an adapter of the caller's, newest first.

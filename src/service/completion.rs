@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use futures::{Stream, StreamExt as _, stream};
+use tracing::Span;
 
 use super::{
     BaseInfo, Error, ErrorKind, Lease, Service,
@@ -169,6 +170,7 @@ impl Service {
         let show = Show { adapted: lease.cores.is_some(), ..show };
         let share = share_of(caller.tenant, &admission.limits());
         let deadline = self.request_timeout.and_then(|timeout| started.checked_add(timeout));
+        let span = Span::current();
         let mut requests = Vec::with_capacity(count);
         let mut budgets = Vec::with_capacity(prompts.len());
         for prompt in &prompts {
@@ -191,6 +193,7 @@ impl Service {
                     priority: Priority::Interactive,
                     share,
                     deadline,
+                    span: span.clone(),
                 });
             }
         }
@@ -420,7 +423,8 @@ fn empty(param: &str) -> Error {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(Error::internal)?
+    let span = Span::current();
+    tokio::task::spawn_blocking(move || span.in_scope(work)).await.map_err(Error::internal)?
 }
 
 fn refused(error: SubmitError) -> Error {

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Error, ErrorKind, Service,
+    completion::blocking,
     resolve::{decode_base64, incompatible, scheme_error},
 };
 use crate::{
@@ -262,5 +263,5 @@ pub(super) async fn prepare_apart(
     if !is_heavy(&upload) {
         return service.prepare(&caller, upload, conflict);
     }
-    tokio::task::spawn_blocking(move || service.prepare(&caller, upload, conflict)).await.map_err(Error::internal)?
+    blocking(move || service.prepare(&caller, upload, conflict)).await
 }

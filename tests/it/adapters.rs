@@ -1,13 +1,10 @@
 //! `/adapters`, without a socket: every form of upload, replacement, deletion, batches.
 
-use std::time::Duration;
-
 use axum::{
     body::Body,
     http::{Method, Request, StatusCode, header},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use futures::StreamExt as _;
 use mote::{http::Limits, store::NewKey, tenant::ApiKey, tenant::Role};
 use serde_json::{Value, json};
 use tower::ServiceExt as _;

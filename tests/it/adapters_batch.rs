@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use axum::http::{Method, StatusCode};
+use axum::{
+    body::Body,
+    http::{Method, StatusCode, header},
+};
 use futures::StreamExt as _;
 use mote::http::Limits;
 use serde_json::{Value, json};
@@ -10,7 +13,7 @@ use tower::ServiceExt as _;
 
 use crate::{
     adapters::{json_of, ok, request},
-    app::{KEY, MODEL, Options, TestApp},
+    app::{KEY, Options, TestApp},
 };
 
 #[tokio::test]

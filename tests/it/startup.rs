@@ -31,6 +31,7 @@ fn what_cannot_start_says_why() {
         (vec!["--model", &tiny, "--max-model-len", "100000"], "--max-model-len 100000"),
         (vec!["--model", &tiny, "--rank", "100"], "--rank"),
         (vec!["--model", &tiny, "--device", "tpu"], "--device"),
+        (vec!["--model", &tiny, "--otlp-endpoint", "127.0.0.1:4318"], "--otlp-endpoint"),
     ];
     if cfg!(not(feature = "cuda")) {
         cases.push((vec!["--model", &tiny, "--device", "cuda"], "--features cuda"));

@@ -28,6 +28,7 @@ pub(crate) fn expected(name: &str) -> Value {
 /// Builds a [`TestApp`].
 pub(crate) struct TestAppBuilder {
     args: Vec<String>,
+    envs: Vec<(String, String)>,
     data: Option<PathBuf>,
     own_key: bool,
 }
@@ -36,6 +37,12 @@ impl TestAppBuilder {
     /// Adds flags of `mote serve`.
     pub(crate) fn args<I: IntoIterator<Item = S>, S: Into<String>>(mut self, args: I) -> Self {
         self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Adds variables.
+    pub(crate) fn envs<I: IntoIterator<Item = (S, S)>, S: Into<String>>(mut self, envs: I) -> Self {
+        self.envs.extend(envs.into_iter().map(|(name, value)| (name.into(), value.into())));
         self
     }
 
@@ -60,6 +67,7 @@ impl TestAppBuilder {
             .args(["serve", "--listen", "127.0.0.1:0", "--device", "cpu", "--data-dir"])
             .arg(&data)
             .args(&self.args)
+            .envs(self.envs)
             .envs((!self.own_key).then_some(("MOTE_ADMIN_KEY", ADMIN_KEY)))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -135,6 +143,7 @@ impl TestApp {
         let model = golden(name).join("model").to_string_lossy().into_owned();
         TestAppBuilder {
             args: ["--model", &model, "--model-id", "tiny", "--dtype", "f32"].map(String::from).into(),
+            envs: Vec::new(),
             data: None,
             own_key: false,
         }
@@ -142,7 +151,7 @@ impl TestApp {
 
     /// A server of SmolLM2-135M-Instruct, fetched when it is not in the cache.
     pub(crate) fn real() -> TestAppBuilder {
-        TestAppBuilder { args: Vec::new(), data: None, own_key: false }
+        TestAppBuilder { args: Vec::new(), envs: Vec::new(), data: None, own_key: false }
     }
 
     async fn ready(&self) {

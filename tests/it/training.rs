@@ -11,13 +11,14 @@ use axum::{
     http::{Request, header},
 };
 use futures::StreamExt as _;
-use mote::{service::training::TrainingConfig, tenant::ApiKey};
+use mote::service::training::TrainingConfig;
 use serde_json::{Value, json};
 use tower::ServiceExt as _;
 
 use crate::{
     app::{KEY, MODEL, Options, TestApp},
     toy::{Toy, Toys},
+    training_owners::conflict,
 };
 
 /// A server whose jobs have toys for policies.

@@ -1,6 +1,9 @@
 //! Owners and their jobs: pausing, resuming, cancelling, limits, retries, and what others see of them.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
 
 use axum::{
     body::Body,
@@ -15,7 +18,7 @@ use crate::{
     training::{letters, letters_with, status, toy_app},
 };
 
-fn conflict(param: &str) -> (u16, String, Option<String>, Option<String>) {
+pub(crate) fn conflict(param: &str) -> (u16, String, Option<String>, Option<String>) {
     (409, "conflict".into(), Some(param.into()), Some("name_taken".into()))
 }
 

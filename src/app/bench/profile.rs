@@ -228,6 +228,7 @@ impl User {
                 priority: Priority::Interactive,
                 share: Share::default(),
                 deadline: None,
+                span: tracing::Span::none(),
             }
         };
         let requests = (0..work.sequences()).map(request).collect();

@@ -64,6 +64,7 @@ fn request(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
         priority: Priority::Interactive,
         share: Share::default(),
         deadline: None,
+        span: tracing::Span::none(),
     }
 }
 

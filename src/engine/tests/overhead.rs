@@ -1,5 +1,7 @@
 //! What a step costs beside the model. Ignored: it measures. `cargo nextest run --lib --run-ignored only overhead --no-capture`
 
+use tracing::Span;
+
 use super::{counting::allocations, *};
 use crate::{
     engine::handle::pair,
@@ -53,12 +55,25 @@ fn cases() -> [(&'static str, Sampling, Option<usize>); 7] {
 
 #[test]
 fn a_decode_step_allocates_nothing_but_what_it_sends() {
+    decode_within(&Span::none());
+}
+
+#[test]
+fn nor_does_one_whose_sequences_are_followed() {
+    let log = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(std::io::sink).finish();
+    tracing::subscriber::with_default(log, || decode_within(&tracing::error_span!("request")));
+}
+
+fn decode_within(span: &Span) {
     let wide = EngineConfig { max_batch: 32, prefill_chunk: 4096, idle_prefill_chunk: 4096, ..config() };
     let (handle, mut worker) = pair(Box::new(Instant { row: wide_row()[..2000].to_vec() }), wide).unwrap();
     let filters = Sampling { top_k: 40, top_p: 0.9, min_p: 0.01, ..Sampling::default() };
     let samplings = [cases()[0].1.clone(), Sampling { top_p: 0.9, ..Sampling::default() }, filters];
-    let asked = (0..32u32)
-        .map(|i| Request { sampling: samplings[i as usize % 3].clone(), ..adapted(prompt(30, i), 100, (i % 5) as u8) });
+    let asked = (0..32u32).map(|i| Request {
+        sampling: samplings[i as usize % 3].clone(),
+        span: span.clone(),
+        ..adapted(prompt(30, i), 100, (i % 5) as u8)
+    });
     let mut events = handle.submit_many(asked.collect()).unwrap();
     // The prompts, and some steps until everything is as large as it gets.
     (0..8).for_each(|_| assert!(worker.turn()));

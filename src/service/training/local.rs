@@ -91,6 +91,7 @@ impl Local {
             full_precision: false,
             metadata: Map::new(),
             origin: Origin::Adapters,
+            request: None,
         };
         prepare(&self.base, &self.config, &spec, &task.training, task.validation.as_deref())
     }

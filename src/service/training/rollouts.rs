@@ -7,6 +7,7 @@ use std::{
 };
 
 use mote_trainer::{PolicyError, Rollout, RolloutRequest, Stop};
+use tracing::Span;
 
 use super::policy::{EnginePolicies, LOOK, not_finite};
 use crate::{
@@ -171,6 +172,8 @@ impl Rollouts {
                 priority: Priority::Background,
                 share: share_of(self.tenant, &self.parts.accounts.of(self.tenant).limits()),
                 deadline: None,
+                // A step has thousands.
+                span: Span::none(),
             };
             match self.parts.engine.submit(sequence) {
                 Ok(mut events) => {

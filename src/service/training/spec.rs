@@ -104,6 +104,9 @@ pub struct JobSpec {
     pub metadata: Map<String, Value>,
     /// The API that it came by.
     pub origin: Origin,
+    /// The id of the request that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<String>,
 }
 
 /// What is told of a job that is not in the store as this program wrote it.
@@ -196,6 +199,7 @@ impl Service {
             full_precision: request.full_precision,
             metadata: request.metadata.clone().unwrap_or_default(),
             origin: request.origin,
+            request: caller.origin.request.as_deref().map(str::to_owned),
         };
         Ok(Checked { name: trial.name, spec })
     }

@@ -188,11 +188,13 @@ impl Training {
                 return; // the next start finds it validating
             }
             let (id, apart) = (job.id.clone(), inner.clone());
-            let checked = tokio::task::spawn_blocking(move || {
+            let span = worker::span(&job);
+            let check = move || {
                 let (spec, _) = texts(&job).map_err(damaged)?;
                 // The end of a job deletes its data; of one that has ended nobody hears this.
                 Ok(worker::load(&apart, &job, &spec)?.ok_or_else(damaged_job)?.settings.steps)
-            });
+            };
+            let checked = tokio::task::spawn_blocking(move || span.in_scope(check));
             let outcome = checked.await.unwrap_or_else(|error| Err(Error::internal(error)));
             let outcome = outcome.map_err(|error| {
                 let value = report::error_value(&error, "invalid_data");

@@ -11,6 +11,7 @@ use mote_trainer::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tracing::{Span, field::Empty};
 
 use super::{
     PolicyRequest,
@@ -86,21 +87,47 @@ struct Worker {
     tokens: u64,
 }
 
+/// The span of what is done for a job. It belongs to no request's trace, which ends long before, but names the one that made the job.
+pub(super) fn span(job: &JobRecord) -> Span {
+    let spec = texts(job).map(|(spec, _)| spec).ok();
+    // Of the highest level: whatever a filter lets into the log then has the job's id.
+    tracing::error_span!(
+        parent: None,
+        "job",
+        job = job.id,
+        tenant = job.tenant.0,
+        adapter = job.name,
+        attempt = job.attempt,
+        method = spec.as_ref().map(|spec| spec.method.name()),
+        request_id = spec.as_ref().and_then(|spec| spec.request.as_deref()),
+        outcome = Empty,
+    )
+}
+
 /// Runs a job that was claimed, as far as it goes.
 pub(super) fn run(inner: &Arc<Inner>, job: JobRecord, stop: Stop) {
+    let span = span(&job);
+    let _within = span.enter();
     let (id, attempt) = (job.id.clone(), job.attempt);
     let outcome = catch_unwind(AssertUnwindSafe(|| attempt_job(inner, job, stop)));
     let leave = outcome.unwrap_or_else(|_| {
-        tracing::error!(job = id, "a training job panicked");
+        tracing::error!("a training job panicked");
         Err(Leave::Failed(
             Error::new(ErrorKind::Internal, "The server had an error while training.").with_code("internal_error"),
         ))
     });
     match leave {
-        Ok(()) => tracing::info!(job = id, "training job succeeded"),
-        Err(Leave::Lost) => tracing::info!(job = id, "training job left"),
+        Ok(()) => {
+            span.record("outcome", "succeeded");
+            tracing::info!("training job succeeded");
+        }
+        Err(Leave::Lost) => {
+            span.record("outcome", "left");
+            tracing::info!("training job left");
+        }
         Err(Leave::Failed(error)) => {
-            tracing::info!(job = id, %error, "training job failed");
+            span.record("outcome", "failed");
+            tracing::info!(%error, "training job failed");
             let value = report::error_value(&error, "training_failed");
             let events = vec![report::failed_event(&value)];
             let store = inner.store.clone();
@@ -166,8 +193,23 @@ impl Worker {
             None => Run::new(settings, training, self.spec.initial(numbers)?)?,
         };
         while run.end().is_none() {
-            match run.step(policy, grading, &self.stop) {
-                Ok(step) => self.report(&run, &step)?,
+            let span = tracing::debug_span!(
+                "step",
+                step = run.steps_done() as i64 + 1,
+                rollout_seconds = Empty,
+                grading_seconds = Empty,
+                learning_seconds = Empty,
+            );
+            match span.in_scope(|| run.step(policy, grading, &self.stop)) {
+                Ok(step) => {
+                    tracing::record_all!(
+                        span,
+                        rollout_seconds = step.timing.rollout_seconds,
+                        grading_seconds = step.timing.grading_seconds,
+                        learning_seconds = step.timing.learning_seconds,
+                    );
+                    self.report(&run, &step)?;
+                }
                 Err(TrainError::Stopped) => return Err(self.leave(&run)),
                 Err(error) => return Err(error.into()),
             }
@@ -279,7 +321,7 @@ impl Worker {
         if let Ok(Err(error)) = written
             && !matches!(error, StoreError::JobLost | StoreError::JobNotFound | StoreError::Closed)
         {
-            tracing::warn!(job = self.job.id, %error, "a job's last checkpoint was not written; it goes on from the one before");
+            tracing::warn!(%error, "a job's last checkpoint was not written; it goes on from the one before");
         }
         Leave::Lost
     }
