@@ -234,7 +234,11 @@ mod tests {
     fn the_last_event_is_seen_however_close_the_reader_looks() {
         let (to_writer, senders) = mpsc::channel::<Sender>();
         let writer = std::thread::spawn(move || {
-            senders.into_iter().for_each(|sender| sender.send_last(event(7), &mut Wakes::default()));
+            let mut wakes = Wakes::default();
+            for sender in senders {
+                sender.send_last(event(7), &mut wakes);
+                wakes.deliver();
+            }
         });
         for round in 0..20_000 {
             let (sender, mut events) = channel();

@@ -63,7 +63,7 @@ mod tests {
     fn names_are_translated() {
         let all = json!({"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5, "compute_multiplier": 2, "eval_interval": "auto", "reasoning_effort": null});
         let hyper = hyperparameters(Method::Grpo, &all).unwrap();
-        let want = json!({"epochs": 2, "prompts_per_step": 4, "learning_rate": 0.015, "samples_per_prompt": 16});
+        let want = json!({"epochs": 2, "prompts_per_step": 4, "learning_rate": 0.005, "samples_per_prompt": 16});
         assert_eq!(hyper, Hyperparameters::from_json(&want).unwrap());
         let auto = json!({"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"});
         assert_eq!(hyperparameters(Method::Sft, &auto).unwrap(), Hyperparameters::default());
