@@ -212,7 +212,7 @@ pub struct EngineArgs {
     #[arg(long, env = "MOTE_BACKGROUND_ROWS", value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(0..=65_536))]
     pub background_rows: u32,
     /// Time that the gradients of training jobs may take while requests are answered, as a multiple of what these take; 0: they wait until there are none.
-    #[arg(long, env = "MOTE_GRADIENT_SHARE", value_name = "X", default_value_t = 1.0, value_parser = share)]
+    #[arg(long, env = "MOTE_GRADIENT_SHARE", value_name = "X", default_value_t = 0.6, value_parser = share)]
     pub gradient_share: f64,
     /// Do not share the KV blocks of equal prompt beginnings between requests of the same tenant and adapter.
     #[arg(long, env = "MOTE_NO_PREFIX_CACHE")]
