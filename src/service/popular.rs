@@ -12,7 +12,6 @@ const COUNTED: usize = 512;
 /// A pair and its requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Popular {
-    pub(super) tenant: TenantId,
     pub(super) tenant_name: Arc<str>,
     pub(super) adapter: String,
     /// At least so many; exact while no more pairs than fit have come.
@@ -56,8 +55,7 @@ impl Popularity {
             .lock()
             .iter()
             .filter(|((of, _), _)| tenant.is_none_or(|tenant| tenant == *of))
-            .map(|((of, adapter), count)| Popular {
-                tenant: *of,
+            .map(|((_, adapter), count)| Popular {
                 tenant_name: Arc::clone(&count.tenant_name),
                 adapter: adapter.clone(),
                 requests: count.count - count.inherited,

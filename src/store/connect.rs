@@ -122,8 +122,8 @@ impl Connector {
             Location::Postgres(_) => return Err(failed("the URL does not begin with postgres://".into())),
         };
         let options: AnyConnectOptions = url.parse().map_err(|error: sqlx::Error| failed(error.to_string()))?;
-        // Statements carry adapters' names and hashes of keys; errors are logged where they are handled.
         let faults = config.faults.clone();
+        // Statements carry adapters' names and hashes of keys; errors are logged where they are handled.
         Ok(Self { options: options.disable_statement_logging(), pragmas, location, faults })
     }
 

@@ -89,9 +89,7 @@ pub struct UsageOfDay {
 /// What a tenant used since the process started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Total {
-    /// Whose.
-    pub tenant: TenantId,
-    /// Its name.
+    /// The tenant's name.
     pub name: Arc<str>,
     /// What.
     pub usage: Usage,
@@ -121,16 +119,6 @@ struct State {
 }
 
 impl State {
-    /// Adds to what is not written yet; true if there was nothing.
-    fn pend(&mut self, day: i64, usage: &Usage) -> bool {
-        let clean = self.pending.is_empty();
-        match self.pending.last_mut() {
-            Some((last, sum)) if *last == day => sum.add(usage),
-            _ => self.pending.push((day, *usage)),
-        }
-        clean
-    }
-
     /// Takes new limits over: buckets keep what was used.
     fn limit(&mut self, limits: Limits, now: Instant) {
         self.limits = limits;
@@ -206,15 +194,13 @@ impl Account {
 
     /// The name under which the tenant's use is reported.
     pub fn set_name(&self, name: &Arc<str>) {
-        if self.name.get().is_none() {
-            let _ = self.name.set(Arc::clone(name));
-        }
+        self.name.get_or_init(|| Arc::clone(name));
     }
 
     /// What the tenant used since the process started; None while its name is not known.
     pub fn total(&self) -> Option<Total> {
         let usage = self.state.lock().total;
-        Some(Total { tenant: self.tenant, name: Arc::clone(self.name.get()?), usage })
+        Some(Total { name: Arc::clone(self.name.get()?), usage })
     }
 
     fn note(self: &Arc<Self>, mut state: parking_lot::MutexGuard<'_, State>, day: i64, usage: Usage) {
@@ -222,8 +208,13 @@ impl Account {
         self.keep(state, day, usage);
     }
 
+    /// Adds to what is not written yet.
     fn keep(self: &Arc<Self>, mut state: parking_lot::MutexGuard<'_, State>, day: i64, usage: Usage) {
-        let clean = state.pend(day, &usage);
+        let clean = state.pending.is_empty();
+        match state.pending.last_mut() {
+            Some((last, sum)) if *last == day => sum.add(&usage),
+            _ => state.pending.push((day, usage)),
+        }
         drop(state);
         if clean && let Some(dirty) = self.dirty.upgrade() {
             dirty.lock().push(Arc::clone(self));

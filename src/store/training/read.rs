@@ -72,17 +72,8 @@ impl Store {
     /// # Errors
     /// Only the database's.
     pub async fn events_after(&self, id: &str, after: u64, limit: u32) -> Result<Vec<EventRecord>> {
-        let query = |limit| {
-            sqlx::query(
-                "SELECT seq, kind, level, message, data, created_at FROM job_events WHERE job = $1 AND seq > $2 ORDER BY seq LIMIT $3",
-            )
-            .bind(id)
-            .bind(signed(after))
-            .bind(limit)
-        };
-        let events = self.page(limit, query, event, |row| format!("event {} of job {id}", shown(row, 0))).await?;
-        self.writer.told().await;
-        Ok(events)
+        let sql = "SELECT seq, kind, level, message, data, created_at FROM job_events WHERE job = $1 AND seq > $2 ORDER BY seq LIMIT $3";
+        self.events(sql, id, after, limit).await
     }
 
     /// At most `limit` events of a job before the one with number `before`, newest first; without damaged ones.
@@ -90,14 +81,13 @@ impl Store {
     /// # Errors
     /// Only the database's.
     pub async fn events_before(&self, id: &str, before: u64, limit: u32) -> Result<Vec<EventRecord>> {
-        let query = |limit| {
-            sqlx::query(
-                "SELECT seq, kind, level, message, data, created_at FROM job_events WHERE job = $1 AND seq < $2 ORDER BY seq DESC LIMIT $3",
-            )
-            .bind(id)
-            .bind(signed(before))
-            .bind(limit)
-        };
+        let sql = "SELECT seq, kind, level, message, data, created_at FROM job_events WHERE job = $1 AND seq < $2 ORDER BY seq DESC LIMIT $3";
+        self.events(sql, id, before, limit).await
+    }
+
+    /// A page of a job's events on one side of the number `from`.
+    async fn events(&self, sql: &'static str, id: &str, from: u64, limit: u32) -> Result<Vec<EventRecord>> {
+        let query = |limit| sqlx::query(sql).bind(id).bind(signed(from)).bind(limit);
         let events = self.page(limit, query, event, |row| format!("event {} of job {id}", shown(row, 0))).await?;
         self.writer.told().await;
         Ok(events)
