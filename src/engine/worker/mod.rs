@@ -1,5 +1,8 @@
 //! The one loop: receive, schedule, run, sample, commit, send.
 
+mod count;
+mod end;
+
 use std::{
     any::Any,
     ops::Range,
@@ -12,7 +15,7 @@ use std::{
 };
 
 use super::{
-    api::{Event, FinishReason, Priority, Request, TokenOut, Usage},
+    api::{Event, FinishReason, Priority, Request, TokenOut},
     batch::{Job, Jobs, Step},
     events::Wakes,
     gate::{Gate, Health, Outbox},
@@ -25,7 +28,6 @@ use super::{
     trace::Trace,
 };
 use crate::{
-    kernel::BASE_SLOT,
     model::{Model, ModelError},
     types::CacheSalt,
 };
@@ -187,18 +189,6 @@ impl Worker {
         true
     }
 
-    /// Seconds that a step earns for gradients; counts whose time it was.
-    fn earned(&mut self, plan: &Plan, time: Duration) -> f64 {
-        let rows = |priority: Priority| -> usize {
-            plan.chunks.iter().filter(|chunk| chunk.id.priority == priority).map(|chunk| chunk.rows).sum()
-        };
-        let (interactive, background) = (rows(Priority::Interactive), rows(Priority::Background));
-        let part = interactive as f64 / (interactive + background).max(1) as f64;
-        self.stats.interactive_seconds.add(time.mul_f64(part));
-        self.stats.background_seconds.add(time.mul_f64(1.0 - part));
-        self.earnings.of(time.as_secs_f64(), interactive, background, plan.prefill_rows > 0)
-    }
-
     /// Takes what handles sent; waits for it if there is nothing else to do. None when it is time to end, else a clock that began when the waiting ended.
     fn receive(&mut self) -> Option<Clock> {
         let first = if self.jobs.is_empty() && self.gradients.is_empty() && self.draining.is_none() {
@@ -246,33 +236,6 @@ impl Worker {
         let scores = request.prompt_logprobs.map(|_| vec![None]);
         self.jobs.insert(sequence.id, Job { request, outbox, submitted, token_at: None, counts, scores, trace });
         self.scheduler.add(sequence);
-    }
-
-    /// Drops the requests that nobody listens to.
-    fn cancel_deserted(&mut self) {
-        let deserted: Vec<SequenceId> =
-            self.jobs.iter().filter(|(_, job)| job.outbox.is_closed()).map(|(&id, _)| id).collect();
-        for id in deserted {
-            let sequence = self.scheduler.remove(id);
-            if let Some(job) = self.jobs.remove(&id) {
-                job.trace.end("cancelled", sequence.as_ref());
-            }
-            self.stats.cancelled.add(1);
-        }
-    }
-
-    /// Ends the requests whose deadline has come.
-    fn expire(&mut self, now: Instant) {
-        let late = |job: &Job| job.request.deadline.is_some_and(|deadline| deadline <= now);
-        let expired: Vec<SequenceId> = self.jobs.iter().filter(|(_, job)| late(job)).map(|(&id, _)| id).collect();
-        for id in expired {
-            let sequence = self.scheduler.remove(id);
-            if let Some(job) = self.jobs.remove(&id) {
-                self.stats.expired.add(1);
-                job.trace.end("expired", sequence.as_ref());
-                job.outbox.close(Event::Expired, &mut self.wakes);
-            }
-        }
     }
 
     /// Runs a plan and says how long the model took. A failure, even a panic, in the model or the sampler ends the requests of this step and no other:
@@ -390,32 +353,6 @@ impl Worker {
         Ok(())
     }
 
-    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        let (Some(sequence), Some(job)) = (self.scheduler.remove(id), self.jobs.remove(&id)) else { return };
-        let usage = Usage {
-            prompt_tokens: sequence.prompt,
-            completion_tokens: sequence.generated(),
-            cached_tokens: sequence.cached.unwrap_or(0),
-            preemptions: sequence.preemptions,
-        };
-        self.stats.finished.add(1);
-        job.trace.end(reason.as_str(), Some(&sequence));
-        job.outbox.close(Event::Finished(reason, usage), &mut self.wakes);
-    }
-
-    fn fail(&mut self, id: SequenceId, message: String) {
-        self.end_failed(id, "failed", Event::Failed(message));
-    }
-
-    fn end_failed(&mut self, id: SequenceId, finish: &'static str, event: Event) {
-        let sequence = self.scheduler.remove(id);
-        if let Some(job) = self.jobs.remove(&id) {
-            self.stats.failed.add(1);
-            job.trace.end(finish, sequence.as_ref());
-            job.outbox.close(event, &mut self.wakes);
-        }
-    }
-
     /// After a panic outside of a step nothing about sequences and blocks can be trusted: all requests fail, the cache is forgotten.
     fn rebuild(&mut self, message: &str) {
         tracing::error!(message, "the engine's loop failed; it starts anew");
@@ -423,63 +360,6 @@ impl Worker {
         self.scheduler = Scheduler::new(self.limits, self.model.kv_blocks());
         self.fail_all(&format!("the engine failed: {message}"));
         self.wakes.deliver();
-    }
-
-    fn fail_all(&mut self, message: &str) {
-        let ids: Vec<SequenceId> = self.jobs.keys().copied().collect();
-        for id in ids {
-            self.fail(id, message.to_owned());
-        }
-    }
-
-    fn count_plan(&mut self, plan: &Plan) {
-        let Self { stats, jobs, scheduler, .. } = self;
-        stats.preemptions.add(plan.preempted);
-        stats.yielded.add(plan.yielded);
-        stats.cached_tokens.add(plan.cached_tokens);
-        if !plan.chunks.is_empty() {
-            let pool = scheduler.cache().pool();
-            stats.step_kv_share.observe((pool.len() - pool.available()) as f64 / pool.len() as f64);
-        }
-        plan.first_places.iter().for_each(|&rounds| stats.first_place_steps.observe(rounds as f64));
-        for &id in &plan.admitted {
-            let (Some(job), Some(sequence)) = (jobs.get_mut(&id), scheduler.get(id)) else { continue };
-            let waited = job.submitted.elapsed();
-            job.trace.queued = Some(waited);
-            stats.queue_seconds.observe_time(waited);
-            stats.cached_share.observe(sequence.cached.unwrap_or(0) as f64 / sequence.prompt as f64);
-        }
-    }
-
-    fn count_step(&self, plan: &Plan, time: Duration, model_time: Duration) {
-        let (stats, batch) = (&self.stats, &self.step.batch);
-        let (rows, sequences) = (batch.rows(), plan.chunks.len());
-        let base = batch.slots.contains(&BASE_SLOT);
-        let adapters = batch.cores.len();
-        stats.steps.add(1);
-        stats.prefill_tokens.add(plan.prefill_rows);
-        stats.peak_rows.raise(rows);
-        stats.peak_sequences.raise(sequences);
-        stats.peak_adapters.raise(adapters);
-        stats.step_rows.observe(rows as f64);
-        stats.step_sequences.observe(sequences as f64);
-        stats.step_adapters.observe(adapters as f64);
-        if adapters == sequences && !base {
-            stats.step_all_distinct.observe(sequences as f64);
-        }
-        let seconds = if plan.prefill_rows > 0 { &stats.prefill_seconds } else { &stats.decode_seconds };
-        seconds.observe_time(time);
-        stats.overhead_seconds.observe_time(time.saturating_sub(model_time));
-    }
-
-    /// Sets the gauges.
-    fn report(&self) {
-        let pool = self.scheduler.cache().pool();
-        self.stats.waiting.set(self.scheduler.waiting());
-        self.stats.running.set(self.scheduler.running());
-        self.stats.blocks_free.set(pool.free());
-        self.stats.blocks_cached.set(pool.idle());
-        self.stats.blocks_used.set(pool.len() - pool.available());
     }
 }
 
