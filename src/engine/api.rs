@@ -93,6 +93,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Report the log-prob of each completion token and of so many alternatives.
     pub logprobs: Option<usize>,
+    /// The log-probs of completion tokens are of the logits over the temperature, as they are sampled from, and not of the raw ones.
+    pub scaled_logprobs: bool,
     /// Report the same for each prompt token (the first has none), before any completion token.
     pub prompt_logprobs: Option<usize>,
     /// Also report the raw logits each completion token was sampled from (tests and the trainer's checks; costs a vocabulary of f32 a token).

@@ -129,6 +129,7 @@ impl Step {
                 forbidden: if early { &job.request.stop_tokens } else { &[] },
                 counts: job.counts.as_ref(),
                 logprobs: job.request.logprobs,
+                scaled: job.request.scaled_logprobs,
             });
         };
         let top = job.request.prompt_logprobs.unwrap_or(0);

@@ -143,7 +143,13 @@ pub(super) struct Gradients {
     credit: f64,
     /// Seconds that a multiply-add takes, about: a moving average over units.
     pace: f64,
+    /// When the last unit ended, or the first of these gradients came.
+    moved: Option<Instant>,
 }
+
+/// A unit that no step earned for so long is done all the same: quick steps and one large unit must not hold up a job for ever. One pause in so long is
+/// rare enough to stay out of the 99th percentile of what clients wait for a token.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What steps leave for gradients.
 #[derive(Debug)]
@@ -179,6 +185,11 @@ impl Earnings {
     }
 }
 
+/// Is a unit to be done whatever it costs?
+fn is_due(earned: Option<f64>, waited: Duration) -> bool {
+    earned.is_none_or(|earned| earned > 0.0 && waited >= PATIENCE)
+}
+
 /// How much of the newest makes a moving average.
 const NEWEST: f64 = 0.1;
 /// Units that cost less say nothing about the pace.
@@ -206,15 +217,16 @@ impl Gradients {
     pub(super) fn run(&mut self, model: &mut dyn Model, earned: Option<f64>) -> usize {
         let mut ended = 0;
         if self.is_empty() {
-            self.credit = 0.0;
+            (self.credit, self.moved) = (0.0, None);
             return ended;
         }
+        let waited = self.moved.get_or_insert_with(Instant::now).elapsed();
         match earned {
             // What was saved up in one step is not for the next: nobody shall wait longer than a step for it.
             Some(earned) => self.credit = (self.credit + earned).min(earned),
             None => self.credit = 0.0,
         }
-        let mut first = earned.is_none();
+        let mut first = is_due(earned, waited);
         while let Some(cost) = self.queue.front().map(Gradient::upcoming) {
             // A unit begins when at least half of it is paid for, so that pauses are right on average.
             if !first && self.credit <= 0.5 * cost as f64 * self.pace {
@@ -224,6 +236,7 @@ impl Gradients {
             let began = Instant::now();
             ended += usize::from(self.unit(model));
             let took = began.elapsed().as_secs_f64();
+            self.moved = Some(Instant::now());
             if cost >= TELLING {
                 let pace = took / cost as f64;
                 self.pace += if self.pace == 0.0 { pace } else { NEWEST * (pace - self.pace) };
@@ -263,6 +276,14 @@ mod tests {
         assert_eq!(earnings.of(0.008, 0, 4, true), 0.008, "nobody waits");
         assert_eq!(earnings.of(0.008, 4, 0, false), 0.004);
         assert_eq!(earnings.of(0.008, 1, 3, false), 0.001);
+    }
+
+    #[test]
+    fn a_unit_that_nothing_pays_for_is_done_after_a_while() {
+        assert!(is_due(None, Duration::ZERO), "nobody is served");
+        assert!(!is_due(Some(1e-6), Duration::from_millis(900)));
+        assert!(is_due(Some(1e-6), Duration::from_millis(1000)));
+        assert!(!is_due(Some(0.0), Duration::from_secs(9)), "the operator wants none beside others");
     }
 
     #[test]

@@ -94,6 +94,11 @@ impl Weights {
         scans.weigh(values, largest, scale, floor, &mut self.weights, &mut self.maxima, &mut self.sums);
     }
 
+    /// Of all weights.
+    pub(super) fn sum(&self) -> f64 {
+        self.sums.iter().sum()
+    }
+
     /// Sets to 0 all but the smallest set of weights, in [`rank`] order, whose sum reaches `share` of all.
     pub(super) fn keep(&mut self, scans: Scans, share: f64) {
         let (index, bound) = self.nucleus(scans, share);
@@ -129,7 +134,7 @@ impl Weights {
 
     /// The index at which the running sum of the weights passes `u` of the total, 0 <= u < 1. Never one of weight 0.
     pub(super) fn draw(&self, u: f64) -> u32 {
-        let mut goal = u * self.sums.iter().sum::<f64>();
+        let mut goal = u * self.sum();
         let mut at = 0;
         // Rounding may carry the goal past the end: then the last stretch with any weight takes it.
         for (stretch, &sum) in self.sums.iter().enumerate().filter(|&(_, &sum)| sum > 0.0) {

@@ -1,7 +1,7 @@
 //! From a row of logits to a token: a pure function of the logits, the request's [`Sampling`], the tokens so far and the index of the token.
 //!
 //! Order: penalties, bias, forbidden stop tokens; then top_k, temperature, min_p, top_p (of what the others left), and one
-//! draw. Log-probs are of the raw logits.
+//! draw. Log-probs are of the raw logits, or of those over the temperature.
 
 use std::{
     collections::HashMap,
@@ -64,6 +64,8 @@ pub(super) enum Question<'a> {
         counts: Option<&'a Counts>,
         /// Alternatives to report, if log-probs are wanted.
         logprobs: Option<usize>,
+        /// Are log-probs those of logits / temperature?
+        scaled: bool,
     },
 }
 
@@ -149,9 +151,9 @@ fn answer(scans: Scans, row: &[f32], question: &Question<'_>, scratch: &mut Scra
     match *question {
         Question::Score { token, top } => {
             let largest = logits::tile_maxima(scans, row, &mut scratch.tiles)?;
-            Ok((token, Some(log_probs(scans, row, largest, token, top, scratch))))
+            Ok((token, Some(log_probs(scans, row, largest, token, top, 1.0, scratch))))
         }
-        Question::Next { sampling, index, forbidden, counts, logprobs } => {
+        Question::Next { sampling, index, forbidden, counts, logprobs, scaled } => {
             let largest = logits::tile_maxima(scans, row, &mut scratch.tiles)?;
             let plain = forbidden.is_empty() && counts.is_none() && sampling.logit_bias.is_empty();
             let token = if plain {
@@ -169,16 +171,31 @@ fn answer(scans: Scans, row: &[f32], question: &Question<'_>, scratch: &mut Scra
                 // What is there are the adjusted row's.
                 logits::tile_maxima(scans, row, &mut scratch.tiles)?;
             }
-            Ok((token, Some(log_probs(scans, row, largest, token, top, scratch))))
+            let is_greedy = sampling.temperature < COLDEST;
+            let scale = if scaled && !is_greedy { 1.0 / sampling.temperature } else { 1.0 };
+            Ok((token, Some(log_probs(scans, row, largest, token, top, scale, scratch))))
         }
     }
 }
 
-/// Log-softmax of the raw row at `token`, and of its `top` likeliest tokens. `scratch.tiles` are the row's.
-fn log_probs(scans: Scans, row: &[f32], largest: f32, token: TokenId, top: usize, scratch: &mut Scratch) -> LogProbs {
-    let Scratch { tiles, selection, top: found, .. } = scratch;
-    let normaliser = logits::log_sum_exp(scans, row, largest);
-    let log_prob = |value: f32| (f64::from(value) - normaliser) as f32;
+/// Log-softmax of the raw row times `scale` at `token`, and of its `top` likeliest tokens. `scratch.tiles` are the row's.
+fn log_probs(
+    scans: Scans,
+    row: &[f32],
+    largest: f32,
+    token: TokenId,
+    top: usize,
+    scale: f32,
+    scratch: &mut Scratch,
+) -> LogProbs {
+    let Scratch { tiles, selection, top: found, weights, .. } = scratch;
+    let normaliser = if scale == 1.0 {
+        logits::log_sum_exp(scans, row, largest)
+    } else {
+        weights.set(scans, row, largest, scale, 0.0);
+        f64::from(largest) * f64::from(scale) + weights.sum().ln()
+    };
+    let log_prob = |value: f32| (f64::from(value) * f64::from(scale) - normaliser) as f32;
     logits::largest(row, tiles, top, selection, found);
     LogProbs {
         logprob: log_prob(row[token as usize]),

@@ -88,14 +88,14 @@ pub(super) async fn validate_grader(
 )]
 pub(super) async fn run_grader(
     State(state): State<AppState>,
-    Metered(_caller, _place): Metered,
+    Metered(caller, _place): Metered,
     ApiJson(body): ApiJson<RunBody>,
 ) -> ApiResult<Json<GraderResult>> {
     let grader = required(body.grader)?;
     let text = body.model_sample.ok_or_else(|| Error::invalid("model_sample", "'model_sample' is required."))?;
     let item = body.item.unwrap_or_else(|| json!({}));
     let (kind, name) = (grader["type"].clone(), grader["name"].clone());
-    let graded = state.service.run_grader(grader, item, text).await?;
+    let graded = state.service.run_grader(&caller, grader, item, text).await?;
     let sub_rewards: Map<String, Value> =
         graded.parts.into_iter().map(|(name, reward)| (name, json!(reward))).collect();
     let metadata = json!({

@@ -186,6 +186,7 @@ impl Service {
                     // Without log-probs there is no best.
                     logprobs: logprobs.or((best_of > checked.n).then_some(0)),
                     prompt_logprobs: logprobs.filter(|_| show.prompt_scores),
+                    scaled_logprobs: false,
                     capture_logits: false,
                     cores: lease.cores.clone(),
                     salt: lease.salt,

@@ -36,7 +36,7 @@ pub use records::{
     AdapterRecord, Change, Contents, CorruptAdapter, Damaged, DamagedRow, Facts, GenerationRecord, Idempotency,
     LoadedAdapter, NewAdapter, Observer, OnConflict, Stored,
 };
-pub use retention::Aged;
+pub use retention::{Aged, Now};
 pub use training::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
     NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,

@@ -35,7 +35,7 @@ impl Aged {
         }
     }
 
-    /// Rows from before `$1`, or from so far behind now (`$2`) that a clock must have been wrong: at most `$3` of them.
+    /// Rows from before `$1`, or from so far ahead (`$2`) that a clock must have been wrong: at most `$3` of them.
     fn old(self) -> &'static str {
         match self {
             // By number, which rises with time: there is no index by time.
@@ -71,6 +71,23 @@ impl Aged {
     }
 }
 
+/// What time it is, as far as that can be believed: a clock that is wrong for a while, decades ahead or in 1970 again, must not make everything old.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Now {
+    earliest: i64,
+    latest: i64,
+}
+
+impl Now {
+    /// Between what the clock says and a time that follows it slowly.
+    fn between(clock: i64, follower: i64) -> Self {
+        Self { earliest: clock.min(follower), latest: clock.max(follower) }
+    }
+}
+
+/// Where the store keeps the time that follows the clock.
+const FOLLOWER: &str = "retention_time";
+
 /// From when on something is too old, from when on it cannot be true, and how much of it is dropped at once.
 #[derive(Debug, Clone, Copy)]
 struct Bounds {
@@ -80,10 +97,9 @@ struct Bounds {
 }
 
 impl Bounds {
-    fn new(aged: Aged, days: u32) -> Self {
+    fn new(aged: Aged, days: u32, now: Now) -> Self {
         let keep = if aged == Aged::Answers { KEEP } else { i64::from(days) * DAY };
-        let now = unix_now();
-        let (before, after) = (now.saturating_sub(keep), now.saturating_add(keep));
+        let (before, after) = (now.earliest.saturating_sub(keep), now.latest.saturating_add(keep));
         match aged {
             Aged::Usage => Self { before: before.div_euclid(DAY), after: after.div_euclid(DAY), most: DROPPED_AT_ONCE },
             Aged::Jobs => Self { before, after, most: JOBS_AT_ONCE },
@@ -113,12 +129,27 @@ impl Tx<'_> {
 }
 
 impl Store {
+    /// What time it is. The time that follows the clock is kept in the store and comes nearer by `step` seconds with each call; the first call of all sets it.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn now(&self, step: i64) -> Result<Now> {
+        let clock = unix_now();
+        let kept = self.meta(FOLLOWER).await?.and_then(|kept| kept.parse().ok());
+        let follower =
+            kept.map_or(clock, |kept: i64| clock.clamp(kept.saturating_sub(step), kept.saturating_add(step)));
+        if kept != Some(follower) {
+            self.set_meta(FOLLOWER, follower.to_string()).await?;
+        }
+        Ok(Now::between(clock, follower))
+    }
+
     /// Drops some of what is older than so many days. True: there may be more.
     ///
     /// # Errors
     /// Only the database's.
-    pub async fn drop_aged(&self, aged: Aged, days: u32) -> Result<bool> {
-        let bounds = Bounds::new(aged, days);
+    pub async fn drop_aged(&self, aged: Aged, days: u32, now: Now) -> Result<bool> {
+        let bounds = Bounds::new(aged, days, now);
         // Mostly there is nothing, which is no reason to write.
         let any = self.rows(sqlx::query(aged.old()).bind(bounds.before).bind(bounds.after).bind(bounds.most)).await?;
         if any.is_empty() {

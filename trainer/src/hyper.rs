@@ -206,9 +206,9 @@ hyperparameters! {
     #[doc = "Completions a prompt on which the KL to the base is measured when beta is 0 (a forward pass each); with beta all are."]
     kl_samples_per_prompt: u64 = |_| 1, (0.0, 1024.0), GRPO;
     #[doc = "Candidates a step, an even number: each perturbation is tried with both signs."]
-    population: u64 = |_| 16, (2.0, 4096.0), ES;
-    #[doc = "Standard deviation of the perturbations."]
-    sigma: f64 = |_| 0.05, (1e-9, 10.0), ES;
+    population: u64 = |_| 32, (2.0, 4096.0), ES;
+    #[doc = "Standard deviation of the perturbations. This default and the population's are those that the learning rate was chosen with."]
+    sigma: f64 = |_| 0.1, (1e-9, 10.0), ES;
     #[doc = "Stop early after so many steps without a better moving average (over as many steps) of the reward, or of the loss for sft; 0 never does."]
     patience: u64 = |_| 0, (0.0, 1e6), ALL;
     #[doc = "By how much the moving average must be better to count."]
@@ -223,6 +223,8 @@ hyperparameters! {
 
 /// Completions of one step, all together: what a step may hold in memory.
 const MAX_COMPLETIONS: u64 = 65_536;
+/// Tokens of those completions, further draws included: a step has no checkpoint within it, and the day's tokens are counted after it.
+const MAX_STEP_TOKENS: u64 = 1 << 24;
 
 impl Hyperparameters {
     /// Reads them from JSON; the error names the field.
@@ -278,11 +280,19 @@ impl Hyperparameters {
         }
         if method != Method::Sft {
             let candidates = if method == Method::Es { self.population(method) } else { 1 };
-            if prompts * self.samples_per_prompt(method) * candidates > MAX_COMPLETIONS {
+            let completions = prompts * self.samples_per_prompt(method) * candidates;
+            if completions > MAX_COMPLETIONS {
                 let message = format!(
                     "makes more than {MAX_COMPLETIONS} completions a step, all prompts and candidates together"
                 );
                 return fail("samples_per_prompt", &message);
+            }
+            let draws = if method == Method::Grpo { 1 + self.dynamic_sampling(method) } else { 1 };
+            if completions * draws * self.max_completion_tokens(method) > MAX_STEP_TOKENS {
+                let message = format!(
+                    "makes more than {MAX_STEP_TOKENS} tokens a step, all prompts, candidates and further draws together"
+                );
+                return fail("max_completion_tokens", &message);
             }
         }
         Ok(())
@@ -324,6 +334,16 @@ mod tests {
                 json!({"prompts_per_step": 4096, "samples_per_prompt": 1024}),
                 Method::Grpo,
                 "hyperparameters.samples_per_prompt: makes",
+            ),
+            (
+                json!({"prompts_per_step": 128, "samples_per_prompt": 32, "max_completion_tokens": 4097}),
+                Method::Grpo,
+                "hyperparameters.max_completion_tokens: makes more than 16777216 tokens",
+            ),
+            (
+                json!({"prompts_per_step": 1024, "dynamic_sampling": 64}),
+                Method::Grpo,
+                "hyperparameters.max_completion_tokens: makes",
             ),
             (json!([1]), Method::Grpo, "hyperparameters.: must be an object"),
             (json!({}), Method::Grpo, "fine"),

@@ -221,6 +221,7 @@ impl User {
                 sampling: Sampling { temperature: self.temperature, seed: sequence as u64, ..Sampling::default() },
                 logprobs: None,
                 prompt_logprobs: None,
+                scaled_logprobs: false,
                 capture_logits: false,
                 cores: (!cores.is_empty()).then(|| cores[sequence % cores.len()].clone()),
                 salt: CacheSalt([0; 32]),

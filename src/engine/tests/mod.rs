@@ -57,6 +57,7 @@ fn request(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         logprobs: None,
         prompt_logprobs: None,
+        scaled_logprobs: false,
         capture_logits: false,
         cores: None,
         salt: CacheSalt([0; 32]),
@@ -166,7 +167,14 @@ fn alone(request: &Request) -> Outcome {
         let row = fake::logits_alone(cores, &tokens).pop().unwrap();
         let forbidden = if index < request.min_tokens { &request.stop_tokens[..] } else { &[] };
         let (sampling, logprobs) = (&request.sampling, request.logprobs);
-        let question = Question::Next { sampling, index, forbidden, counts: counts.as_ref(), logprobs };
+        let question = Question::Next {
+            sampling,
+            index,
+            forbidden,
+            counts: counts.as_ref(),
+            logprobs,
+            scaled: request.scaled_logprobs,
+        };
         let (token, logprobs): (TokenId, Option<LogProbs>) = ask(&row, question);
         tokens.push(token);
         counts.iter_mut().for_each(|counts| counts.add(token));

@@ -94,7 +94,8 @@ fn overhead_of_a_row() {
     for (name, sampling, logprobs) in cases() {
         let once = |index| {
             let started = std::time::Instant::now();
-            let question = Question::Next { sampling: &sampling, index, forbidden: &[], counts: None, logprobs };
+            let question =
+                Question::Next { sampling: &sampling, index, forbidden: &[], counts: None, logprobs, scaled: false };
             ask_with(&mut sampler, &row, WIDE, &[question], &mut |_, work| work(0)).remove(0).unwrap();
             started.elapsed()
         };

@@ -10,7 +10,7 @@ fn row(len: usize, seed: u32) -> Vec<f32> {
 }
 
 fn next(row: &[f32], sampling: &Sampling, index: usize, forbidden: &[TokenId], counts: Option<&Counts>) -> TokenId {
-    let question = Question::Next { sampling, index, forbidden, counts, logprobs: None };
+    let question = Question::Next { sampling, index, forbidden, counts, logprobs: None, scaled: false };
     ask(row, row.len(), &[question]).remove(0).unwrap().0
 }
 
@@ -53,8 +53,14 @@ fn draws_follow_the_distribution() {
         let expected = probabilities(&row, &sampling);
         let mut seen = vec![0usize; row.len()];
         let sampling = Sampling { seed: 12, ..sampling };
-        let question =
-            |index| Question::Next { sampling: &sampling, index, forbidden: &[], counts: None, logprobs: None };
+        let question = |index| Question::Next {
+            sampling: &sampling,
+            index,
+            forbidden: &[],
+            counts: None,
+            logprobs: None,
+            scaled: false,
+        };
         for index in 0..DRAWS {
             seen[ask(&row, row.len(), &[question(index)]).remove(0).unwrap().0 as usize] += 1;
         }
@@ -154,8 +160,14 @@ fn log_probs_are_the_log_softmax_of_the_raw_row() {
         for n in [0, 1, 5, 20] {
             // Temperature, bias and forbidden tokens choose, but do not show.
             let sampling = Sampling { temperature: 0.3, logit_bias: vec![(3, 50.0)], top_k: 2, ..Sampling::default() };
-            let question =
-                Question::Next { sampling: &sampling, index: 0, forbidden: &[1], counts: None, logprobs: Some(n) };
+            let question = Question::Next {
+                sampling: &sampling,
+                index: 0,
+                forbidden: &[1],
+                counts: None,
+                logprobs: Some(n),
+                scaled: false,
+            };
             let (token, logprobs) = ask(&row, len, &[question]).remove(0).unwrap();
             let logprobs = logprobs.unwrap();
             assert_eq!(token, 3);
@@ -164,6 +176,38 @@ fn log_probs_are_the_log_softmax_of_the_raw_row() {
             assert_eq!(ids, order[..n.min(len)]);
             assert!(logprobs.top.iter().all(|&(token, p)| (f64::from(p) - naive(token)).abs() < 2e-6));
         }
+    }
+}
+
+#[test]
+fn scaled_log_probs_are_those_of_the_distribution_that_is_sampled() {
+    for (len, temperature) in [(5, 0.5), (100, 2.0), (5000, 0.01), (5000, 0.7), (5000, 1.0), (100, 0.0)] {
+        let row = row(len, 4);
+        let sampling = Sampling { temperature, ..Sampling::default() };
+        let ask_one = |scaled| {
+            let question = Question::Next {
+                sampling: &sampling,
+                index: 1,
+                forbidden: &[],
+                counts: None,
+                logprobs: Some(1),
+                scaled,
+            };
+            let (token, logprobs) = ask(&row, len, &[question]).remove(0).unwrap();
+            (token, logprobs.unwrap())
+        };
+        let (token, scaled) = ask_one(true);
+        let temperature = if temperature == 0.0 { 1.0 } else { f64::from(temperature) };
+        let most = row.iter().copied().fold(f32::MIN, f32::max);
+        let sum: f64 = row.iter().map(|&l| ((f64::from(l) - f64::from(most)) / temperature).exp()).sum();
+        let naive = |token: TokenId| (f64::from(row[token as usize]) - f64::from(most)) / temperature - sum.ln();
+        for (token, logprob) in [(token, scaled.logprob), scaled.top[0]] {
+            assert!(
+                (f64::from(logprob) - naive(token)).abs() < 1e-5 * naive(token).abs().max(1.0),
+                "{len} {temperature}"
+            );
+        }
+        assert_eq!((token, scaled) == ask_one(false), temperature == 1.0);
     }
 }
 
@@ -207,7 +251,14 @@ fn rows_are_each_as_alone_whatever_the_threads_and_instructions() {
         .enumerate()
         .map(|(at, (sampling, counts))| match at % 6 {
             5 => Question::Score { token: at as u32, top: 3 },
-            _ => Question::Next { sampling, index: 3, forbidden: &[4], counts: counts.as_ref(), logprobs: Some(2) },
+            _ => Question::Next {
+                sampling,
+                index: 3,
+                forbidden: &[4],
+                counts: counts.as_ref(),
+                logprobs: Some(2),
+                scaled: false,
+            },
         })
         .collect();
     let alone: Vec<Answer> =
@@ -233,7 +284,14 @@ fn rows_are_each_as_alone_whatever_the_threads_and_instructions() {
 #[test]
 fn when_nothing_can_be_chosen_it_says_so() {
     let sampling = Sampling::default();
-    let question = Question::Next { sampling: &sampling, index: 0, forbidden: &[0, 1], counts: None, logprobs: None };
+    let question = Question::Next {
+        sampling: &sampling,
+        index: 0,
+        forbidden: &[0, 1],
+        counts: None,
+        logprobs: None,
+        scaled: false,
+    };
     assert!(ask(&[1.0, 2.0], 2, &[question])[0].is_err());
     assert!(ask(&[1.0, f32::NAN], 2, &[question])[0].is_err());
 }

@@ -25,6 +25,9 @@ use crate::{
 /// Longest key of a client.
 const MAX_KEY: usize = 255;
 
+/// Bytes of a job's prompt and grader together: they are kept with the job, and lists of jobs show them.
+const MAX_DESCRIPTION: usize = 64 << 10;
+
 /// A client's own key for a request, and the hash of what it asked.
 #[derive(Debug, Clone)]
 pub struct JobRetry {
@@ -375,6 +378,16 @@ fn check_cheap(spec: &JobSpec, config: &TrainingConfig) -> Result<(), Error> {
     if spec.hyperparameters.epochs.is_none() && settings.steps > config.steps {
         let message = format!("'hyperparameters.steps' is {}; this server takes {}.", settings.steps, config.steps);
         return Err(Error::invalid("hyperparameters.steps", message));
+    }
+    let size = |value: &Option<Value>| value.as_ref().map_or(0, |value| value.to_string().len());
+    let (prompt, grader) = (size(&spec.prompt), size(&spec.grader));
+    if prompt + grader > MAX_DESCRIPTION {
+        let larger = if prompt > grader { "prompt" } else { "grader" };
+        let message = format!(
+            "'prompt' and 'grader' have {} bytes together; a job has at most {MAX_DESCRIPTION}.",
+            prompt + grader
+        );
+        return Err(Error::invalid(larger, message));
     }
     if let Some(prompt) = &spec.prompt {
         PromptTemplate::from_json(prompt).map_err(|error| Error::invalid("prompt", format!("'prompt': {error}.")))?;

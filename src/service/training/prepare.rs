@@ -159,7 +159,7 @@ pub(super) fn check_sizes(name: &str, bytes: &[u8], limits: Limits) -> Result<()
         return Err(Error::invalid(name, message));
     }
     if bytes.trim_ascii_start().first() == Some(&b'[') {
-        return Ok(()); // one list: its items' sizes were looked at where they came from, or are when it is read
+        return Ok(()); // one list: the sizes of its items are looked at when it is read
     }
     let long = bytes.split(|&byte| byte == b'\n').enumerate().find(|(_, line)| line.len() > limits.line_bytes);
     match long {

@@ -12,7 +12,7 @@ use tracing::Span;
 use super::policy::{EnginePolicies, LOOK, not_finite};
 use crate::{
     adapter::{Adapter, Cores, Facts, NumberType, codec},
-    engine::{Event, Events, FinishReason, Health, Priority, Request, Sampling, SubmitError, TokenOut},
+    engine::{Event, Events, FinishReason, Health, Priority, Request, Sampling, SubmitError},
     service::share::share_of,
     types::{CacheSalt, TenantId},
 };
@@ -118,7 +118,7 @@ impl Rollouts {
             let Some(mut next) = running.pop_front() else { return Ok(done) };
             let mut tries = 1;
             let rollout = loop {
-                match self.finish(&mut next.events, requests[next.request].temperature)? {
+                match self.finish(&mut next.events)? {
                     Outcome::Done(rollout) => break rollout,
                     Outcome::Broken(_) if self.parts.engine.health() != Health::Running => {
                         return Err(PolicyError::Stopped);
@@ -164,8 +164,9 @@ impl Rollouts {
                 sampling: Sampling { temperature: request.temperature, seed, ..Sampling::default() },
                 logprobs: Some(0),
                 prompt_logprobs: None,
-                // The engine's log-probs are of the raw logits, the trainer's of logits / temperature.
-                capture_logits: is_scaled(request.temperature),
+                // As the trainer's are.
+                scaled_logprobs: true,
+                capture_logits: false,
                 cores: candidate.cores.clone(),
                 salt: candidate.salt,
                 use_cache: true,
@@ -189,13 +190,15 @@ impl Rollouts {
     }
 
     /// Reads a completion to its end.
-    fn finish(&self, events: &mut Events, temperature: f32) -> Result<Outcome, PolicyError> {
+    fn finish(&self, events: &mut Events) -> Result<Outcome, PolicyError> {
         let tokenizer = &self.parts.base.tokenizer;
         let (mut tokens, mut logprobs, mut text) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             match self.next(events)? {
                 Some(Event::Token(out)) => {
-                    logprobs.push(logprob(&out, temperature)?);
+                    let scores = out.logprobs.as_ref();
+                    let missing = || PolicyError::Failed("the engine gave no log-probs".to_owned());
+                    logprobs.push(scores.map(|scores| scores.logprob).ok_or_else(missing)?);
                     if !out.stop {
                         text.extend_from_slice(tokenizer.text_bytes(out.token));
                     }
@@ -230,47 +233,5 @@ impl Rollouts {
                 return Ok(event);
             }
         }
-    }
-}
-
-/// Do logits differ from logits / temperature?
-fn is_scaled(temperature: f32) -> bool {
-    temperature != 0.0 && temperature != 1.0
-}
-
-/// The log-prob of a token under the sampler: of logits / temperature, of the raw logits when greedy.
-fn logprob(out: &TokenOut, temperature: f32) -> Result<f32, PolicyError> {
-    let missing = || PolicyError::Failed("the engine gave no log-probs".to_owned());
-    if !is_scaled(temperature) {
-        return out.logprobs.as_ref().map(|scores| scores.logprob).ok_or_else(missing);
-    }
-    let logits = out.logits.as_ref().ok_or_else(missing)?;
-    let scaled = |logit: f32| f64::from(logit) / f64::from(temperature);
-    let chosen = scaled(*logits.get(out.token as usize).ok_or_else(missing)?);
-    let most = logits.iter().map(|&logit| scaled(logit)).fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = logits.iter().map(|&logit| (scaled(logit) - most).exp()).sum();
-    Ok((chosen - most - sum.ln()) as f32)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::engine::LogProbs;
-
-    fn out(logits: &[f32], token: u32) -> TokenOut {
-        let logprobs = Some(LogProbs { logprob: -0.5, top: Vec::new() });
-        TokenOut { token, stop: false, logprobs, logits: Some(logits.into()) }
-    }
-
-    #[test]
-    fn log_probs_are_of_the_distribution_that_was_sampled() {
-        let logits = [1.0f32, 2.0, -1.0];
-        // Softmax of (2, 4, -2).
-        let want = 4.0f64 - (2f64.exp() + 4f64.exp() + (-2f64).exp()).ln();
-        assert!((f64::from(logprob(&out(&logits, 1), 0.5).unwrap()) - want).abs() < 1e-6);
-        for temperature in [0.0, 1.0] {
-            assert_eq!(logprob(&out(&logits, 1), temperature).unwrap(), -0.5);
-        }
-        assert!(logprob(&out(&logits, 3), 0.5).is_err());
     }
 }

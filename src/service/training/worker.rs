@@ -289,7 +289,11 @@ impl Worker {
             checkpoint,
             trained_tokens: step.metrics.tokens,
         };
-        let may_go_on = self.write_progress(progress)?;
+        // Whoever paused it meanwhile gets the step in a checkpoint; whoever ended it has no use for one.
+        let may_go_on = self.write_progress(progress).map_err(|error| match error {
+            Leave::Lost => self.leave(run),
+            error => error,
+        })?;
         self.inner.metrics.train_steps.inc();
         self.inner.metrics.train_tokens.inc_by(step.metrics.tokens);
         if may_go_on || run.end().is_some() {

@@ -130,7 +130,9 @@ async fn ended_job(store: &Store, number: u32) -> String {
 }
 
 async fn dropped(store: &Store, aged: Aged, days: u32) {
-    while store.drop_aged(aged, days).await.unwrap() {}
+    // As if the clock had been like this for long.
+    let now = store.now(i64::MAX).await.unwrap();
+    while store.drop_aged(aged, days, now).await.unwrap() {}
 }
 
 #[tokio::test]
@@ -182,6 +184,43 @@ async fn what_is_old_is_dropped_and_nothing_else() {
         jump(4_000 * DAY);
         dropped(&store, Aged::Keys, 1).await;
         assert_eq!(count(&store, "keys").await, 1);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_clock_that_is_wrong_for_a_while_makes_nothing_old() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        jump(0);
+        store.now(DAY).await.unwrap();
+        for number in 1..=2 {
+            ended_job(&store, number).await;
+        }
+        let look = async || {
+            let now = store.now(DAY).await.unwrap();
+            for aged in [Aged::Audit, Aged::Jobs, Aged::Usage] {
+                while store.drop_aged(aged, 5, now).await.unwrap() {}
+            }
+        };
+        // Years ahead, or before everything, for three looks each; the time that follows comes back before the next.
+        for days in [4_000, -20_000] {
+            for _ in 0..3 {
+                jump(days * DAY);
+                look().await;
+            }
+            jump(0);
+            for _ in 0..3 {
+                look().await;
+            }
+            assert_eq!(count(&store, "jobs").await, 2, "{days}");
+        }
+        // When it stays, what is old goes.
+        jump(10 * DAY);
+        for _ in 0..8 {
+            look().await;
+        }
+        assert_eq!(count(&store, "jobs").await, 0);
         store.close().await;
     }
 }

@@ -26,7 +26,7 @@ pub struct Example {
     /// The demonstration's tokens; empty where none is needed.
     pub target: Vec<u32>,
     /// `item` in templates.
-    pub fields: Value,
+    pub fields: Arc<Value>,
 }
 
 /// Examples, shared and never changed.

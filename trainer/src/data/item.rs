@@ -1,5 +1,7 @@
 //! One item of a dataset: a prompt, perhaps a demonstration, and the fields a grader may name.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -50,7 +52,7 @@ pub struct Item {
     /// The demonstration; always there for sft.
     pub completion: Option<String>,
     /// The object as it was read: `item` in templates.
-    pub fields: Value,
+    pub fields: Arc<Value>,
 }
 
 /// A message as it was written, before we know whether it is the prompt's or a demonstration.

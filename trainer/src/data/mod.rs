@@ -2,6 +2,7 @@
 
 mod encode;
 mod item;
+mod list;
 mod prompt;
 mod read;
 mod shapes;

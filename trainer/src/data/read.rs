@@ -1,11 +1,13 @@
 //! Reading a dataset: JSONL, or one JSON list; each item checked, each mistake with its line and field.
 
+use std::{cell::Cell, sync::Arc};
+
 use serde_json::{Map, Value};
 
 use super::{
     DataError, DataErrors, Item, Message, Place, Prompt, PromptTemplate, Role, collect,
-    item::{optional_text, read_messages},
-    shapes,
+    item::{WrittenMessage, optional_text, read_messages},
+    list, shapes,
 };
 
 /// How much data is taken.
@@ -44,42 +46,118 @@ pub fn read_bytes(data: &[u8], options: &ReadOptions<'_>) -> Result<Vec<Item>, D
     }
     let data = data.strip_prefix(b"\xef\xbb\xbf").unwrap_or(data);
     if data.trim_ascii_start().starts_with(b"[") {
-        let values: Vec<Value> = serde_json::from_slice(data)
-            .map_err(|error| DataErrors::one(Place::Line(error.line()), None, format!("is not JSON: {error}")))?;
-        return read_values(values, options);
+        let pieces = list::split(data).map_err(|line| {
+            DataErrors::one(Place::Line(line), None, "is not JSON: the list does not end, or not with the data")
+        })?;
+        return read_pieces(
+            pieces.into_iter().enumerate().map(|(index, piece)| (Place::Item(index + 1), piece)),
+            options,
+        );
     }
     let lines = data.split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
-    let items = collect(lines, |(index, line)| {
-        let place = Place::Line(index + 1);
-        if line.len() > options.limits.line_bytes {
-            let message = format!("holds {} bytes; a line has at most {}", line.len(), options.limits.line_bytes);
+    read_pieces(lines.map(|(index, line)| (Place::Line(index + 1), line)), options)
+}
+
+/// Reads pieces of JSON, an object each.
+fn read_pieces<'a>(
+    pieces: impl Iterator<Item = (Place, &'a [u8])>,
+    options: &ReadOptions<'_>,
+) -> Result<Vec<Item>, DataErrors> {
+    let most = options.limits.line_bytes;
+    let taken = Taken::new(options.limits);
+    let items = collect(pieces.take_while(|_| !taken.is_full()), |(place, piece)| {
+        if piece.len() > most {
+            let whole = if matches!(place, Place::Line(_)) { "a line" } else { "an item" };
+            let message = format!("holds {} bytes; {whole} has at most {most}", piece.len());
             return Err(DataError::new(place, None, message));
         }
-        let value = serde_json::from_slice(line).map_err(|error| {
+        let value = serde_json::from_slice(piece).map_err(|error| {
             DataError::new(place, None, format!("is not JSON: {}", without_line(&error.to_string())))
         })?;
-        read_item(value, place, options)
+        read_item(value, place, options, &taken)
     })?;
-    finish(items, options)
+    finish(items)
 }
 
 /// Reads items that are in memory already, as in a request's body.
 pub fn read_values(values: Vec<Value>, options: &ReadOptions<'_>) -> Result<Vec<Item>, DataErrors> {
-    let items =
-        collect(values.into_iter().enumerate(), |(index, value)| read_item(value, Place::Item(index + 1), options))?;
-    finish(items, options)
+    let taken = Taken::new(options.limits);
+    let items = collect(values.into_iter().enumerate().take_while(|_| !taken.is_full()), |(index, value)| {
+        read_item(value, Place::Item(index + 1), options, &taken)
+    })?;
+    finish(items)
 }
 
-fn finish(items: Vec<Vec<Item>>, options: &ReadOptions<'_>) -> Result<Vec<Item>, DataErrors> {
+fn finish(items: Vec<Vec<Item>>) -> Result<Vec<Item>, DataErrors> {
     let items: Vec<Item> = items.into_iter().flatten().collect();
-    if items.is_empty() {
-        return Err(DataErrors::one(Place::All, None, "holds no item"));
+    if items.is_empty() { Err(DataErrors::one(Place::All, None, "holds no item")) } else { Ok(items) }
+}
+
+/// What items come to while they are read: a conversation in which every answer is learnt makes many of a few bytes.
+struct Taken {
+    limits: Limits,
+    items: Cell<usize>,
+    /// Of prompts that are beginnings of conversations.
+    bytes: Cell<usize>,
+}
+
+impl Taken {
+    /// Items may repeat each other's beginnings, but together they have at most so many times the bytes of a file.
+    const REPEATED: usize = 4;
+    /// What a message is counted for beside its text.
+    const MESSAGE: usize = 64;
+
+    fn new(limits: Limits) -> Self {
+        Self { limits, items: Cell::default(), bytes: Cell::default() }
     }
-    if items.len() > options.limits.items {
-        let message = format!("holds {} items; at most {} are taken", items.len(), options.limits.items);
-        return Err(DataErrors::one(Place::All, None, message));
+
+    /// Counts items whose prompts are the first messages of a conversation, before they are made: `ends` are the numbers of messages.
+    fn conversation(
+        &self,
+        lengths: &[usize],
+        ends: impl Iterator<Item = usize>,
+        place: Place,
+    ) -> Result<(), DataError> {
+        let until: Vec<usize> = std::iter::once(0)
+            .chain(lengths.iter().scan(0usize, |sum, length| {
+                *sum = sum.saturating_add(length + Self::MESSAGE);
+                Some(*sum)
+            }))
+            .collect();
+        for end in ends {
+            self.items.set(self.items.get() + 1);
+            self.bytes.set(self.bytes.get().saturating_add(until[end]));
+        }
+        let most = self.most_bytes();
+        if self.bytes.get() > most {
+            let message =
+                format!("repeats its beginning for every answer: with it, the prompts have more than {most} bytes");
+            return Err(DataError::new(place, Some("messages"), message));
+        }
+        self.check(place)
     }
-    Ok(items)
+
+    fn one(&self, place: Place) -> Result<(), DataError> {
+        self.items.set(self.items.get() + 1);
+        self.check(place)
+    }
+
+    fn check(&self, place: Place) -> Result<(), DataError> {
+        let (items, most) = (self.items.get(), self.limits.items);
+        if items <= most {
+            return Ok(());
+        }
+        Err(DataError::new(place, None, format!("with it, the data holds {items} items; at most {most} are taken")))
+    }
+
+    fn most_bytes(&self) -> usize {
+        self.limits.bytes.saturating_mul(Self::REPEATED)
+    }
+
+    /// There is no use in reading on.
+    fn is_full(&self) -> bool {
+        self.items.get() > self.limits.items || self.bytes.get() > self.most_bytes()
+    }
 }
 
 /// serde_json counts lines within the one line it was given: the real number is already named.
@@ -88,13 +166,14 @@ fn without_line(message: &str) -> String {
 }
 
 /// One object may hold several demonstrations (a conversation in which several answers are to be learnt): one item each, in order.
-fn read_item(value: Value, place: Place, options: &ReadOptions<'_>) -> Result<Vec<Item>, DataError> {
+fn read_item(value: Value, place: Place, options: &ReadOptions<'_>, taken: &Taken) -> Result<Vec<Item>, DataError> {
     let Value::Object(object) = &value else {
         return Err(DataError::new(place, None, "must be a JSON object"));
     };
     let completion = optional_text(object, "completion", place)?;
     if let Some(messages) = object.get("messages").filter(|messages| !messages.is_null()) {
-        return read_conversation(messages, completion, &value, place, options);
+        let written = read_messages(messages, place)?;
+        return read_conversation(&written, completion, value, place, options, taken);
     }
     let known = shapes::read(&value);
     let (known_prompt, known_completion) = known.map(|known| (known.prompt, known.completion)).unzip();
@@ -114,7 +193,8 @@ fn read_item(value: Value, place: Place, options: &ReadOptions<'_>) -> Result<Ve
     if options.supervised && completion.is_none() {
         return Err(DataError::new(place, Some("completion"), "is missing: sft learns from demonstrations"));
     }
-    Ok(vec![Item { place, prompt, completion, fields: value }])
+    taken.one(place)?;
+    Ok(vec![Item { place, prompt, completion, fields: Arc::new(value) }])
 }
 
 fn describe_missing_prompt(object: &Map<String, Value>) -> String {
@@ -124,44 +204,45 @@ fn describe_missing_prompt(object: &Map<String, Value>) -> String {
 }
 
 fn read_conversation(
-    messages: &Value,
+    written: &[WrittenMessage],
     completion: Option<String>,
-    value: &Value,
+    value: Value,
     place: Place,
     options: &ReadOptions<'_>,
+    taken: &Taken,
 ) -> Result<Vec<Item>, DataError> {
-    let written = read_messages(messages, place)?;
     let fail = |message: &str| Err(DataError::new(place, Some("messages"), message));
     if written.iter().all(|message| message.message.role == Role::System) {
         return fail("holds no user's message");
     }
     let ends_with_assistant = written.last().is_some_and(|last| last.message.role == Role::Assistant);
+    let fields = Arc::new(value);
     let item = |prompt: Vec<Message>, completion| Item {
         place,
         prompt: Prompt::Messages(prompt),
         completion,
-        fields: value.clone(),
+        fields: fields.clone(),
     };
     let until = |end: usize| written[..end].iter().map(|written| written.message.clone()).collect::<Vec<_>>();
     if !options.supervised || completion.is_some() {
         if ends_with_assistant {
             return fail("ends with the assistant's message: the answer is the model's to give");
         }
+        taken.one(place)?;
         return Ok(vec![item(until(written.len()), completion)]);
     }
-    let mut items = Vec::new();
-    for (index, it) in written.iter().enumerate() {
-        if it.message.role == Role::Assistant && it.learnt && index > 0 {
-            if it.message.content.is_empty() {
-                return Err(DataError::new(place, Some(&format!("messages[{index}].content")), "must not be empty"));
-            }
-            items.push(item(until(index), Some(it.message.content.clone())));
-        }
-    }
-    if items.is_empty() {
+    let is_learnt =
+        |&(index, it): &(usize, &WrittenMessage)| it.message.role == Role::Assistant && it.learnt && index > 0;
+    let learnt: Vec<(usize, &WrittenMessage)> = written.iter().enumerate().filter(is_learnt).collect();
+    if learnt.is_empty() {
         return fail("holds no assistant's message to learn, and there is no `completion`");
     }
-    Ok(items)
+    if let Some((index, _)) = learnt.iter().find(|(_, it)| it.message.content.is_empty()) {
+        return Err(DataError::new(place, Some(&format!("messages[{index}].content")), "must not be empty"));
+    }
+    let lengths: Vec<usize> = written.iter().map(|it| it.message.content.len()).collect();
+    taken.conversation(&lengths, learnt.iter().map(|&(index, _)| index + 1), place)?;
+    Ok(learnt.into_iter().map(|(index, it)| item(until(index), Some(it.message.content.clone()))).collect())
 }
 
 #[cfg(test)]
@@ -194,7 +275,7 @@ mod tests {
         assert_eq!(items[0].prompt, Prompt::Text("a".to_owned()));
         assert_eq!((items[0].place, items[1].place), (Place::Line(1), Place::Line(3)));
         assert_eq!(items[1].prompt, Prompt::Messages(vec![message(Role::System, "s"), message(Role::User, "b\nc")]));
-        assert_eq!(items[0].fields, json!({"prompt": "a", "answer": 1}));
+        assert_eq!(*items[0].fields, json!({"prompt": "a", "answer": 1}));
         let list = read_bytes(b" [{\"prompt\": \"a\"},\n {\"prompt\": \"b\"}]", &rl()).unwrap();
         assert_eq!(list[1].place, Place::Item(2));
     }
@@ -320,9 +401,34 @@ mod tests {
         let long = format!("{{\"prompt\": \"a\"}}\n{{\"prompt\": \"{}\"}}", "x".repeat(100));
         assert!(error(&long, &options).starts_with("line 2: holds 114 bytes"));
         assert!(error(&"{\"prompt\": \"a\"}\n".repeat(6), &options).contains("holds 6 items; at most 5"));
+        assert!(
+            error(&"{\"prompt\": \"a\"}\n".repeat(60), &options)
+                .ends_with("line 6: with it, the data holds 6 items; at most 5 are taken")
+        );
+        let list = format!("[{{\"prompt\": \"a\"}},\n{{\"prompt\": \"{}\"}}]", "x".repeat(100));
+        assert_eq!(error(&list, &options), "item 2: holds 115 bytes; an item has at most 100");
         let many = read_bytes("no\n".repeat(300).as_bytes(), &options).unwrap_err();
         assert_eq!(many.0.len(), DataErrors::MOST);
         assert!(many.to_string().ends_with("and perhaps more"));
+    }
+
+    #[test]
+    fn answers_that_repeat_their_beginning_are_bounded() {
+        let turn = [json!({"role": "user", "content": "1"}), json!({"role": "assistant", "content": "2"})];
+        let turns: Vec<Value> = turn.iter().cycle().take(256).cloned().collect();
+        let line = json!({"messages": turns}).to_string();
+        let limits = |times: usize| Limits { bytes: times * line.len(), ..Limits::default() };
+        let read = |times: usize| {
+            let data = format!("{line}\n").repeat(times - 1);
+            read_bytes(data.as_bytes(), &ReadOptions { limits: limits(times), ..sft() })
+        };
+        // 128 beginnings of 65 bytes a message, which are 1 MB of a line of 10 kB.
+        let refused = read(10).unwrap_err();
+        assert_eq!(refused.0.len(), 1, "{refused}");
+        assert!(refused.to_string().starts_with("line 1, `messages`: repeats its beginning"), "{refused}");
+        let shared = read_bytes(line.as_bytes(), &sft()).unwrap();
+        assert_eq!(shared.len(), 128);
+        assert!(Arc::ptr_eq(&shared[0].fields, &shared[127].fields));
     }
 
     proptest! {

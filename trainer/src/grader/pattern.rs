@@ -1,4 +1,5 @@
-//! The regex grader. The `regex` crate matches in time linear in the text, and the compiled pattern's size is bounded: a stranger's pattern can neither hang nor fill the memory.
+//! The regex grader. The `regex` crate finds one match in time linear in the text, the compiled pattern's size is bounded, and so is the work of looking for the last of many matches: a
+//! stranger's pattern can neither hang nor fill the memory.
 
 use regex::{Regex, RegexBuilder};
 use serde::Deserialize;
@@ -10,6 +11,8 @@ use crate::template::Template;
 const MAX_PATTERN: usize = 4096;
 const MAX_COMPILED: usize = 1 << 20;
 const MAX_NESTING: u32 = 64;
+/// Matches times bytes of the text, at most, while the last match is looked for: each may be found only after the whole rest was read.
+const MAX_LOOKED_AT: usize = 1 << 24;
 
 /// `{"type": "regex", "pattern": "^\\d+$"}`: 1 if the pattern is found. With a `reference`, 1 if the last match's group `group` (1 by default), trimmed, equals the reference, trimmed.
 #[derive(Debug, Deserialize)]
@@ -56,9 +59,15 @@ impl Grader for RegexGrader {
             return Ok(Grade::pass(self.pattern.is_match(&input)));
         };
         let reference = call.render(reference)?;
-        let last = self.pattern.captures_iter(&input).last();
-        let captured = last.as_ref().and_then(|captures| captures.get(*group));
-        Ok(Grade::pass(captured.is_some_and(|captured| captured.as_str().trim() == reference.trim())))
+        let mut last = None;
+        for (index, captures) in self.pattern.captures_iter(&input).enumerate() {
+            if index.saturating_mul(input.len()) > MAX_LOOKED_AT {
+                let message = format!("the pattern is found more than {index} times in {} bytes", input.len());
+                return Err(GraderError::Failed(message));
+            }
+            last = captures.get(*group);
+        }
+        Ok(Grade::pass(last.is_some_and(|captured| captured.as_str().trim() == reference.trim())))
     }
 
     fn check_item(&self, item: &Value) -> Result<(), String> {
@@ -91,6 +100,17 @@ mod tests {
         assert_eq!(grade(capture, "B"), 0.0);
         let optional = json!({"type": "regex", "pattern": "x(y)?", "reference": "{{item.a}}"});
         assert_eq!(grade(optional, "x"), 0.0);
+    }
+
+    #[test]
+    fn the_last_of_many_matches_is_looked_for_within_bounds() {
+        let spec = json!({"type": "regex", "pattern": ".*[^A-Z]|([A-Z])", "reference": "A"});
+        let grader = build(&spec, &NoRemote).unwrap();
+        let grade = |length: usize| {
+            grader.grade(GradeCall { item: &json!({}), output_text: &"A".repeat(length) }).map(|grade| grade.reward)
+        };
+        assert_eq!(grade(4000).unwrap(), 1.0);
+        assert!(grade(1 << 20).unwrap_err().to_string().contains("found more than 17 times in 1048576 bytes"));
     }
 
     #[test]

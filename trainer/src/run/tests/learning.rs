@@ -39,8 +39,12 @@ fn evolution_strategies_find_the_best_arm_without_a_gradient() {
 /// The optimum of cross-entropy is the data's frequencies: 3 of 4 demonstrations are `a`, one is `b`.
 #[test]
 fn sft_reaches_the_frequencies_of_the_demonstrations() {
-    let target =
-        |token: u32| Example { place: Place::Line(1), prompt: vec![1], target: vec![token], fields: json!({}) };
+    let target = |token: u32| Example {
+        place: Place::Line(1),
+        prompt: vec![1],
+        target: vec![token],
+        fields: Arc::new(json!({})),
+    };
     let data = Dataset::new(vec![target(1), target(1), target(1), target(2)]).unwrap();
     let hyper =
         json!({"steps": 400, "learning_rate": 0.1, "schedule": "cosine", "prompts_per_step": 4, "max_grad_norm": 0});

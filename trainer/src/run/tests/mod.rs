@@ -25,7 +25,7 @@ fn dataset(prompts: usize) -> Dataset {
         place: Place::Line(index + 1),
         prompt: vec![index as u32 + 1, 7],
         target: vec![2, 1 + index as u32 % 4, 0],
-        fields: json!({"answer": "b"}),
+        fields: Arc::new(json!({"answer": "b"})),
     };
     Dataset::new((0..prompts).map(example).collect()).unwrap()
 }
