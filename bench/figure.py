@@ -88,6 +88,7 @@ class Runs:
     def __init__(self, args):
         self.args = args
         self.made = 0
+        self.counted = {}
         os.makedirs(args.out, exist_ok=True)
         self.work = args.work or os.path.join(args.out, "runs")
         os.makedirs(self.work, exist_ok=True)
@@ -154,7 +155,14 @@ class Runs:
             found = json.load(file)
         # A run that was interrupted and taken up again counts its last part only.
         with open(cost) as file:
-            return found | json.load(file)
+            spent = json.load(file)
+        self.counted[name] = spent["cpu_seconds"]
+        return found | spent
+
+    @property
+    def spent(self):
+        """Seconds of a core that the runs took which were asked for."""
+        return sum(self.counted.values())
 
 
 def questions(data, task, size):
@@ -241,7 +249,8 @@ def main():
     if args.plan:
         print(f"{runs.made} runs are left (rates that are not chosen yet hide more)")
         return
-    write(args.out, arms)
+    shown = ["--questions DATA", f"--model {os.path.basename(args.model)}"] if args.questions else []
+    write(args.out, arms, runs.spent, shown)
 
 
 def make(runs, arms, parallel):
@@ -257,12 +266,15 @@ def make(runs, arms, parallel):
                 list(pool.map(lambda seed: runs.run(task, method, numbers, rate, seed, "test"), range(seeds)))
 
 
-def write(out, arms):
+def write(out, arms, spent, shown):
+    """`spent`: seconds of a core; `shown`: the arguments that matter, without folders."""
     sizes = {task: dataclasses.asdict(SIZES[task]) for task in {arm["task"] for arm in arms}}
     with open(os.path.join(out, "results.json"), "w") as file:
         json.dump({"sizes": sizes, "arms": arms}, file, indent=1, sort_keys=True)
         file.write("\n")
     lines = [
+        f"`{' '.join(['python3 bench/figure.py', *shown])}`; {spent / 3600:.1f} hours of one core in all, the sweeps included.",
+        "",
         "| task | method | numbers | learning rate | seeds | base greedy | greedy | gain | base sampled | sampled | gain | s of a core a run |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -273,7 +285,9 @@ def write(out, arms):
         for way in ["greedy", "sampled"]:
             mean, half = spread(arm[way])
             base = arm["base_" + way]
-            cells += [f"{base:.3f}", f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""), f"{mean - base:+.3f}"]
+            low, high = (arm["base_greedy_interval"][end] for end in ("low", "high"))
+            between = f" ({low:.3f} to {high:.3f})" if way == "greedy" else ""
+            cells += [f"{base:.3f}{between}", f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""), f"{mean - base:+.3f}"]
         cells.append(f"{statistics.fmean(arm['cpu_seconds']):.0f}")
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     lines += ["", "± is the 95 % interval of the mean over seeds (Student's t). Learning rates by reward on items of their own, at seeds of their own:", ""]

@@ -4,8 +4,9 @@
     python3 bench/while_training.py --mote target/release/mote --out bench/results/while-training.json
 
 One server. In turn, `--rounds` times: 8 streaming clients alone; the job alone; both. It reports the p50 and p99 time between tokens with the job over without it (target: below
-2.5), whether the clients' texts are the same (they are greedy and sampled with seeds), and the job's speed beside the clients over its speed alone, next to 1 - the clients' share of
-the engine's time (target: at least 60 % of it). Speeds of the job are completion tokens of its steps and the gradients' progress together: steps a second.
+2.5), whether the texts of those streams are the same (they are greedy and sampled with seeds), and the job's speed beside the clients over its speed alone, next to 1 - the clients'
+share of the engine's time (target: at least 60 % of it). The job's speed is steps a second, over at least `--steps` steps and `--seconds` seconds, every one of which costs about the
+same: all its groups have something to learn from.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from peers import client, machine, prompts, servers  # noqa: E402
 
 
 def job(name: str, steps: int) -> dict:
-    """A job that goes on until it is cancelled; its rewards always vary enough to be differentiated."""
+    """A job that goes on until it is cancelled, in small steps. Its reward is how short a completion is, which varies in nearly every group."""
     items = [{"messages": [{"role": "user", "content": f"What is {a} plus {b}?"}], "answer": a + b} for a in range(3, 19) for b in range(4, 20)]
     return {
         "name": name,
         "method": "grpo",
         "dataset": items,
-        "grader": {"type": "number", "reference": "{{item.answer}}"},
-        "hyperparameters": {"steps": steps, "prompts_per_step": 6, "samples_per_prompt": 6, "max_completion_tokens": 24, "learning_rate": 1e-6, "flat_reward_steps": 0},
+        "grader": {"type": "length", "max": 1, "falloff": 2000},
+        "hyperparameters": {"steps": steps, "prompts_per_step": 2, "samples_per_prompt": 4, "max_completion_tokens": 24, "learning_rate": 1e-6, "flat_reward_steps": 0},
     }
 
 
@@ -75,8 +76,8 @@ def end(mote: Mote, id: str) -> None:
         time.sleep(0.05)
 
 
-def steps_in(mote: Mote, id: str, seconds: float) -> tuple[float, dict[str, float]]:
-    """Steps a second of a job, from the end of one step to the end of another, and what the engine did meanwhile."""
+def steps_in(mote: Mote, id: str, seconds: float, steps: int) -> tuple[float, dict[str, float]]:
+    """Steps a second of a job, from the end of one step to the end of another, at least so many and in so long, and what the engine did meanwhile."""
 
     def next_end() -> tuple[int, float]:
         before = mote.get(f"/adapters/train/{id}")["step"]
@@ -91,10 +92,18 @@ def steps_in(mote: Mote, id: str, seconds: float) -> tuple[float, dict[str, floa
     counted = mote.seconds()
     while True:
         last, ended = next_end()
-        if ended - began >= seconds:
+        if ended - began >= seconds and last - first >= steps:
             break
     after = mote.seconds()
     return (last - first) / (ended - began), {name: after[name] - counted[name] for name in after}
+
+
+def texts_of(loads: list[client.Load]) -> dict[bytes, set[str]]:
+    """What each request was answered, over all loads."""
+    texts: dict[bytes, set[str]] = {}
+    for answer in (answer for load in loads for answer in load.answers):
+        texts.setdefault(answer.data, set()).add("".join(answer.pieces))
+    return texts
 
 
 def gaps(load: client.Load) -> list[float]:
@@ -110,35 +119,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a streamed answer")
     parser.add_argument("--requests", type=int, default=6, help="requests of a client in a round, one after another")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="steps of the job that are timed, at least")
+    parser.add_argument("--seconds", type=float, default=15, help="for so long, at least")
     parser.add_argument("--flags", default="", help="more flags of mote serve")
     args = parser.parse_args()
     texts = prompts.short(5, args.clients * args.requests)
 
-    def body(n: int, stream: bool) -> dict:
+    def body(n: int) -> dict:
         sampled = {"temperature": 1.0, "seed": n} if n % 2 else {"temperature": 0}
-        return {"prompt": texts[n], "max_tokens": args.tokens, "ignore_eos": True, "stream": stream, **sampled}
+        return {"prompt": texts[n], "max_tokens": args.tokens, "ignore_eos": True, "stream": True, **sampled}
 
     with tempfile.TemporaryDirectory() as folder:
         mote = Mote(args.mote, args.model, Path(folder), args.flags.split())
         model = mote.get("/v1/models")["data"][0]["id"]
 
         def work() -> list[list[bytes]]:
-            of = lambda n: client.request("/v1/completions", {"model": model, "stream_options": {"include_usage": True}, **body(n, True)})  # noqa: E731
+            of = lambda n: client.request("/v1/completions", {"model": model, "stream_options": {"include_usage": True}, **body(n)})  # noqa: E731
             return [[of(c * args.requests + r) for r in range(args.requests)] for c in range(args.clients)]
-
-        def text(n: int) -> str:
-            return mote.post("/v1/completions", {"model": model, **body(n, False)})["choices"][0]["text"]
 
         rounds = []
         try:
             client.load(mote.port, work(), stream=True)
-            alone_texts = [text(n) for n in range(args.clients)]
             for number in range(args.rounds):
                 found = {}
                 load = client.load(mote.port, work(), stream=True)
                 found["alone"] = gaps(load)
                 id = begin(mote, f"job-{number}")
-                found["steps_alone"], _ = steps_in(mote, id, 10)
+                found["steps_alone"], _ = steps_in(mote, id, args.seconds, args.steps)
                 loads: list[client.Load] = []
                 stop = threading.Event()
 
@@ -149,12 +156,11 @@ def main() -> None:
                 thread = threading.Thread(target=serve)
                 thread.start()
                 time.sleep(1)
-                found["steps_beside"], spent = steps_in(mote, id, 20)
+                found["steps_beside"], spent = steps_in(mote, id, args.seconds, args.steps)
                 stop.set()
                 thread.join()
-                # Their own requests, one after another: beside the job, but not beside the load that is timed.
-                found["same"] = [text(n) for n in range(args.clients)] == alone_texts
                 end(mote, id)
+                found["same"] = bool(loads) and texts_of(loads) == texts_of([load])
                 found["beside"] = [gap for load in loads for gap in gaps(load)]
                 busy = sum(spent[name] for name in ("receive", "schedule", "build", "forward", "sample", "commit", "wake", "gradient"))
                 found["clients_share"] = spent["interactive"] / busy

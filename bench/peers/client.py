@@ -18,13 +18,15 @@ class LoadError(Exception):
 
 @dataclass
 class Answer:
-    """One request, in seconds since the load began; `events` are the times of the streamed pieces of text."""
+    """One request (its bytes), in seconds since the load began; `events` are the times of the streamed pieces of text, `pieces` those pieces."""
 
     sent: float
+    data: bytes = b""
     done: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     events: list[float] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -106,8 +108,9 @@ async def _streamed(reader, writer, data: bytes, answer: Answer, start: float) -
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise LoadError(f"error in the stream: {event['error']}")
-                if event.get("choices") and event["choices"][0].get("text"):
+                if event.get("choices") and (text := event["choices"][0].get("text")):
                     answer.events.append(now)
+                    answer.pieces.append(text)
                 _usage(answer, event.get("usage"))
     answer.done = time.perf_counter() - start
     if status != 200:
@@ -122,7 +125,7 @@ async def _run(port: int, work: list[list[bytes]], stream: bool) -> Load:
 
     async def client(pair, requests: list[bytes]) -> None:
         for data in requests:
-            answer = Answer(time.perf_counter() - start)
+            answer = Answer(time.perf_counter() - start, data)
             await one(*pair, data, answer, start)
             answers.append(answer)
 

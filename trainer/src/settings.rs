@@ -222,7 +222,7 @@ mod tests {
         assert_eq!(resolve(json!({}), Method::Es, 1).stopping.target_reward, None);
         assert_eq!(
             resolve(json!({}), Method::Es, 1).method,
-            MethodSettings::Es(EsSettings { samples_per_prompt: 1, pairs: 8, sigma: 0.05 })
+            MethodSettings::Es(EsSettings { samples_per_prompt: 1, pairs: 16, sigma: 0.1 })
         );
     }
 
