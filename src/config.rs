@@ -125,6 +125,9 @@ pub struct TrainingArgs {
     /// Training jobs of one tenant that run at once.
     #[arg(long, env = "MOTE_TRAIN_JOBS_PER_TENANT", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub train_jobs_per_tenant: u32,
+    /// Seconds that a training job runs before it waits for the job of another tenant, where one waits and there is no place. It goes on from its checkpoint.
+    #[arg(long, env = "MOTE_TRAIN_TURN_S", value_name = "N", default_value_t = 60)]
+    pub train_turn_s: u32,
     /// Training jobs of one tenant under way (queued, running or paused); one more is answered 429.
     #[arg(long, env = "MOTE_TRAIN_QUEUE_PER_TENANT", value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub train_queue_per_tenant: u32,

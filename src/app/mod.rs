@@ -218,6 +218,7 @@ fn training_config(args: &TrainingArgs) -> TrainingConfig {
     TrainingConfig {
         running: args.train_jobs.into(),
         running_of_tenant: args.train_jobs_per_tenant.into(),
+        turn: Duration::from_secs(args.train_turn_s.into()),
         most_of_tenant: args.train_queue_per_tenant.into(),
         most: args.train_queue.into(),
         steps: args.train_max_steps.into(),

@@ -39,7 +39,7 @@ pub use records::{
 pub use retention::{Aged, Now};
 pub use training::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
-    NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
+    NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits, Turns,
 };
 pub use upkeep::{Check, back_up, restore};
 

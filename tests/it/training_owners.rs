@@ -121,6 +121,38 @@ async fn jobs_are_limited_by_tenant_and_by_server() {
     app.until(&ids[1], |job| status(job) == "running").await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_job_lets_another_tenants_have_its_turn() {
+    let training = TrainingConfig { running: 1, turn: Duration::ZERO, ..TrainingConfig::default() };
+    let app = toy_app(&Toy::slow(3), Options { training, ..Options::default() }).await;
+    let steps = || json!({"steps": 60});
+    let plain = app.ended(&app.train(letters_with("plain", steps())).await).await;
+    let mine = app.train(letters_with("mine", steps())).await;
+    let next = app.train(letters("next")).await;
+    app.until(&mine, |job| job["step"].as_u64().unwrap() >= 2).await;
+
+    let other = second_tenant(&app).await;
+    let made = app.send(as_key(&other, "POST", "/adapters/train", Some(letters("theirs")))).await.json();
+    let path = format!("/adapters/train/{}", made["id"].as_str().unwrap());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let job = app.send(as_key(&other, "GET", &path, None)).await.json();
+        if status(&job) == "succeeded" {
+            break;
+        }
+        assert!(Instant::now() < deadline && status(&job) != "failed", "{job}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(["queued", "running"].contains(&status(&app.job(&mine).await)), "it was not waited for");
+    assert_eq!(app.job(&next).await["step"], 0, "one's own jobs wait for each other");
+
+    let job = app.ended(&mine).await;
+    assert_eq!(status(&job), "succeeded", "{job}");
+    assert_eq!(job["result"]["generation"], plain["result"]["generation"], "turns change when, never what");
+    let words = |event: &Value| event["message"] == "The job has had its turn and waits while others train.";
+    assert!(app.events(&mine).await.iter().any(words));
+}
+
 /// A key of another tenant.
 async fn second_tenant(app: &TestApp) -> String {
     let key = ApiKey::generate().unwrap();

@@ -179,3 +179,14 @@ async fn requests_that_are_no_requests() {
     let body = with(json!({"metadata": {"a": "x".repeat(1000)}}));
     assert_eq!(small.post("/adapters/train", body).await.status.as_u16(), 413);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn descriptions_that_are_too_large_are_refused() {
+    let app = toy_app(&Arc::default(), Options::default()).await;
+    let words: Vec<String> = (0..9000).map(|number| format!("word{number}")).collect();
+    let grader = json!({"type": "json_schema", "schema": {"enum": words}});
+    refused(&app, with(json!({"grader": grader})), 400, "grader", "at most 65536").await;
+    let prompt = "{{item.messages}} ".repeat(5000);
+    refused(&app, with(json!({"prompt": prompt})), 400, "prompt", "at most 65536").await;
+    assert_eq!(app.get("/adapters/train").await.json()["data"], json!([]));
+}

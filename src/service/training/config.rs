@@ -1,5 +1,7 @@
 //! What training may use.
 
+use std::time::Duration;
+
 use mote_trainer::data::Limits;
 
 use super::remote::RemoteAccess;
@@ -11,6 +13,8 @@ pub struct TrainingConfig {
     pub running: u64,
     /// Jobs of one tenant that run at once.
     pub running_of_tenant: u64,
+    /// How long a job runs before it lets another tenant's go on, if one waits and there is no place.
+    pub turn: Duration,
     /// Jobs of one tenant under way: validating, queued, running or paused.
     pub most_of_tenant: u64,
     /// Jobs of all tenants under way.
@@ -34,6 +38,7 @@ impl Default for TrainingConfig {
         Self {
             running: 1,
             running_of_tenant: 1,
+            turn: Duration::from_secs(60),
             most_of_tenant: 16,
             most: 1024,
             steps: 20_000,

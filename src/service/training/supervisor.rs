@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     service::{BaseInfo, Error, Service},
-    store::{JobRecord, JobStatus, StartLimits, Store, StoreError},
+    store::{JobRecord, JobStatus, StartLimits, Store, StoreError, Turns},
     telemetry::{DamagedLabels, JobLabels, Metrics},
     types::TenantId,
 };
@@ -55,6 +55,7 @@ pub(super) struct Inner {
     pub(super) metrics: Arc<Metrics>,
     pub(super) runtime: runtime::Handle,
     active: Mutex<HashMap<String, Active>>,
+    turns: Mutex<Turns>,
     /// Names this process in the store.
     lease: String,
     /// A job may be taken, or a place is free.
@@ -79,6 +80,29 @@ impl Inner {
 
     fn changed(&self) {
         self.version.send_modify(|version| *version += 1);
+    }
+
+    fn limits(&self, service: &Service) -> StartLimits {
+        StartLimits {
+            running: self.config.running,
+            running_of_tenant: self.config.running_of_tenant.max(1),
+            trained_tokens_per_day: service.accounts.defaults().trained_tokens_per_day,
+        }
+    }
+
+    fn busy(&self) -> Vec<String> {
+        self.active.lock().keys().cloned().collect()
+    }
+
+    /// Should a tenant's job, which has run for its turn, go back into the queue for another's?
+    pub(super) fn another_waits(&self, tenant: TenantId) -> bool {
+        let Some(service) = self.service.upgrade() else { return false };
+        let (busy, turns) = (self.busy(), self.turns.lock().clone());
+        let waits = self.store.another_waits(self.limits(&service), tenant, &busy, &turns);
+        self.runtime.block_on(waits).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the queue of training jobs cannot be read; the job goes on");
+            false
+        })
     }
 
     fn is_stopping(&self) -> bool {
@@ -116,6 +140,7 @@ impl Training {
             metrics: service.metrics.clone(),
             runtime: runtime::Handle::current(),
             active: Mutex::default(),
+            turns: Mutex::default(),
             lease: uuid::Uuid::now_v7().simple().to_string(),
             wake: Notify::new(),
             version: watch::Sender::new(0),
@@ -266,15 +291,11 @@ async fn take_jobs(inner: Arc<Inner>) {
     while !inner.is_stopping()
         && let Some(service) = inner.service.upgrade()
     {
-        let limits = StartLimits {
-            running: inner.config.running,
-            running_of_tenant: inner.config.running_of_tenant.max(1),
-            trained_tokens_per_day: service.accounts.defaults().trained_tokens_per_day,
-        };
+        let limits = inner.limits(&service);
         drop(service);
-        let busy: Vec<String> = inner.active.lock().keys().cloned().collect();
+        let (busy, turns) = (inner.busy(), inner.turns.lock().clone());
         let taken = match (busy.len() as u64) < limits.running {
-            true => inner.store.claim_job(limits, &inner.lease, busy).await,
+            true => inner.store.claim_job(limits, &inner.lease, busy, turns).await,
             false => Ok(None),
         };
         match taken {
@@ -296,6 +317,10 @@ fn begin(inner: &Arc<Inner>, job: JobRecord) {
     let stop = Stop::default();
     let (id, attempt) = (job.id.clone(), job.attempt);
     inner.active.lock().insert(id.clone(), Active { tenant: job.tenant, stop: stop.clone() });
+    let mut turns = inner.turns.lock();
+    let turn = 1 + turns.values().max().copied().unwrap_or(0);
+    turns.insert(job.tenant, turn);
+    drop(turns);
     inner.changed();
     // Whoever stopped everything may have done so before this job was on the list.
     if inner.is_stopping() {

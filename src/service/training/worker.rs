@@ -3,6 +3,7 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    time::Instant,
 };
 
 use mote_trainer::{
@@ -85,7 +86,13 @@ struct Worker {
     spec: JobSpec,
     stop: Stop,
     tokens: u64,
+    /// When it was taken.
+    began: Instant,
 }
+
+/// Why a job goes back into the queue, for its owner.
+const TOMORROW: &str = "Your jobs have trained on as many tokens today as they may; this one goes on tomorrow (UTC).";
+const OTHERS: &str = "The job has had its turn and waits while others train.";
 
 /// The span of what is done for a job. It belongs to no request's trace, which ends long before, but names the one that made the job.
 pub(super) fn span(job: &JobRecord) -> Span {
@@ -155,7 +162,7 @@ fn attempt_job(inner: &Arc<Inner>, job: JobRecord, stop: Stop) -> Result<(), Lea
         still_ours(inner, &job)?;
         return Err(damaged("a job that has not ended has no data").into());
     };
-    let mut worker = Worker { inner: inner.clone(), job, spec, stop, tokens: 0 };
+    let mut worker = Worker { inner: inner.clone(), job, spec, stop, tokens: 0, began: Instant::now() };
     worker.train(prepared)
 }
 
@@ -296,14 +303,21 @@ impl Worker {
         })?;
         self.inner.metrics.train_steps.inc();
         self.inner.metrics.train_tokens.inc_by(step.metrics.tokens);
-        if may_go_on || run.end().is_some() {
-            return Ok(());
-        }
-        // The day's tokens are used up: the job waits in the queue for the next one.
+        let words = match may_go_on {
+            _ if run.end().is_some() => return Ok(()),
+            false => TOMORROW,
+            true if self.turn_is_over() => OTHERS,
+            true => return Ok(()),
+        };
         let left = self.leave(run);
         let (store, id, attempt) = (self.inner.store.clone(), self.job.id.clone(), self.job.attempt);
-        self.inner.write(async move { store.defer_job(&id, attempt).await }).map_err(lost)?;
+        self.inner.write(async move { store.defer_job(&id, attempt, words).await }).map_err(lost)?;
         Err(left)
+    }
+
+    /// It has run long enough, and another tenant's job waits for the place.
+    fn turn_is_over(&self) -> bool {
+        self.began.elapsed() >= self.inner.config.turn && self.inner.another_waits(self.job.tenant)
     }
 
     /// False: the tenant's jobs may not go on today.

@@ -120,7 +120,7 @@ async fn ended_job(store: &Store, number: u32) -> String {
     };
     store.create_job(job).await.unwrap();
     let limits = StartLimits { running: 10, running_of_tenant: 10, trained_tokens_per_day: None };
-    assert_eq!(store.claim_job(limits, "here", Vec::new()).await.unwrap().unwrap().id, id);
+    assert_eq!(store.claim_job(limits, "here", Vec::new(), Turns::default()).await.unwrap().unwrap().id, id);
     let checkpoint = Some(NewCheckpoint { step: 1, state: "{}".into(), metrics: "{}".into(), keep: 3 });
     let samples = vec![("training", "[]".to_owned())];
     let progress = Progress { step: 1, events: vec![event()], samples, checkpoint, ..Progress::default() };

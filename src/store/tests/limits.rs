@@ -271,7 +271,8 @@ async fn what_was_set_for_a_tenant_counts_for_its_jobs() {
         assert!(matches!(third, Err(StoreError::AdaptersFull(3))), "two jobs will publish too: {third:?}");
 
         let default = StartLimits { running: 9, running_of_tenant: 1, trained_tokens_per_day: Some(100) };
-        let claim = async || store.claim_job(default, "here", vec![]).await.unwrap().map(|job| job.id);
+        let claim =
+            async || store.claim_job(default, "here", vec![], Turns::default()).await.unwrap().map(|job| job.id);
         let (first, second) = (job(1, adapters).id, job(2, adapters).id);
         assert_eq!(claim().await, Some(first.clone()));
         assert_eq!(claim().await, None, "one at once by default");
@@ -283,7 +284,7 @@ async fn what_was_set_for_a_tenant_counts_for_its_jobs() {
         let report = async |progress| store.report_progress(&first, 1, progress, Some(100)).await.unwrap();
         assert!(report(step(1, 60)).await);
         assert!(!report(step(2, 40)).await, "the day's tokens are used up");
-        store.defer_job(&first, 1).await.unwrap();
+        store.defer_job(&first, 1, "tomorrow").await.unwrap();
         assert_eq!(claim().await, None, "it waits for tomorrow");
         let spent = store.create_job(job(4, Limits { trained_tokens_per_day: Some(100), ..Limits::default() })).await;
         assert!(matches!(spent, Err(StoreError::TrainedEnough(100))), "{spent:?}");

@@ -141,7 +141,7 @@ async fn jobs_and_what_they_left_behind_are_read_as_far_as_they_can_be() {
         store.create_job(job(number)).await.unwrap();
     }
     let limits = StartLimits { running: 10, running_of_tenant: 10, trained_tokens_per_day: None };
-    let running = store.claim_job(limits, "here", Vec::new()).await.unwrap().unwrap();
+    let running = store.claim_job(limits, "here", Vec::new(), Turns::default()).await.unwrap().unwrap();
     for step in 1..=6 {
         let event = NewEvent { kind: "step", level: EventLevel::Info, message: format!("{step}"), data: "{}".into() };
         let state = format!("state {step}");
@@ -172,7 +172,7 @@ async fn jobs_and_what_they_left_behind_are_read_as_far_as_they_can_be() {
     let spoilt = listed.iter().find(|job| job.damaged.is_some()).unwrap();
     assert_eq!((&*spoilt.name, spoilt.status), ("name2", JobStatus::Failed));
     assert!(spoilt.damaged.as_ref().unwrap().contains("'spec'"), "{spoilt:?}");
-    let next = store.claim_job(limits, "here", Vec::new()).await.unwrap().unwrap();
+    let next = store.claim_job(limits, "here", Vec::new(), Turns::default()).await.unwrap().unwrap();
     assert_eq!(next.name, "name3", "the queue moves");
     store.close().await;
 }

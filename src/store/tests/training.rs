@@ -36,7 +36,7 @@ async fn made(store: &Store, new: NewJob) -> JobRecord {
 const FREE: StartLimits = StartLimits { running: 10, running_of_tenant: 10, trained_tokens_per_day: None };
 
 async fn claimed(store: &Store) -> JobRecord {
-    store.claim_job(FREE, "here", Vec::new()).await.unwrap().unwrap()
+    store.claim_job(FREE, "here", Vec::new(), Turns::default()).await.unwrap().unwrap()
 }
 
 fn step(number: u64, checkpoint: bool) -> Progress {
@@ -65,7 +65,7 @@ async fn a_job_is_made_run_and_published_in_one_piece_each() {
         assert_eq!((queued.status, queued.events, &*queued.owner), (JobStatus::Queued, 1, "alice"));
         let running = claimed(&store).await;
         assert_eq!((running.status, running.attempt, running.started_at.is_some()), (JobStatus::Running, 1, true));
-        assert!(store.claim_job(FREE, "here", Vec::new()).await.unwrap().is_none());
+        assert!(store.claim_job(FREE, "here", Vec::new(), Turns::default()).await.unwrap().is_none());
         assert_eq!(store.job_data(&queued.id, JobData::Validation).await.unwrap().unwrap(), b"held out");
         for number in 1..=5 {
             store.report_progress(&queued.id, 1, step(number, number % 2 == 1), None).await.unwrap();
@@ -202,13 +202,44 @@ async fn places_are_shared_out_by_tenant_and_limited() {
         assert!(matches!(store.create_job(many).await, Err(StoreError::NameReserved)));
 
         let limits = StartLimits { running: 3, running_of_tenant: 2, trained_tokens_per_day: None };
-        let next = |busy: Vec<String>| store.claim_job(limits, "here", busy);
+        let next = |busy: Vec<String>| store.claim_job(limits, "here", busy, Turns::default());
         assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(1));
         assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(9), "whose tenant has fewer");
         assert_eq!(next(vec![job_id(2)]).await.unwrap().unwrap().id, job_id(3), "a busy one is left out");
         assert!(next(vec![]).await.unwrap().is_none(), "three run");
         store.cancel_job(bob, &job_id(9)).await.unwrap();
         assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(10), "alice has her two");
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn tenants_take_turns_with_their_jobs() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let (alice, bob) = (store.create_tenant("a").await.unwrap().id, store.create_tenant("b").await.unwrap().id);
+        for number in 1..=2 {
+            made(&store, job(number, alice, &format!("a{number}"))).await;
+        }
+        let one = StartLimits { running: 1, ..FREE };
+        let claim = async |turns: &[(TenantId, u64)]| {
+            let turns = turns.iter().copied().collect();
+            store.claim_job(one, "here", vec![], turns).await.unwrap().unwrap()
+        };
+        let waits = async |tenant, turns: &[(TenantId, u64)]| {
+            store.another_waits(one, tenant, &[], &turns.iter().copied().collect()).await.unwrap()
+        };
+        assert_eq!(claim(&[]).await.id, job_id(1));
+        assert!(!waits(alice, &[(alice, 1)]).await, "her own second job is no other's");
+        made(&store, job(3, bob, "b")).await;
+        assert!(waits(alice, &[(alice, 1)]).await);
+        let (two, nobody) = (StartLimits { running: 2, ..FREE }, Turns::default());
+        assert!(!store.another_waits(two, alice, &[], &nobody).await.unwrap(), "there is a place for him");
+        store.defer_job(&job_id(1), 1, "his turn").await.unwrap();
+        assert_eq!(claim(&[(alice, 1)]).await.id, job_id(3), "though hers came first, and began");
+        assert!(waits(bob, &[(alice, 1), (bob, 2)]).await);
+        store.defer_job(&job_id(3), 1, "her turn").await.unwrap();
+        assert_eq!(claim(&[(alice, 1), (bob, 2)]).await.id, job_id(1), "the one that had begun");
         store.close().await;
     }
 }
@@ -238,7 +269,7 @@ async fn validation_in_the_background_ends_in_the_queue_or_in_failure() {
         }
         let waiting = store.unfinished_jobs().await.unwrap();
         assert!(waiting.len() == 3 && waiting.iter().all(|job| job.status == JobStatus::Validating));
-        assert!(store.claim_job(FREE, "here", vec![]).await.unwrap().is_none());
+        assert!(store.claim_job(FREE, "here", vec![], Turns::default()).await.unwrap().is_none());
         let good = store.end_validation(&job_id(1), Ok(77)).await.unwrap();
         assert_eq!((good.status, good.steps), (JobStatus::Queued, 77));
         let bad = store.end_validation(&job_id(2), Err(("{}".into(), vec![]))).await.unwrap();

@@ -228,7 +228,7 @@ async fn a_damaged_job_has_failed_and_holds_up_nobody() {
         ));
     }
     let limits = StartLimits { running: 10, running_of_tenant: 10, trained_tokens_per_day: None };
-    let claim = || store.claim_job(limits, "here", Vec::new());
+    let claim = || store.claim_job(limits, "here", Vec::new(), Turns::default());
     assert_eq!(claim().await.unwrap().unwrap().name, "name5", "the only one whose row and tenant can be read");
     assert_eq!(claim().await.unwrap(), None);
 

@@ -28,43 +28,77 @@ fn of_tenant(default: Option<u64>, set: Option<Bound>) -> Option<u64> {
     }
 }
 
+/// When each tenant's jobs were last taken: numbers that rise. A tenant that is not there has had no turn.
+pub type Turns = HashMap<TenantId, u64>;
+
+const RUNNING: &str = "SELECT tenant, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY tenant";
+/// Those that ran before go first, then the oldest.
+const QUEUED: &str = "SELECT j.id, j.tenant, j.started_at, t.max_running_jobs, t.max_trained_tokens_per_day, \
+     COALESCE(u.trained_tokens, 0) FROM jobs j JOIN tenants t ON t.id = j.tenant \
+     LEFT JOIN tenant_usage u ON u.tenant = j.tenant AND u.day = $1 WHERE j.status = 'queued' \
+     ORDER BY CASE WHEN j.started_at IS NULL THEN 1 ELSE 0 END, j.id";
+
+/// Jobs that run, by tenant.
+fn running_jobs(rows: &[AnyRow]) -> Result<HashMap<i64, u64>> {
+    // A job whose tenant cannot be read runs all the same.
+    rows.iter().map(|row| Ok((row.try_get(0).unwrap_or_default(), count(row, 1)?))).collect()
+}
+
+/// A job that may start.
+struct Candidate {
+    id: String,
+    tenant: TenantId,
+    /// Jobs of its tenant that run.
+    load: u64,
+    /// When its tenant last had a turn.
+    turn: u64,
+    /// It ran before.
+    again: bool,
+}
+
+/// The jobs of the queue that may start, the next one first: of the tenant of which the fewest run, then of the one whose turn is longest ago.
+fn candidates(
+    queued: &[AnyRow],
+    running: &HashMap<i64, u64>,
+    limits: StartLimits,
+    busy: &[String],
+    turns: &Turns,
+) -> Vec<Candidate> {
+    let allowed = |row: &AnyRow| -> Result<Option<Candidate>> {
+        let (id, tenant): (String, i64) = (text(row, 0)?.to_owned(), row.try_get(1)?);
+        let load = running.get(&tenant).copied().unwrap_or(0);
+        let running = of_tenant(Some(limits.running_of_tenant), bound(row, 3)?);
+        let trained = of_tenant(limits.trained_tokens_per_day, bound(row, 4)?);
+        let allowed = running.is_none_or(|most| load < most)
+            && count(row, 5).map(|today| trained.is_none_or(|most| today < most))?
+            && !busy.contains(&id);
+        let (tenant, again) = (TenantId(tenant), row.try_get::<Option<i64>, _>(2)?.is_some());
+        let turn = turns.get(&tenant).copied().unwrap_or(0);
+        Ok(allowed.then_some(Candidate { id, tenant, load, turn, again }))
+    };
+    // One that cannot be read, or whose tenant cannot, waits and holds up nobody.
+    let mut candidates: Vec<Candidate> = queued.iter().filter_map(|row| allowed(row).ok().flatten()).collect();
+    // Else whoever came first: the sort is stable.
+    candidates.sort_by_key(|candidate| (candidate.load, candidate.turn));
+    candidates
+}
+
 impl Tx<'_> {
-    async fn claim_job(&mut self, limits: StartLimits, lease: &str, busy: &[String]) -> Result<Option<JobRecord>> {
-        let mut running: HashMap<i64, u64> = HashMap::new();
-        let query = sqlx::query("SELECT tenant, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY tenant");
-        let rows = self.rows(query).await?;
-        for row in &rows {
-            // A job whose tenant cannot be read runs all the same.
-            running.insert(row.try_get(0).unwrap_or_default(), count(row, 1)?);
-        }
+    async fn claim_job(
+        &mut self,
+        limits: StartLimits,
+        lease: &str,
+        busy: &[String],
+        turns: &Turns,
+    ) -> Result<Option<JobRecord>> {
+        let running = running_jobs(&self.rows(sqlx::query(RUNNING)).await?)?;
         if running.values().sum::<u64>() >= limits.running {
             return Ok(None);
         }
-        // Those that ran before go first, then the oldest.
         let day = self.day();
-        let query = sqlx::query(
-            "SELECT j.id, j.tenant, j.started_at, t.max_running_jobs, t.max_trained_tokens_per_day, \
-             COALESCE(u.trained_tokens, 0) FROM jobs j JOIN tenants t ON t.id = j.tenant \
-             LEFT JOIN tenant_usage u ON u.tenant = j.tenant AND u.day = $1 WHERE j.status = 'queued' \
-             ORDER BY CASE WHEN j.started_at IS NULL THEN 1 ELSE 0 END, j.id",
-        );
-        let rows = self.rows(query.bind(day)).await?;
-        let allowed = |row: &AnyRow| -> Result<Option<(u64, String, bool)>> {
-            let (id, tenant): (String, i64) = (text(row, 0)?.to_owned(), row.try_get(1)?);
-            let load = running.get(&tenant).copied().unwrap_or(0);
-            let running = of_tenant(Some(limits.running_of_tenant), bound(row, 3)?);
-            let trained = of_tenant(limits.trained_tokens_per_day, bound(row, 4)?);
-            let allowed = running.is_none_or(|most| load < most)
-                && count(row, 5).map(|today| trained.is_none_or(|most| today < most))?
-                && !busy.contains(&id);
-            Ok(allowed.then_some((load, id, row.try_get::<Option<i64>, _>(2)?.is_some())))
-        };
-        // One that cannot be read, or whose tenant cannot, waits and holds up nobody.
-        let mut candidates: Vec<_> = rows.iter().filter_map(|row| allowed(row).ok().flatten()).collect();
-        // Of tenants that have equally many, whoever came first: the sort is stable.
-        candidates.sort_by_key(|(load, ..)| *load);
+        let queued = self.rows(sqlx::query(QUEUED).bind(day)).await?;
         let mut next = None;
-        for (_, id, again) in candidates {
+        for Candidate { id, again, .. } in candidates(&queued, &running, limits, busy, turns) {
             if any_job(self.connection, &id).await?.damaged.is_none() {
                 next = Some((id, again));
                 break;
@@ -142,10 +176,9 @@ impl Tx<'_> {
         }
     }
 
-    /// Puts a job back until its tenant may train again.
-    async fn defer_job(&mut self, id: &str, attempt: i64) -> Result<()> {
+    /// Puts a job back into the queue.
+    async fn defer_job(&mut self, id: &str, attempt: i64, words: &str) -> Result<()> {
         self.held_job(id, attempt).await?;
-        let words = "Your jobs have trained on as many tokens today as they may; this one goes on tomorrow (UTC).";
         self.set_status(id, JobStatus::Queued, status_event(JobStatus::Queued, words)).await.map(drop)
     }
 
@@ -268,13 +301,43 @@ impl Tx<'_> {
 }
 
 impl Store {
-    /// Takes the next job that may start, for a worker of the process `lease`; not one of `busy`. None when there is none.
+    /// Takes the next job that may start, for a worker of the process `lease`; not one of `busy`. Of tenants of which equally many jobs run, the one whose turn is
+    /// longest ago. None when there is none.
     ///
     /// # Errors
     /// Only the database's.
-    pub async fn claim_job(&self, limits: StartLimits, lease: &str, busy: Vec<String>) -> Result<Option<JobRecord>> {
+    pub async fn claim_job(
+        &self,
+        limits: StartLimits,
+        lease: &str,
+        busy: Vec<String>,
+        turns: Turns,
+    ) -> Result<Option<JobRecord>> {
         let lease = lease.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.claim_job(limits, &lease, &busy).await })).await
+        self.writer.job(move |tx| Box::pin(async move { tx.claim_job(limits, &lease, &busy, &turns).await })).await
+    }
+
+    /// If a running job of this tenant went back into the queue, would it be the turn of another tenant's?
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn another_waits(
+        &self,
+        limits: StartLimits,
+        tenant: TenantId,
+        busy: &[String],
+        turns: &Turns,
+    ) -> Result<bool> {
+        let mut running = running_jobs(&self.rows(sqlx::query(RUNNING)).await?)?;
+        if running.values().sum::<u64>() < limits.running {
+            return Ok(false); // there is a place
+        }
+        let left = running.entry(tenant.0).or_default();
+        *left = left.saturating_sub(1);
+        let own = (*left, turns.get(&tenant).copied().unwrap_or(0));
+        let queued = self.rows(sqlx::query(QUEUED).bind(crate::tenant::today())).await?;
+        let waiting = candidates(&queued, &running, limits, busy, turns);
+        Ok(waiting.iter().any(|other| other.tenant != tenant && (other.load, other.turn) < own))
     }
 
     /// Writes what a worker reports, together. False: the tenant's jobs have trained on as many tokens today as they may (`trained_tokens_per_day` unless something
@@ -297,13 +360,13 @@ impl Store {
             .await
     }
 
-    /// Puts a job back into the queue, where it stays until its tenant may train again.
+    /// Puts a job back into the queue, where it stays until its tenant may train, and has its turn, again. The words are for its owner.
     ///
     /// # Errors
     /// [`StoreError::JobLost`] when it is no longer this worker's.
-    pub async fn defer_job(&self, id: &str, attempt: i64) -> Result<()> {
+    pub async fn defer_job(&self, id: &str, attempt: i64, words: &'static str) -> Result<()> {
         let id = id.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.defer_job(&id, attempt).await })).await
+        self.writer.job(move |tx| Box::pin(async move { tx.defer_job(&id, attempt, words).await })).await
     }
 
     /// Writes the checkpoint of a worker that lets go of its job.
