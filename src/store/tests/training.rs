@@ -1,3 +1,5 @@
+use sqlx::Row as _;
+
 use super::*;
 use crate::tenant::Limits;
 
@@ -211,6 +213,21 @@ async fn places_are_shared_out_by_tenant_and_limited() {
         assert_eq!(next(vec![]).await.unwrap().unwrap().id, job_id(10), "alice has her two");
         store.close().await;
     }
+}
+
+/// A start, a claim and a step look at jobs under way only, however many have ended.
+#[tokio::test]
+async fn jobs_that_ended_are_not_read_to_find_the_next() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    for sql in [super::super::training::RUNNING, super::super::training::QUEUED] {
+        let explain = format!("EXPLAIN QUERY PLAN {}", sql.replace("$1", "1"));
+        let plan = store.rows(sqlx::query(sqlx::AssertSqlSafe(explain))).await.unwrap();
+        let steps: Vec<String> = plan.iter().map(|row| row.try_get::<String, _>(3).unwrap()).collect();
+        let jobs = steps.iter().find(|step| step.contains("jobs") || step.contains(" j ")).unwrap();
+        assert!(jobs.starts_with("SEARCH") && jobs.contains("jobs_active"), "{steps:?}");
+    }
+    store.close().await;
 }
 
 #[tokio::test]

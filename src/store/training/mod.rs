@@ -14,3 +14,5 @@ pub use records::{
     NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits,
 };
 pub use worker::Turns;
+#[cfg(test)]
+pub(super) use worker::{QUEUED, RUNNING};
