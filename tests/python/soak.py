@@ -20,6 +20,8 @@ A run fails when
   unaccounted for, or a tenant's adapters are not those that were acknowledged;
 - the server ends with another status than 0, or logs an error or a panic.
 
+SIGINT ends the measured time early; the verdict is then of what was measured.
+
 Times are those that a client sees in one Python process beside the server: they are for comparing kinds, not for measuring Mote.
 """
 
@@ -188,7 +190,9 @@ async def run(world):
         await world.start()
         await asyncio.sleep(seconds * WARM_UP * 2 / 3)
         watch = asyncio.create_task(sampler.run(interval))
-        await asyncio.sleep(seconds * (1 - WARM_UP))
+        # So long, or until SIGINT asks for the verdict now.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(world.enough.wait(), seconds * (1 - WARM_UP))
     await watch
     idle = await sampler.idle(blocks)
     await sampler.kept()
@@ -262,6 +266,7 @@ def model(args, folder):
 
 async def soak(args, folder):
     world, started, found = World(args, folder, args.seed), time.monotonic(), {}
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, world.enough.set)
     try:
         found = await run(world)
     except (Wrong, Outage, Shed) as error:

@@ -155,7 +155,7 @@ class World:
     def __init__(self, args, folder, seed):
         self.args, self.folder, self.rng = args, folder, random.Random(seed)
         self.server, self.port, self.epoch = None, 0, 0
-        self.up, self.stop = asyncio.Event(), asyncio.Event()
+        self.up, self.stop, self.enough = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.keys = {}
         self.names = {tenant: [Name(f"{tenant}-{i}") for i in range(NAMES)] for tenant in TENANTS}
         self.jobs = {tenant: asyncio.Semaphore(JOBS) for tenant in TENANTS}
