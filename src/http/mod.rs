@@ -22,6 +22,7 @@ mod graders;
 mod job_events;
 mod job_objects;
 mod keys;
+mod large;
 mod limits;
 mod messages;
 pub mod metered;
