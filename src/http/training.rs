@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{
-    auth::Auth,
+    auth::{Auth, Shown},
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
     extract::{ApiPath, ApiQuery, parse_json, read_body, require_media_type},
     job_events,
@@ -297,6 +297,7 @@ pub(super) async fn resume_job(
 pub(super) async fn list_events(
     State(state): State<AppState>,
     Auth(caller): Auth,
+    shown: Shown,
     ApiPath(id): ApiPath<String>,
     ApiQuery(page): ApiQuery<EventPage>,
     headers: HeaderMap,
@@ -314,7 +315,7 @@ pub(super) async fn list_events(
     if accept.contains("text/event-stream") {
         // Also the 404 of a stream is an answer and not an event.
         state.service.job(&caller, &id).await?;
-        return Ok(job_events::follow(state.service, caller, id, after));
+        return Ok(job_events::follow(state.service, caller, shown, id, after));
     }
     let place = state.outgoing.large.place(caller.tenant).await?;
     let mut events = state.service.job_events_after(&caller, &id, after, limit + 1).await?;
