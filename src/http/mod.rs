@@ -35,6 +35,7 @@ mod sse;
 mod state;
 mod system;
 mod training;
+mod unread;
 mod upload;
 mod usage;
 

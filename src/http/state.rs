@@ -7,7 +7,7 @@ use std::sync::{
 
 use axum::extract::FromRef;
 
-use super::{edge::Edge, large::LargeAnswers};
+use super::{edge::Edge, large::LargeAnswers, unread::Unread};
 use crate::service::Service;
 
 /// Sizes that a request may not exceed, in bytes.
@@ -73,6 +73,7 @@ pub struct AppState {
 #[derive(Debug, Default)]
 pub struct Outgoing {
     pub(super) large: LargeAnswers,
+    pub(super) unread: Unread,
 }
 
 impl AppState {
