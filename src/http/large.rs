@@ -30,13 +30,13 @@ use crate::{service::Error, tenant::Caller, types::TenantId};
 
 /// Places of a tenant.
 const OF_TENANT: usize = 4;
-/// Places of all together.
+/// Answers of all together that are large and on their way.
 const OF_ALL: usize = 16;
-/// Of them those whose answers are being read from the store, which has twice as many connections for reading.
-const READING: usize = 2;
-/// For how long a request waits for a place: that of an answer which is just being made is soon free.
+/// Answers that are being made at once. The store has one connection more for reading.
+const MADE: usize = 3;
+/// For how long a request waits for one of its tenant's places: that of an answer which is just being made is soon free.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Bytes of an answer that needs no place once it is made.
+/// Bytes of an answer that needs no place once it is made, whoever has the others.
 const SMALL: u64 = 256 << 10;
 /// Bytes that are handed over at once.
 const PIECE: usize = 64 << 10;
@@ -47,7 +47,7 @@ const SWEEP_AT: usize = 1024;
 #[derive(Debug)]
 pub(super) struct LargeAnswers {
     all: Arc<Semaphore>,
-    reading: Arc<Semaphore>,
+    made: Arc<Semaphore>,
     of_tenants: Mutex<HashMap<TenantId, Arc<Semaphore>>>,
     patience: Duration,
 }
@@ -55,23 +55,24 @@ pub(super) struct LargeAnswers {
 impl Default for LargeAnswers {
     fn default() -> Self {
         let places = |count| Arc::new(Semaphore::new(count));
-        Self { all: places(OF_ALL), reading: places(READING), of_tenants: Mutex::default(), patience: PATIENCE }
+        Self { all: places(OF_ALL), made: places(MADE), of_tenants: Mutex::default(), patience: PATIENCE }
     }
 }
 
 impl LargeAnswers {
-    /// A place for an answer to a tenant.
+    /// A place for an answer to a tenant, which is made next.
     ///
     /// # Errors
-    /// 429 rate_limit_exceeded when none is free for too long.
+    /// 429 rate_limit_exceeded when the tenant has none free for too long.
     pub(super) async fn place(&self, tenant: TenantId) -> Result<Place, Error> {
-        let refused = |words: String| Error::rate_limited(words, PATIENCE);
-        let too_many = format!("You have {OF_TENANT} large answers under way, as many as you may have at once.");
-        let of_tenant = self.taken(self.of_tenant(tenant)).await.ok_or_else(|| refused(too_many))?;
-        let busy = || refused("The server has as many large answers under way as it may have at once.".into());
-        let of_all = self.taken(self.all.clone()).await.ok_or_else(busy)?;
-        let reading = self.taken(self.reading.clone()).await.ok_or_else(busy)?;
-        Ok(Place { held: Held { _of_tenant: of_tenant, _of_all: of_all }, reading })
+        let of_tenant = tokio::time::timeout(self.patience, self.of_tenant(tenant).acquire_owned()).await;
+        let Ok(Ok(of_tenant)) = of_tenant else {
+            let words = format!("You have {OF_TENANT} large answers under way, as many as you may have at once.");
+            return Err(Error::rate_limited(words, PATIENCE));
+        };
+        // In turn: a tenant has at most its places in this queue, and none of those before it waits for a client.
+        let made = self.made.clone().acquire_owned().await.map_err(Error::internal)?;
+        Ok(Place { all: self.all.clone(), of_tenant, made })
     }
 
     fn of_tenant(&self, tenant: TenantId) -> Arc<Semaphore> {
@@ -82,35 +83,36 @@ impl LargeAnswers {
         }
         tenants.entry(tenant).or_insert_with(|| Arc::new(Semaphore::new(OF_TENANT))).clone()
     }
-
-    async fn taken(&self, places: Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
-        tokio::time::timeout(self.patience, places.acquire_owned()).await.ok()?.ok()
-    }
 }
 
 /// A place while the answer is made.
 #[derive(Debug)]
 pub(super) struct Place {
-    held: Held,
-    reading: OwnedSemaphorePermit,
+    all: Arc<Semaphore>,
+    of_tenant: OwnedSemaphorePermit,
+    made: OwnedSemaphorePermit,
 }
 
 /// A place until this is dropped.
 #[derive(Debug)]
 struct Held {
-    _of_tenant: OwnedSemaphorePermit,
     _of_all: OwnedSemaphorePermit,
+    _of_tenant: OwnedSemaphorePermit,
 }
 
 impl Place {
-    /// The answer, which is made now. A large one keeps the place until it has been handed over.
+    /// The answer, which is made now. A large one keeps the place until it has been handed over, or is a 429 if there are too many of all tenants.
     pub(super) fn send(self, answer: impl IntoResponse) -> Response {
-        drop(self.reading);
         let answer = answer.into_response();
+        drop(self.made);
         if answer.body().size_hint().exact().is_some_and(|bytes| bytes <= SMALL) {
             return answer;
         }
-        let held = self.held;
+        let Ok(of_all) = self.all.try_acquire_owned() else {
+            let words = "The server has as many large answers under way as it may have at once.";
+            return ApiError(Error::rate_limited(words, PATIENCE)).into_response();
+        };
+        let held = Held { _of_all: of_all, _of_tenant: self.of_tenant };
         answer.map(|body| Body::new(Pieces { body, rest: Bytes::new(), _held: held }))
     }
 }
@@ -176,81 +178,102 @@ impl HttpBody for Pieces {
 mod tests {
     use super::*;
 
+    const LARGE: usize = 1_000_000;
+
     fn hasty() -> LargeAnswers {
         LargeAnswers { patience: Duration::from_millis(20), ..LargeAnswers::default() }
     }
 
-    async fn hold(answers: &LargeAnswers, tenant: i64) -> Result<Held, Error> {
-        Ok(answers.place(TenantId(tenant)).await?.held)
+    /// What a tenant gets that asks for so many bytes, on its way.
+    async fn asked(answers: &LargeAnswers, tenant: i64, bytes: usize) -> Response {
+        match answers.place(TenantId(tenant)).await {
+            Ok(place) => place.send(vec![7; bytes]),
+            Err(error) => ApiError(error).into_response(),
+        }
+    }
+
+    async fn sent(answers: &LargeAnswers, tenant: i64, bytes: usize) -> Response {
+        let answer = asked(answers, tenant, bytes).await;
+        assert!(answer.status().is_success(), "{bytes} bytes to tenant {tenant}");
+        answer
+    }
+
+    async fn refused(answers: &LargeAnswers, tenant: i64, bytes: usize) {
+        let answer = asked(answers, tenant, bytes).await;
+        assert_eq!((answer.status().as_u16(), &answer.headers()["retry-after"]), (429, &1.into()));
     }
 
     #[tokio::test]
     async fn a_tenant_has_a_few_places_and_all_together_some_more() {
         let answers = hasty();
         let mut held = Vec::new();
-        for tenant in 0..OF_ALL / OF_TENANT {
+        for tenant in 0..(OF_ALL / OF_TENANT) as i64 {
             for _ in 0..OF_TENANT {
-                held.push(hold(&answers, tenant as i64).await.unwrap());
+                held.push(sent(&answers, tenant, LARGE).await);
             }
-            let refused = hold(&answers, tenant as i64).await.unwrap_err();
-            assert_eq!((refused.code, refused.retry_after), (Some("rate_limit_exceeded"), Some(1)));
-            assert!(refused.message.starts_with("You have 4"), "{refused}");
+            refused(&answers, tenant, 1).await;
         }
-        assert!(hold(&answers, 99).await.unwrap_err().message.starts_with("The server has"));
-        held.pop();
-        held.push(hold(&answers, 99).await.unwrap());
+        refused(&answers, 99, LARGE).await;
+        for _ in 0..2 * OF_TENANT {
+            // Small answers are made whoever has the places.
+            held.push(sent(&answers, 99, SMALL as usize).await);
+        }
+        held.remove(0);
+        held.push(sent(&answers, 99, LARGE).await);
         let answers = LargeAnswers { patience: Duration::from_secs(60), ..answers };
-        let waits = async { hold(&answers, 0).await };
+        let waits = sent(&answers, 1, 1);
         let frees = async {
             tokio::task::yield_now().await;
-            held.remove(0);
+            held.clear();
         };
-        assert!(tokio::join!(waits, frees).0.is_ok(), "who comes a moment too early waits");
+        // Who comes a moment too early waits.
+        tokio::join!(waits, frees);
     }
 
     #[tokio::test]
-    async fn two_large_answers_are_read_at_once() {
+    async fn a_few_large_answers_are_made_at_once() {
         let answers = hasty();
-        let mut made = Vec::new();
-        for tenant in 0..2 {
-            made.push(answers.place(TenantId(tenant)).await.unwrap());
+        let mut places = Vec::new();
+        for tenant in 0..MADE as i64 {
+            places.push(answers.place(TenantId(tenant)).await.unwrap());
         }
-        assert!(answers.place(TenantId(2)).await.is_err());
-        let sent: Vec<_> = made.into_iter().map(|place| place.send(vec![0; 1 << 20])).collect();
-        assert!(answers.place(TenantId(2)).await.is_ok(), "those are on their way");
+        let another = || tokio::time::timeout(Duration::from_millis(100), answers.place(TenantId(99)));
+        assert!(another().await.is_err(), "it waits");
+        let sent = places.pop().unwrap().send(vec![7; LARGE]);
+        assert!(another().await.unwrap().is_ok(), "that one is on its way");
         drop(sent);
     }
 
     #[tokio::test]
     async fn an_answer_has_its_place_to_its_last_byte_and_a_small_one_none() {
         let answers = LargeAnswers::default();
-        let free = |answers: &LargeAnswers| answers.all.available_permits();
-        let small = answers.place(TenantId(1)).await.unwrap().send(vec![1; SMALL as usize]);
-        assert_eq!(free(&answers), OF_ALL);
+        let free = || (answers.all.available_permits(), answers.of_tenant(TenantId(1)).available_permits());
+        let small = sent(&answers, 1, SMALL as usize).await;
+        assert_eq!(free(), (OF_ALL, OF_TENANT));
         assert_eq!(small.into_body().size_hint().exact(), Some(SMALL));
 
-        let whole: Vec<u8> = (0..1_000_000).map(|i| i as u8).collect();
+        let whole: Vec<u8> = (0..LARGE).map(|i| i as u8).collect();
         let mut body = answers.place(TenantId(1)).await.unwrap().send(whole.clone()).into_body();
-        assert_eq!(free(&answers), OF_ALL - 1);
         let mut read = Vec::new();
         while !body.is_end_stream() {
+            assert_eq!(free(), (OF_ALL - 1, OF_TENANT - 1));
             assert_eq!(body.size_hint().exact(), Some((whole.len() - read.len()) as u64));
             let next = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await;
             let piece = next.unwrap().unwrap().into_data().unwrap();
             assert!(piece.len() <= PIECE);
             read.extend_from_slice(&piece);
         }
-        assert_eq!((read == whole, free(&answers)), (true, OF_ALL - 1));
+        assert!(read == whole);
         drop(body);
-        assert_eq!(free(&answers), OF_ALL);
+        assert_eq!(free(), (OF_ALL, OF_TENANT));
     }
 
     #[tokio::test]
     async fn tenants_without_a_place_are_forgotten() {
         let answers = LargeAnswers::default();
-        let held = hold(&answers, 0).await.unwrap();
+        let held = sent(&answers, 0, LARGE).await;
         for tenant in 1..=3 * SWEEP_AT as i64 {
-            hold(&answers, tenant).await.unwrap();
+            sent(&answers, tenant, 1).await;
         }
         assert!(answers.of_tenants.lock().len() <= SWEEP_AT);
         assert!(answers.of_tenants.lock().contains_key(&TenantId(0)));
