@@ -27,7 +27,8 @@ pub struct EdgeArgs {
     /// Seconds that a request's body may take, besides one for each 16 KiB of it; then 408.
     #[arg(long, env = "MOTE_BODY_TIMEOUT_S", value_name = "N", default_value_t = 30, value_parser = seconds())]
     pub body_timeout_s: u64,
-    /// Seconds that a client may read nothing of an answer that waits for it; then the connection ends, and its request with it.
+    /// Seconds that a client may read nothing of an answer that waits for it, or may let it wait in all, besides one for each 16 KiB that it read; then
+    /// the connection ends, and its request with it.
     #[arg(long, env = "MOTE_WRITE_TIMEOUT_S", value_name = "N", default_value_t = 30, value_parser = seconds())]
     pub write_timeout_s: u64,
     /// A completion that would wait longer than so many seconds for its first step is answered 503 overloaded at once; 0: never.

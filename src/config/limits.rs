@@ -11,7 +11,7 @@ pub struct LimitArgs {
     /// Adapters of a tenant [default: no limit].
     #[arg(long, env = "MOTE_TENANT_ADAPTERS", value_name = "N", value_parser = bound())]
     pub tenant_adapters: Option<u64>,
-    /// Bytes of a tenant's adapters and files together [default: no limit].
+    /// Bytes of a tenant's adapters, files, and jobs with their data together [default: no limit].
     #[arg(long, env = "MOTE_TENANT_STORED_BYTES", value_name = "N", value_parser = bound())]
     pub tenant_stored_bytes: Option<u64>,
     /// Requests of a tenant at once; a stream is one until it ends [default: no limit].

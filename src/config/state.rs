@@ -77,7 +77,7 @@ pub struct RestoreArgs {
     /// The folder to make a data directory of.
     #[arg(long, env = "MOTE_DATA_DIR", value_name = "DIR", default_value = "data")]
     pub data_dir: PathBuf,
-    /// Replace the database that is there. No server may run on it.
+    /// Replace the database that is there, which is kept as mote.db.replaced (the next ones with .2, .3, ... behind it). No server may run on it.
     #[arg(long)]
     pub force: bool,
 }

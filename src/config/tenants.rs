@@ -119,7 +119,7 @@ pub struct SetLimits {
     /// Adapters.
     #[arg(long, value_name = "LIMIT")]
     pub adapters: Option<LimitChoice>,
-    /// Bytes of adapters and files together.
+    /// Bytes of adapters, files and jobs together.
     #[arg(long, value_name = "LIMIT")]
     pub stored_bytes: Option<LimitChoice>,
     /// Requests at once.

@@ -16,6 +16,7 @@ use super::{
     auth::Auth,
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
     extract::{ApiJson, ApiPath, ApiQuery},
+    large::Large,
     metered::Metered,
     state::AppState,
     upload::{AdapterForm, AdapterUpload, UploadQuery, read_upload},
@@ -295,16 +296,17 @@ pub(super) async fn upload_adapter(
 )]
 pub(super) async fn list_adapters(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiQuery(page): ApiQuery<Page>,
-) -> ApiResult<Json<AdapterList>> {
+) -> ApiResult<Response> {
     let limit = page.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(Error::invalid("limit", format!("'limit' must be between 1 and {MAX_LIMIT}.")).into());
     }
     let prefix = page.prefix.as_deref().unwrap_or("");
     let (infos, has_more) = state.service.adapters(&caller, prefix, page.after.as_deref(), limit).await?;
-    Ok(Json(AdapterList { object: "list", data: infos.into_iter().map(AdapterObject::from).collect(), has_more }))
+    let data = infos.into_iter().map(AdapterObject::from).collect();
+    Ok(place.send(Json(AdapterList { object: "list", data, has_more })))
 }
 
 /// Show an adapter
@@ -419,10 +421,12 @@ pub(super) async fn read_weights(
         })
         .into_response(),
         "peft" => {
+            let place = state.outgoing.large.place(caller.tenant).await?;
             let zip = state.service.export(adapter).await?;
             let attachment = format!("attachment; filename=\"{name}.zip\"");
-            ([(header::CONTENT_TYPE, "application/zip".to_owned()), (header::CONTENT_DISPOSITION, attachment)], zip)
-                .into_response()
+            let headers =
+                [(header::CONTENT_TYPE, "application/zip".to_owned()), (header::CONTENT_DISPOSITION, attachment)];
+            place.send((headers, zip))
         }
         _ => ([(header::CONTENT_TYPE, "application/octet-stream")], adapter.bytes().to_vec()).into_response(),
     };
@@ -436,12 +440,12 @@ pub(super) async fn read_weights(
 )]
 pub(super) async fn list_generations(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiPath(name): ApiPath<String>,
-) -> ApiResult<Json<GenerationList>> {
+) -> ApiResult<Response> {
     let infos = state.service.generations(&caller, &name).await?;
     let data = infos.into_iter().map(GenerationObject::from).collect();
-    Ok(Json(GenerationList { object: "list", data, has_more: false }))
+    Ok(place.send(Json(GenerationList { object: "list", data, has_more: false })))
 }
 
 /// Go back to a generation

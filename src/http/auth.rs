@@ -13,8 +13,8 @@ use super::{
     state::{AppState, AuthMode},
 };
 use crate::{
-    service::{Error, ErrorKind},
-    tenant::{AuthError, Caller, Origin},
+    service::{Error, ErrorKind, Service},
+    tenant::{AuthError, Caller, KeyHash, Origin},
 };
 
 /// The authenticated caller. A handler that takes it needs a key; put it before the body, so that 401 comes before 415.
@@ -40,18 +40,46 @@ async fn caller(parts: &Parts, state: &AppState) -> Result<Caller, ApiError> {
             "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.",
         )
     })?;
-    match state.service.directory.verify(token, origin.peer).await {
-        Ok(caller) => Ok(Caller { origin, ..caller }),
-        Err(error @ AuthError::UnknownKey) => Err(unauthenticated(&error.to_string())),
-        Err(AuthError::TooManyFailures(wait)) => {
-            Err(Error::rate_limited(AuthError::TooManyFailures(wait).to_string(), wait).into())
-        }
-        Err(AuthError::Damaged(row)) => {
+    let caller = state.service.directory.verify(token, origin.peer).await.map_err(refused)?;
+    Ok(Caller { origin, ..caller })
+}
+
+/// Why there is no caller, in the words of the API.
+fn refused(error: AuthError) -> Error {
+    match error {
+        AuthError::UnknownKey => unauthenticated(&error.to_string()),
+        AuthError::TooManyFailures(wait) => Error::rate_limited(error.to_string(), wait),
+        AuthError::Damaged(ref row) => {
             tracing::error!(row, "a key that was shown cannot be read");
-            let words = AuthError::Damaged(row).to_string();
-            Err(Error::new(ErrorKind::Unauthenticated, words).with_code("key_damaged").into())
+            Error::new(ErrorKind::Unauthenticated, error.to_string()).with_code("key_damaged")
         }
-        Err(AuthError::Unavailable(error)) => Err(Error::internal(error).into()),
+        AuthError::Unavailable(words) => Error::internal(words),
+    }
+}
+
+/// What a request showed, for those that take long: to be asked about again while they do. The caller itself is [`Auth`]'s.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shown(Option<KeyHash>);
+
+impl FromRequestParts<AppState> for Shown {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, Self::Rejection> {
+        let token = bearer(&parts.headers).filter(|_| state.auth == AuthMode::Keys);
+        Ok(Self(token.map(KeyHash::of)))
+    }
+}
+
+impl Shown {
+    /// Passes as long as the key is good.
+    ///
+    /// # Errors
+    /// 401 once it was revoked, has ended, or its tenant is gone.
+    pub(super) async fn check(self, service: &Service) -> Result<(), Error> {
+        match self.0 {
+            None => Ok(()),
+            Some(hash) => service.directory.still_good(hash).await.map_err(refused),
+        }
     }
 }
 
@@ -75,8 +103,8 @@ fn origin(parts: &Parts) -> Origin {
     Origin { peer: client_address(&parts.extensions), request }
 }
 
-fn unauthenticated(message: &str) -> ApiError {
-    Error::new(ErrorKind::Unauthenticated, message).with_code("invalid_api_key").into()
+fn unauthenticated(message: &str) -> Error {
+    Error::new(ErrorKind::Unauthenticated, message).with_code("invalid_api_key")
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {

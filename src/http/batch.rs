@@ -1,8 +1,8 @@
 //! `POST /adapters/batch`: a line in, a line out, in order, while both go on.
 //!
 //! Two tasks stand between the request and the answer. One cuts the body into lines and gathers groups; the other stores a
-//! group in one transaction and answers its lines after the commit. Memory is bounded: by the bytes of a group, and by the answers
-//! that a client which does not read yet may leave behind.
+//! group in one transaction and answers its lines after the commit. Memory is bounded: by the bytes of a group, and by the room for
+//! answers that are not read yet ([`super::unread`]). Before each group the key is asked about again: an upload may take long.
 
 use std::sync::Arc;
 
@@ -15,34 +15,33 @@ use axum::{
 use bytes::{Bytes, BytesMut};
 use futures::{FutureExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc::{self, error::TrySendError};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::mpsc;
 use tracing::Instrument as _;
 use utoipa::ToSchema;
 
 use super::{
+    auth::Shown,
     error::{ApiError, ApiResult, BodyErrors, CommonErrors, ErrorObject},
     extract::{parse_json, require_media_type, unreadable},
     metered::Metered,
     state::AppState,
+    unread::Answers,
     upload::AdapterUpload,
 };
 use crate::{
     service::{Error, ErrorKind, Service, Upload},
     tenant::{Admission, Caller},
+    types::Generation,
 };
 
 /// Lines of a group. A power of two, as the store's largest statement.
 const GROUP_LINES: usize = 1024;
 /// Bytes of a group.
 const GROUP_BYTES: usize = 4 << 20;
-/// Pieces of the answer on their way to the client.
-const ANSWERS: usize = 16;
-/// Bytes of answers that may wait besides for a client that sends before it reads: about a million lines. However the body is cut into pieces, such
-/// a client and this server never wait for one another below that.
-const UNREAD: usize = 96 << 20;
 /// Of a name that is none, so much comes back.
 const ECHO: usize = 64;
+/// Of what is said of a line: a field of the wrong type is shown in it, whatever its length.
+const WORDS: usize = 256;
 
 /// The answer to a line: `generation` or `error`, never both.
 #[derive(Debug, Serialize, ToSchema)]
@@ -79,6 +78,7 @@ fn is_ndjson(essence: &str) -> bool {
 pub(super) async fn upload_batch(
     State(state): State<AppState>,
     Metered(caller, place): Metered,
+    shown: Shown,
     request: Request,
 ) -> ApiResult<Response> {
     require_media_type(request.headers(), is_ndjson, "application/x-ndjson")?;
@@ -88,11 +88,12 @@ pub(super) async fn upload_batch(
         return Err(too_large("The request body", limits.batch).into());
     }
     let (groups, received) = mpsc::channel(1);
-    let (answers, answered) = mpsc::channel(ANSWERS);
+    let (answers, answered) = state.outgoing.unread.batch();
     let reader = Reader { lines: Lines::new(limits.body), left: limits.batch, limit: limits.batch, groups };
     tokio::spawn(reader.read(request.into_body().into_data_stream()).in_current_span());
-    tokio::spawn(write(state.service, caller, place, received, answers).in_current_span());
-    let body = Body::from_stream(ReceiverStream::new(answered).map(Ok::<_, std::convert::Infallible>));
+    let writer = Writer { service: state.service, caller, shown, _place: place, answers };
+    tokio::spawn(writer.write(received).in_current_span());
+    let body = Body::from_stream(answered.map(Ok::<_, std::convert::Infallible>));
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
@@ -240,46 +241,53 @@ fn clip(name: &str) -> String {
     name.chars().take(ECHO).collect()
 }
 
-/// Stores groups one after the other and answers each after its commit. Ends early when the client is gone: what it was not
-/// told of may be stored or not. The request has its place until then.
-async fn write(
+/// Stores groups one after the other and answers each after its commit. The request has its place as long as this lives.
+struct Writer {
     service: Arc<Service>,
     caller: Caller,
+    shown: Shown,
     _place: Admission,
-    mut groups: mpsc::Receiver<Vec<Line>>,
-    answers: mpsc::Sender<Bytes>,
-) {
-    let mut unread = Vec::new();
-    while let Some(group) = groups.recv().await {
-        let (names, uploads): (Vec<_>, Vec<_>) = group.into_iter().map(|line| (line.name, line.upload)).unzip();
-        let stored = service.upload_many(&caller, uploads).await;
-        let failed = stored.is_err();
-        let results = stored.unwrap_or_else(|error| vec![Err(error); names.len()]);
-        for (name, result) in names.into_iter().zip(results) {
-            let line = match result {
-                Ok(generation) => BatchLine { name, generation: Some(generation.to_string()), error: None },
-                Err(error) => BatchLine { name, generation: None, error: Some(ApiError(error).body().error) },
-            };
-            // A struct of strings: it can be written.
-            let _ = serde_json::to_writer(&mut unread, &line);
-            unread.push(b'\n');
-        }
-        match answers.try_reserve() {
-            Ok(place) => place.send(std::mem::take(&mut unread).into()),
-            Err(TrySendError::Full(())) if unread.len() < UNREAD && !failed => {}
-            Err(_) => {
-                if answers.send(std::mem::take(&mut unread).into()).await.is_err() {
-                    return;
-                }
+    answers: Answers,
+}
+
+impl Writer {
+    /// Ends early when a group fails as a whole, or when the client is gone: what it was not told of may be stored or not.
+    async fn write(self, mut groups: mpsc::Receiver<Vec<Line>>) {
+        while let Some(group) = groups.recv().await {
+            let (names, uploads): (Vec<_>, Vec<_>) = group.into_iter().map(|line| (line.name, line.upload)).unzip();
+            let stored = self.store(uploads).await;
+            let failed = stored.is_err();
+            let results = stored.unwrap_or_else(|error| vec![Err(error); names.len()]);
+            let mut lines = Vec::new();
+            for (name, result) in names.into_iter().zip(results) {
+                // A struct of strings: it can be written.
+                let _ = serde_json::to_writer(&mut lines, &answer(name, result));
+                lines.push(b'\n');
+            }
+            if !self.answers.put(lines.into()).await || failed {
+                return;
             }
         }
-        if failed {
-            return;
-        }
     }
-    if !unread.is_empty() {
-        // A client that is gone needs no answer.
-        let _ = answers.send(unread.into()).await;
+
+    /// A group, as long as the key is good.
+    async fn store(&self, uploads: Vec<Result<Upload, Error>>) -> Result<Vec<Result<Generation, Error>>, Error> {
+        self.shown.check(&self.service).await?;
+        self.service.upload_many(&self.caller, uploads).await
+    }
+}
+
+fn answer(name: Option<String>, result: Result<Generation, Error>) -> BatchLine {
+    match result {
+        Ok(generation) => BatchLine { name, generation: Some(generation.to_string()), error: None },
+        Err(error) => {
+            let mut error = ApiError(error).body().error;
+            if let Some((end, _)) = error.message.char_indices().nth(WORDS) {
+                error.message.truncate(end);
+                error.message.push_str("...");
+            }
+            BatchLine { name, generation: None, error: Some(error) }
+        }
     }
 }
 

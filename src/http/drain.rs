@@ -21,8 +21,8 @@ use tokio::time::{Instant, Sleep};
 
 use crate::telemetry::{ConnectionMetrics, TimeoutLabels};
 
-/// Bytes a second of the slowest client that is waited for.
-const SLOWEST: f64 = 16_384.0;
+/// Bytes a second of the slowest client that is waited for, in both directions.
+pub(super) const SLOWEST: f64 = 16_384.0;
 /// Most bytes that are thrown away for a client.
 const MOST: usize = 64 << 20;
 /// And for so long.

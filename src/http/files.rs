@@ -4,8 +4,8 @@ use axum::{
     Json,
     body::Body,
     extract::{FromRequest as _, Multipart, Request, State},
-    http::{StatusCode, header},
-    response::{IntoResponse, Response},
+    http::header,
+    response::Response,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -14,6 +14,7 @@ use super::{
     auth::Auth,
     error::{ApiError, ApiResult, CommonErrors, ErrorBody},
     extract::{ApiPath, ApiQuery, read_body, require_media_type},
+    large::Large,
     metered::Metered,
     state::AppState,
 };
@@ -170,9 +171,9 @@ pub(super) async fn upload_file(
 )]
 pub(super) async fn list_files(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiQuery(page): ApiQuery<FilePage>,
-) -> ApiResult<Json<FileList>> {
+) -> ApiResult<Response> {
     let limit = page.limit.unwrap_or(MAX_PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
         return Err(Error::invalid("limit", format!("'limit' must be between 1 and {MAX_PAGE}.")).into());
@@ -187,7 +188,7 @@ pub(super) async fn list_files(
     };
     let data: Vec<FileObject> = files.into_iter().map(FileObject::from).collect();
     let (first_id, last_id) = (data.first().map(|file| file.id.clone()), data.last().map(|file| file.id.clone()));
-    Ok(Json(FileList { object: "list", data, has_more, first_id, last_id }))
+    Ok(place.send(Json(FileList { object: "list", data, has_more, first_id, last_id })))
 }
 
 /// Show a file
@@ -210,11 +211,11 @@ pub(super) async fn show_file(
 )]
 pub(super) async fn read_file(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiPath(id): ApiPath<String>,
 ) -> ApiResult<Response> {
     let bytes = state.service.file_data(&caller, &id).await?;
-    Ok((StatusCode::OK, [(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response())
+    Ok(place.send(([(header::CONTENT_TYPE, "application/octet-stream")], bytes)))
 }
 
 /// Delete a file

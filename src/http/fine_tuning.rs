@@ -3,6 +3,7 @@
 use axum::{
     Json,
     extract::{Request, State},
+    response::Response,
 };
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -17,6 +18,7 @@ use super::{
         FineTuningCheckpoint, FineTuningCheckpointList, FineTuningEvent, FineTuningEventList, FineTuningJob,
         FineTuningJobList,
     },
+    large::Large,
     metered::Metered,
     state::AppState,
     training::{body_and_retry, page_size},
@@ -124,14 +126,14 @@ pub(super) async fn create_job(
 )]
 pub(super) async fn list_jobs(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiQuery(page): ApiQuery<Page>,
-) -> ApiResult<Json<FineTuningJobList>> {
+) -> ApiResult<Response> {
     let limit = page_size(page.limit, DEFAULT_PAGE)?;
     let (jobs, has_more) = state.service.jobs(&caller, page.after.as_deref(), limit).await?;
     let base = &state.service.base.model_id;
     let data = jobs.into_iter().map(|info| FineTuningJob::of(info, base)).collect();
-    Ok(Json(FineTuningJobList { object: "list", data, has_more }))
+    Ok(place.send(Json(FineTuningJobList { object: "list", data, has_more })))
 }
 
 /// Show a fine-tuning job
@@ -213,10 +215,10 @@ pub(super) async fn resume_job(
 )]
 pub(super) async fn list_events(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiPath(id): ApiPath<String>,
     ApiQuery(page): ApiQuery<Page>,
-) -> ApiResult<Json<FineTuningEventList>> {
+) -> ApiResult<Response> {
     let limit = page_size(page.limit, DEFAULT_PAGE)?;
     // An event that cannot be has nothing before it.
     let number = |after: String| after.rsplit('-').next().and_then(|digits| digits.parse().ok()).unwrap_or(0);
@@ -225,7 +227,7 @@ pub(super) async fn list_events(
     let has_more = records.len() > limit as usize;
     records.truncate(limit as usize);
     let data = records.into_iter().map(|record| FineTuningEvent::of(record, &id)).collect();
-    Ok(Json(FineTuningEventList { object: "list", data, has_more }))
+    Ok(place.send(Json(FineTuningEventList { object: "list", data, has_more })))
 }
 
 /// List a fine-tuning job's checkpoints

@@ -12,7 +12,7 @@ use axum::{
 use futures::stream;
 use tokio::sync::watch;
 
-use super::{error::ApiError, job_objects::EventObject};
+use super::{auth::Shown, error::ApiError, job_objects::EventObject};
 use crate::{
     service::{Error, Service},
     tenant::Caller,
@@ -29,6 +29,7 @@ const PAGE: u32 = 200;
 struct Reader {
     service: Arc<Service>,
     caller: Caller,
+    shown: Shown,
     id: String,
     after: u64,
     ready: VecDeque<Event>,
@@ -37,12 +38,13 @@ struct Reader {
 }
 
 /// The events after a number, then new ones, then `data: [DONE]`. When the server stops the stream ends without that, and a client comes back with the last number.
-pub(super) fn follow(service: Arc<Service>, caller: Caller, id: String, after: u64) -> Response {
+/// When the key is revoked, it ends with that as an error.
+pub(super) fn follow(service: Arc<Service>, caller: Caller, shown: Shown, id: String, after: u64) -> Response {
     let changes = match service.training() {
         Ok(training) => training.watch(),
         Err(error) => return ApiError(error).into_response(),
     };
-    let reader = Reader { service, caller, id, after, ready: VecDeque::new(), changes, ended: false };
+    let reader = Reader { service, caller, shown, id, after, ready: VecDeque::new(), changes, ended: false };
     let events = stream::unfold(reader, |mut reader| async {
         let event = reader.next().await?;
         Some((Ok::<_, Infallible>(event), reader))
@@ -71,6 +73,7 @@ impl Reader {
     /// Reads what is new, or waits for it.
     async fn read(&mut self) -> Result<(), Error> {
         self.changes.mark_unchanged();
+        self.shown.check(&self.service).await?;
         // The status first: events that come after it are read at the latest the next time.
         let is_final = self.service.job(&self.caller, &self.id).await?.status.is_final();
         let records = self.service.job_events_after(&self.caller, &self.id, self.after, PAGE).await?;

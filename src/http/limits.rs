@@ -14,7 +14,7 @@ pub(super) struct LimitsObject {
     /// Adapters.
     #[schema(required = true)]
     adapters: Option<u64>,
-    /// Bytes of adapters (numbers of every generation, and metadata) and files together.
+    /// Bytes of adapters (numbers of every generation, and metadata), files, and jobs with their data together.
     #[schema(required = true)]
     stored_bytes: Option<u64>,
     /// Requests to metered routes at once; a stream is one until it ends.
@@ -64,7 +64,7 @@ pub(super) struct OverridesObject {
     /// Adapters.
     #[schema(required = true)]
     adapters: Option<i64>,
-    /// Bytes of adapters and files.
+    /// Bytes of adapters, files and jobs.
     #[schema(required = true)]
     stored_bytes: Option<i64>,
     /// Requests at once.
@@ -120,7 +120,7 @@ pub(super) struct LimitsPatch {
     #[serde(default, deserialize_with = "given")]
     #[schema(value_type = Option<i64>, minimum = -1, maximum = 9_007_199_254_740_991_i64)]
     adapters: Option<Option<i64>>,
-    /// Bytes of adapters and files.
+    /// Bytes of adapters, files and jobs.
     #[serde(default, deserialize_with = "given")]
     #[schema(value_type = Option<i64>, minimum = -1, maximum = 9_007_199_254_740_991_i64)]
     stored_bytes: Option<Option<i64>>,

@@ -22,6 +22,7 @@ mod graders;
 mod job_events;
 mod job_objects;
 mod keys;
+mod large;
 mod limits;
 mod messages;
 pub mod metered;
@@ -34,6 +35,7 @@ mod sse;
 mod state;
 mod system;
 mod training;
+mod unread;
 mod upload;
 mod usage;
 

@@ -1,6 +1,6 @@
 //! `GET /v1/models` and `GET /v1/models/{model}`.
 
-use axum::{Json, extract::State};
+use axum::{Json, extract::State, response::Response};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -8,6 +8,7 @@ use super::{
     auth::Auth,
     error::{ApiResult, CommonErrors, ErrorBody},
     extract::{ApiPath, ApiQuery},
+    large::Large,
     state::AppState,
 };
 use crate::service::{BaseInfo, Error, Model};
@@ -79,16 +80,16 @@ pub(super) struct Page {
 )]
 pub(super) async fn list_models(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiQuery(page): ApiQuery<Page>,
-) -> ApiResult<Json<ModelList>> {
+) -> ApiResult<Response> {
     let limit = page.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=DEFAULT_LIMIT).contains(&limit) {
         return Err(Error::invalid("limit", format!("'limit' must be between 1 and {DEFAULT_LIMIT}.")).into());
     }
     let (models, has_more) = state.service.models(&caller, page.after.as_deref(), limit).await?;
     let data = models.into_iter().map(|model| ModelObject::of(model, &state.service.base)).collect();
-    Ok(Json(ModelList { object: "list", data, has_more }))
+    Ok(place.send(Json(ModelList { object: "list", data, has_more })))
 }
 
 /// Show a model

@@ -7,7 +7,7 @@ use std::sync::{
 
 use axum::extract::FromRef;
 
-use super::edge::Edge;
+use super::{edge::Edge, large::LargeAnswers, unread::Unread};
 use crate::service::Service;
 
 /// Sizes that a request may not exceed, in bytes.
@@ -65,6 +65,15 @@ pub struct AppState {
     pub lifecycle: Arc<Lifecycle>,
     /// Addresses, origins, patience.
     pub edge: Arc<Edge>,
+    /// What answers on their way may take.
+    pub outgoing: Arc<Outgoing>,
+}
+
+/// What answers on their way to their clients may take of the server together.
+#[derive(Debug, Default)]
+pub struct Outgoing {
+    pub(super) large: LargeAnswers,
+    pub(super) unread: Unread,
 }
 
 impl AppState {
@@ -76,6 +85,7 @@ impl AppState {
             auth: AuthMode::Keys,
             lifecycle: Arc::default(),
             edge: Arc::default(),
+            outgoing: Arc::default(),
         }
     }
 }

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{
-    auth::Auth,
+    auth::{Auth, Shown},
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
     extract::{ApiPath, ApiQuery, parse_json, read_body, require_media_type},
     job_events,
@@ -19,6 +19,7 @@ use super::{
         CheckpointList, CheckpointObject, EventList, EventObject, HyperparametersSchema, JobList, JobObject,
         SamplesList, SamplesObject,
     },
+    large::Large,
     metered::Metered,
     state::AppState,
 };
@@ -196,12 +197,12 @@ pub(super) async fn train(
 )]
 pub(super) async fn list_jobs(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiQuery(page): ApiQuery<JobPage>,
-) -> ApiResult<Json<JobList>> {
+) -> ApiResult<Response> {
     let limit = page_size(page.limit, DEFAULT_PAGE)?;
     let (jobs, has_more) = state.service.jobs(&caller, page.after.as_deref(), limit).await?;
-    Ok(Json(JobList { object: "list", data: jobs.into_iter().map(JobObject::from).collect(), has_more }))
+    Ok(place.send(Json(JobList { object: "list", data: jobs.into_iter().map(JobObject::from).collect(), has_more })))
 }
 
 /// Show a training job
@@ -296,6 +297,7 @@ pub(super) async fn resume_job(
 pub(super) async fn list_events(
     State(state): State<AppState>,
     Auth(caller): Auth,
+    shown: Shown,
     ApiPath(id): ApiPath<String>,
     ApiQuery(page): ApiQuery<EventPage>,
     headers: HeaderMap,
@@ -313,13 +315,14 @@ pub(super) async fn list_events(
     if accept.contains("text/event-stream") {
         // Also the 404 of a stream is an answer and not an event.
         state.service.job(&caller, &id).await?;
-        return Ok(job_events::follow(state.service, caller, id, after));
+        return Ok(job_events::follow(state.service, caller, shown, id, after));
     }
+    let place = state.outgoing.large.place(caller.tenant).await?;
     let mut events = state.service.job_events_after(&caller, &id, after, limit + 1).await?;
     let has_more = events.len() > limit as usize;
     events.truncate(limit as usize);
     let data = events.into_iter().map(EventObject::from).collect();
-    Ok(Json(EventList { object: "list", data, has_more }).into_response())
+    Ok(place.send(Json(EventList { object: "list", data, has_more })))
 }
 
 /// List a training job's checkpoints
@@ -350,13 +353,14 @@ pub(super) async fn list_checkpoints(
 )]
 pub(super) async fn list_samples(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Large(caller, place): Large,
     ApiPath(id): ApiPath<String>,
     ApiQuery(page): ApiQuery<SamplesPage>,
-) -> ApiResult<Json<SamplesList>> {
+) -> ApiResult<Response> {
     let limit = page_size(page.limit, DEFAULT_PAGE)?;
     let mut records = state.service.job_samples(&caller, &id, page.before, limit + 1).await?;
     let has_more = records.len() > limit as usize;
     records.truncate(limit as usize);
-    Ok(Json(SamplesList { object: "list", data: records.into_iter().map(SamplesObject::from).collect(), has_more }))
+    let data = records.into_iter().map(SamplesObject::from).collect();
+    Ok(place.send(Json(SamplesList { object: "list", data, has_more })))
 }

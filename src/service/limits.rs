@@ -39,9 +39,9 @@ pub(super) fn exhausted(error: &StoreError) -> Option<Error> {
         StoreError::AdaptersFull(most) => {
             Some(Error::over_quota(format!("You may have {most} adapters; delete some first.")))
         }
-        StoreError::BytesFull(most) => {
-            Some(Error::over_quota(format!("You may store {most} bytes; delete adapters or files first.")))
-        }
+        StoreError::BytesFull(most) => Some(Error::over_quota(format!(
+            "You may store {most} bytes; delete adapters or files first, or cancel jobs."
+        ))),
         StoreError::TrainedEnough(most) => {
             let message = format!("Your jobs may train on {most} tokens a day (UTC), and have.");
             Some(Error::rate_limited(message, until_tomorrow()))

@@ -53,6 +53,12 @@ impl Store {
         let mut connection = self.pool.acquire().await?;
         row(&mut connection, query).await
     }
+
+    /// The same on a connection that nothing but keys is read on.
+    pub(super) async fn key_row(&self, query: AnyQuery<'_>) -> Result<Option<AnyRow>> {
+        let mut connection = self.keys.acquire().await?;
+        row(&mut connection, query).await
+    }
 }
 
 /// The damaged rows that the log has named, each once: a client may ask for them every second.

@@ -12,7 +12,7 @@ use sqlx::{
     migrate::{MigrateError, Migrator},
 };
 
-use super::{Faults, Result, StoreError, error::sqlite_kind, rows::Dialect};
+use super::{Faults, Result, StoreError, error::sqlite_kind, rows::Dialect, upkeep};
 
 static SQLITE: Migrator = sqlx::migrate!("src/store/migrations/sqlite");
 static POSTGRES: Migrator = sqlx::migrate!("src/store/migrations/postgres");
@@ -113,6 +113,12 @@ impl Connector {
         let failed = |cause: String| StoreError::Open { location: location.clone(), cause };
         let (url, pragmas) = match &config.location {
             Location::Directory(path) => {
+                if let Some(words) = upkeep::interrupted(path) {
+                    return Err(StoreError::Open {
+                        location: path.join(FILE_NAME).display().to_string(),
+                        cause: words,
+                    });
+                }
                 let file = prepare_file(path).map_err(|error| failed(error.to_string()))?;
                 (sqlite_url(&file).map_err(failed)?, Some(pragmas(config.sync, config.most_bytes)))
             }

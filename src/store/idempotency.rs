@@ -29,7 +29,7 @@ pub(super) async fn answer(
 }
 
 impl Tx<'_> {
-    /// Keeps an answer, and drops those that are old.
+    /// Keeps an answer, and drops those that are old or too many.
     pub(super) async fn keep_answer(
         &mut self,
         tenant: TenantId,
@@ -56,7 +56,7 @@ impl Tx<'_> {
         .bind(self.now)
         .execute(&mut *self.connection)
         .await?;
-        Ok(())
+        self.keep_newest_answers(tenant).await
     }
 }
 

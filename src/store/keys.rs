@@ -274,7 +274,7 @@ impl Store {
 impl KeySource for Store {
     fn key_by_hash(&self, hash: KeyHash) -> BoxFuture<'_, std::result::Result<Option<KeyRecord>, KeySourceError>> {
         Box::pin(async move {
-            let row = self.row(sqlx::query(select_keys!("k.hash = $1")).bind(&hash.0[..])).await;
+            let row = self.key_row(sqlx::query(select_keys!("k.hash = $1")).bind(&hash.0[..])).await;
             let record = row.and_then(|row| row.as_ref().map(key_record).transpose());
             record.map_err(|error| match error {
                 StoreError::Damaged(row) => KeySourceError::Damaged(row.to_string()),

@@ -1,6 +1,6 @@
 //! The state that survives: tenants, keys, adapters with their generations, training jobs and files, in SQLite or PostgreSQL.
 //!
-//! One connection writes ([`writer`]), a few read. A write is answered after its commit, and so survives kill -9 (with
+//! One connection writes ([`writer`]), a few read, two of them keys alone. A write is answered after its commit, and so survives kill -9 (with
 //! [`Sync::Full`] the loss of power too). Every changed row takes a number of one rising sequence, in the order of commits.
 //!
 //! **Invariant.** Nothing else in the program does disk I/O for state.
@@ -54,11 +54,16 @@ use crate::{
 use connect::Connector;
 use writer::Writer;
 
+/// Connections that look up keys.
+const KEY_READERS: u32 = 2;
+
 /// The open database. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
     writer: Writer,
     pool: AnyPool,
+    /// For keys alone: whatever is read besides, nobody's key waits for it.
+    keys: AnyPool,
     /// Who answers for what is written through this handle; None: nobody asks.
     actor: Option<Arc<Actor>>,
     named: Arc<ask::Named>,
@@ -79,9 +84,9 @@ impl Store {
         let connector = Connector::new(&config)?;
         let mut connection = connector.connect().await?;
         connector.migrate(&mut connection).await?;
-        let pool = connector.pool(config.readers).await?;
+        let (pool, keys) = (connector.pool(config.readers).await?, connector.pool(KEY_READERS).await?);
         let writer = Writer::start(connector, connection);
-        Ok(Self { writer, pool, actor: None, named: Arc::default() })
+        Ok(Self { writer, pool, keys, actor: None, named: Arc::default() })
     }
 
     /// The same store for somebody: what is written through it goes into the audit log under that name, in the same transaction.
@@ -98,6 +103,7 @@ impl Store {
     pub async fn close(&self) {
         self.writer.close().await;
         self.pool.close().await;
+        self.keys.close().await;
     }
 
     /// Writes one upload; those that arrive together share a commit.

@@ -18,8 +18,10 @@ use super::{
 const FINDINGS: usize = 20;
 /// After the name of a backup: the file with its SHA-256, as `sha256sum -c` reads it.
 const SUM: &str = ".sha256";
-/// What a restored database replaces is kept under this name.
+/// What a restored database replaces is kept under this name, or under it with a number.
 const REPLACED: &str = "mote.db.replaced";
+/// Where a backup becomes a database.
+const WORK: &str = "restore.part";
 
 /// How a database is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +108,7 @@ async fn copy(connection: &mut AnyConnection, into: &Path) -> Result<()> {
 }
 
 /// Makes a directory's database of a backup, after all checks: its SHA-256 (if the file is there), its integrity in full, its schema. With `force` it
-/// replaces the database that is there, which is kept beside it; not while a server has it open.
+/// replaces the database that is there, which is kept beside it under a name of its own; not while a server has it open.
 ///
 /// # Errors
 /// [`StoreError::File`] says what is wrong with which file, [`StoreError::NewerSchema`] that a newer program wrote the backup.
@@ -126,12 +128,14 @@ pub async fn restore(from: &Path, directory: &Path, force: bool) -> Result<()> {
     };
     fs::create_dir_all(directory).map_err(place(directory))?;
     // Checked where it will lie: the check may need to write, and a backup is not ours to change.
-    let work = directory.join("restore.part");
+    let work = directory.join(WORK);
+    // Of a restore that was interrupted: its log would be read into this one.
+    let _ = fs::remove_dir_all(&work);
     fs::create_dir_all(&work).map_err(place(&work))?;
     let part = work.join(FILE_NAME);
     let outcome = prepare(from, &work, &part).await.and_then(|()| {
         if target.exists() {
-            fs::rename(&target, directory.join(REPLACED)).map_err(place(&target))?;
+            set_aside(&target, directory).map_err(place(&target))?;
         }
         // A log of another database would be read into this one.
         for log in ["-wal", "-shm"] {
@@ -142,6 +146,35 @@ pub async fn restore(from: &Path, directory: &Path, force: bool) -> Result<()> {
     });
     let _ = fs::remove_dir_all(&work);
     outcome
+}
+
+/// Keeps the database that is about to be replaced, under a name that nothing has. Where the file system can do it the database stays in its place as well,
+/// so that there is none without one.
+fn set_aside(target: &Path, directory: &Path) -> io::Result<()> {
+    let names = std::iter::once(REPLACED.to_owned()).chain((2u64..).map(|number| format!("{REPLACED}.{number}")));
+    for kept in names.map(|name| directory.join(name)) {
+        match fs::hard_link(target, &kept) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Ok(()) => return Ok(()),
+            Err(_) if kept.exists() => {}
+            Err(_) => return fs::rename(target, &kept),
+        }
+    }
+    Ok(())
+}
+
+/// What a restore that was interrupted left in a directory without a database. A new database in its place would hide that the old one is still there.
+pub(super) fn interrupted(directory: &Path) -> Option<String> {
+    if directory.join(FILE_NAME).exists() {
+        return None;
+    }
+    let mut names: Vec<String> =
+        fs::read_dir(directory).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    let name = names.into_iter().find(|name| name == WORK || name.starts_with(REPLACED))?;
+    Some(format!(
+        "there is no such file, but {name}, as after a restore that was interrupted: run `mote restore --force` again, or move the database that you want to {FILE_NAME}, or remove {name}"
+    ))
 }
 
 /// Copies and checks.

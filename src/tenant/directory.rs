@@ -124,6 +124,17 @@ impl Directory {
         }
     }
 
+    /// Is a key still good that was so when a request of it began? For requests that take long.
+    ///
+    /// # Errors
+    /// Those of [`Self::verify`], but for [`AuthError::TooManyFailures`].
+    pub async fn still_good(&self, hash: KeyHash) -> Result<(), AuthError> {
+        match self.remembered(hash) {
+            Some(_) => Ok(()),
+            None => self.look_up(hash).await.map(drop),
+        }
+    }
+
     fn failed(&self, peer: Option<IpAddr>) -> AuthError {
         let Some(peer) = peer else { return AuthError::UnknownKey };
         let now = Instant::now();
@@ -252,7 +263,9 @@ mod tests {
         assert_eq!(keys.look_ups.load(Relaxed), 2, "one in vain, one that was remembered");
         assert_eq!(keys.touched.load(Relaxed), 1);
         keys.records.lock()[0].revoked_at = Some(1);
+        assert_eq!(directory.still_good(key.hash()).await, Ok(()), "believed for a moment, as by any other request");
         tokio::time::sleep(2 * REFRESH).await;
+        assert_eq!(directory.still_good(key.hash()).await, Err(AuthError::UnknownKey));
         assert_eq!(directory.verify(key.secret(), None).await, Err(AuthError::UnknownKey));
     }
 

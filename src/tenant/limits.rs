@@ -129,7 +129,7 @@ macro_rules! limits {
 limits! {
     /// Adapters that it may have.
     adapters,
-    /// Bytes of its adapters (numbers of every generation, and metadata) and files together.
+    /// Bytes of its adapters (numbers of every generation, and metadata), its files, and its jobs (what they were asked, and their data until they end) together.
     stored_bytes,
     /// Requests under way at once.
     concurrent_requests,

@@ -14,6 +14,7 @@ use tower::ServiceExt as _;
 use crate::{
     adapters::{json_of, ok, request},
     app::{KEY, Options, TestApp},
+    limits::{ADMIN, app_with, call},
 };
 
 #[tokio::test]
@@ -122,4 +123,41 @@ async fn a_batch_is_bounded_and_does_not_wait_for_its_reader() {
     let last: Value = serde_json::from_str(answer.text.lines().last().unwrap()).unwrap();
     assert!(last["error"]["message"].as_str().unwrap().contains(&limit.to_string()), "{last}");
     assert!(last["name"].is_null());
+}
+
+/// An upload that goes on while its key is revoked: what comes after that is not stored, and the client is told why.
+#[tokio::test]
+async fn a_batch_ends_when_its_key_is_revoked() {
+    let app = app_with(Options::default()).await;
+    let key = call(&app, ADMIN, Method::POST, "/admin/tenants/acme/keys", Some(json!({}))).await.json();
+    let (secret, id) = (key["key"].as_str().unwrap(), key["id"].as_str().unwrap());
+    let (lines, body) = tokio::sync::mpsc::channel::<Result<String, std::convert::Infallible>>(1);
+    let body = Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(body));
+    let request = request(secret, Method::POST, "/adapters/batch", "application/x-ndjson", body);
+    let response = app.router.clone().oneshot(request).await.unwrap();
+    let mut answers = response.into_body().into_data_stream();
+    let mut next = async |name: &str| {
+        // It may have ended: then nobody takes the line.
+        let _ = lines.send(Ok(json_of(name, 0.5).to_string() + "\n")).await;
+        let answer = tokio::time::timeout(Duration::from_secs(10), answers.next()).await.expect("an answer");
+        answer.map(|answer| serde_json::from_slice::<Value>(&answer.unwrap()).unwrap())
+    };
+    assert!(next("before").await.unwrap()["generation"].is_string());
+    assert_eq!(call(&app, ADMIN, Method::DELETE, &format!("/admin/keys/{id}"), None).await.status, 204);
+    let refused = next("after").await.unwrap();
+    assert_eq!((&refused["name"], &refused["error"]["code"]), (&json!("after"), &json!("invalid_api_key")));
+    assert!(next("more").await.is_none(), "the answer has ended");
+    assert_eq!(app.get("/adapters/before").await.status, 200);
+    for name in ["after", "more"] {
+        assert_eq!(app.get(&format!("/adapters/{name}")).await.status, 404, "{name}");
+    }
+}
+
+/// What is said of a line does not grow with the line.
+#[tokio::test]
+async fn a_long_wrong_value_is_not_sent_back() {
+    let app = TestApp::new().await;
+    let line = json!({"name": "a", "numbers": "x".repeat(100_000)}).to_string();
+    let answer = app.send(request(KEY, Method::POST, "/adapters/batch", "application/x-ndjson", line)).await;
+    assert!(answer.text.contains("'numbers'") && answer.text.len() < 1000, "{} bytes", answer.text.len());
 }

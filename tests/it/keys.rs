@@ -1,18 +1,22 @@
 //! Keys: their end, their replacement, and who guesses them.
 
-use std::{net::SocketAddr, process::Command, time::Duration};
+use std::{net::SocketAddr, process::Command, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
     http::{Method, Request, header},
 };
+use futures::StreamExt as _;
 use mote::http::ClientAddress;
 use serde_json::{Value, json};
+use tower::ServiceExt as _;
 
 use crate::{
     app::{KEY, Options, TestApp},
     limits::{ADMIN, app_with, call},
     support,
+    toy::{Toy, Toys},
+    training::letters,
 };
 
 /// A new key of the tenant `other`.
@@ -174,4 +178,32 @@ async fn the_command_line_reaches_a_running_server() {
     for secret in [&key, &new] {
         assert!(!log.to_string().contains(secret.as_str()) && !app.log().contains(secret.as_str()));
     }
+}
+
+/// Whoever watches a job when the key is revoked sees no more of it, and is told why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_events_ends_when_its_key_is_revoked() {
+    let toy = Toy::slow(50);
+    let app = app_with(Options { policies: Some(Arc::new(Toys(toy))), ..Options::default() }).await;
+    let key = call(&app, ADMIN, Method::POST, "/admin/tenants/acme/keys", Some(json!({}))).await.json();
+    let (secret, id) = (key["key"].as_str().unwrap(), key["id"].as_str().unwrap());
+    let job = app.train(letters("watched")).await;
+    let request = Request::get(format!("/adapters/train/{job}/events"))
+        .header(header::AUTHORIZATION, format!("Bearer {secret}"))
+        .header(header::ACCEPT, "text/event-stream");
+    let response = app.router.clone().oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+    let mut pieces = response.into_body().into_data_stream();
+    assert!(pieces.next().await.unwrap().unwrap().starts_with(b"id: 1"));
+    assert_eq!(call(&app, ADMIN, Method::DELETE, &format!("/admin/keys/{id}"), None).await.status, 204);
+    let mut rest = String::new();
+    let read = async {
+        while let Some(piece) = pieces.next().await {
+            rest += std::str::from_utf8(&piece.unwrap()).unwrap();
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), read).await.expect("the stream ends");
+    let last = rest.lines().filter_map(|line| line.strip_prefix("data: ")).next_back().unwrap();
+    let last: Value = serde_json::from_str(last).unwrap();
+    assert_eq!(last["error"]["code"], "invalid_api_key", "{rest}");
+    assert_ne!(app.ended(&job).await["status"], "cancelled", "the job goes on");
 }

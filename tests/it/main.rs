@@ -18,6 +18,7 @@ mod fuzz;
 mod golden;
 mod huge;
 mod keys;
+mod large;
 mod limits;
 mod many;
 mod mixed;

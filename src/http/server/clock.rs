@@ -1,4 +1,7 @@
-//! A connection's clocks: for a head that does not end, for silence between requests, and for an answer that is not taken.
+//! A connection's clocks: for a head that does not end, for silence between requests, and for an answer that is not taken, or taken too slowly.
+//!
+//! An answer has `--write-timeout-s`, and a second more for each [`SLOWEST`] bytes that the client took, as a body on its way in: only the time counts in
+//! which the server waits for the client. No single wait is longer than the first of the two.
 
 use std::{
     io,
@@ -17,6 +20,7 @@ use tokio::{
 };
 
 use super::ServerConfig;
+use crate::http::drain::SLOWEST;
 use crate::telemetry::{ConnectionMetrics, TimeoutLabels};
 
 /// Where a connection stands: an odd number while a request runs. It only rises.
@@ -34,6 +38,11 @@ impl Stage {
 
     fn number(&self) -> u64 {
         self.0.load(SeqCst)
+    }
+
+    /// Which request of the connection runs, or was the last to.
+    fn request(&self) -> u64 {
+        self.number().div_ceil(2)
     }
 }
 
@@ -62,6 +71,31 @@ enum Waits {
     Running,
 }
 
+/// How an answer is taken.
+#[derive(Debug, Default)]
+struct Taken {
+    /// Of which request.
+    request: u64,
+    bytes: u64,
+    /// Time that the client took for it.
+    waited: Duration,
+    /// Since when a write waits.
+    since: Option<Instant>,
+}
+
+impl Taken {
+    /// For how long a write may wait that begins to.
+    fn left(&self, patience: Duration) -> Duration {
+        let earned = Duration::from_secs_f64(self.bytes as f64 / SLOWEST);
+        (patience + earned).saturating_sub(self.waited).min(patience)
+    }
+
+    fn wrote(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+        self.waited += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+    }
+}
+
 /// A stream that fails with `TimedOut` when its client is too slow.
 pub(super) struct Clocked<S> {
     stream: S,
@@ -74,8 +108,7 @@ pub(super) struct Clocked<S> {
     write: Duration,
     reading: Pin<Box<Sleep>>,
     writing: Pin<Box<Sleep>>,
-    /// Has a write been waiting?
-    stalled: bool,
+    taken: Taken,
     metrics: Arc<ConnectionMetrics>,
 }
 
@@ -92,7 +125,7 @@ impl<S> Clocked<S> {
             write: config.write_timeout,
             reading: Box::pin(tokio::time::sleep(config.header_timeout)),
             writing: Box::pin(tokio::time::sleep(config.write_timeout)),
-            stalled: false,
+            taken: Taken::default(),
             metrics,
         }
     }
@@ -129,13 +162,19 @@ impl<S> Clocked<S> {
     }
 
     /// Watches a write: the clock runs from the first try that had to wait to the next that did not.
-    fn watch<T>(&mut self, context: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if written.is_ready() {
-            self.stalled = false;
-            return written;
+    fn watch(&mut self, context: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        let request = self.stage.request();
+        if request != self.taken.request {
+            self.taken = Taken { request, ..Taken::default() };
         }
-        if !std::mem::replace(&mut self.stalled, true) {
-            self.writing.as_mut().reset(Instant::now() + self.write);
+        if let Poll::Ready(written) = written {
+            self.taken.wrote(written.as_ref().map_or(0, |bytes| *bytes));
+            return Poll::Ready(written);
+        }
+        if self.taken.since.is_none() {
+            let now = Instant::now();
+            self.taken.since = Some(now);
+            self.writing.as_mut().reset(now + self.taken.left(self.write));
         }
         ready!(self.writing.as_mut().poll(context));
         Poll::Ready(Err(self.timed_out("write")))
@@ -285,16 +324,39 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_reads_slowly_is_not_given_up() {
-        let (mut client, mut server, stage) = connection();
+        let (client, mut server, stage) = connection();
         let _running = stage.begin();
+        // Each piece earns far more than it takes.
+        read_slowly::<4096>(client);
+        let began = Instant::now();
+        server.write_all(&[0; 4096 * 16]).await.unwrap();
+        assert!(began.elapsed() > CONFIG.write_timeout, "the whole takes longer than one wait may");
+    }
+
+    /// However short each wait is. The next answer has a time of its own.
+    #[tokio::test]
+    async fn a_client_that_takes_an_answer_in_single_bytes_is_given_up() {
+        let (client, mut server, stage) = connection();
+        read_slowly::<1>(client);
+        server.write_all(&[0; 64]).await.unwrap();
+        let began = Instant::now();
+        for _ in 0..6 {
+            let _running = stage.begin();
+            server.write_all(&[0; 2]).await.unwrap();
+        }
+        assert!(began.elapsed() > CONFIG.write_timeout, "six answers take longer than one may");
+        let _running = stage.begin();
+        assert_eq!(server.write_all(&[0; 1000]).await.unwrap_err().to_string(), "write timeout");
+        assert!(server.taken.bytes < 200, "{} bytes", server.taken.bytes);
+    }
+
+    /// Reads so many bytes every 15 ms.
+    fn read_slowly<const N: usize>(mut client: DuplexStream) {
         tokio::spawn(async move {
-            let mut bytes = [0; 16];
+            let mut bytes = [0; N];
             while client.read_exact(&mut bytes).await.is_ok() {
                 tokio::time::sleep(milliseconds(15)).await;
             }
         });
-        let began = Instant::now();
-        server.write_all(&[0; 256]).await.unwrap();
-        assert!(began.elapsed() > CONFIG.write_timeout, "the whole takes longer than one wait may");
     }
 }

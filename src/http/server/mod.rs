@@ -56,7 +56,7 @@ pub struct ServerConfig {
     pub header_timeout: Duration,
     /// Between two requests.
     pub idle_timeout: Duration,
-    /// How long a client may take nothing of an answer that waits for it.
+    /// How long a client may take nothing of an answer that waits for it, and in all, besides a second for each 16 KiB that it took.
     pub write_timeout: Duration,
     /// Certificates and keys; None for plain HTTP.
     pub tls: Option<Arc<rustls::ServerConfig>>,

@@ -224,3 +224,105 @@ async fn a_clock_that_is_wrong_for_a_while_makes_nothing_old() {
         store.close().await;
     }
 }
+
+/// Rows of somebody who is not the program, one for each number below a count: what is in them by the number `i`.
+async fn many(store: &Store, count: i64, table: &str, values: &str) {
+    let sql = format!(
+        "WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {count} - 1) INSERT INTO {table} SELECT {values} FROM n"
+    );
+    sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&store.pool).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_tenant_keeps_its_newest_ended_jobs() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let ann = store.create_tenant("ann").await.unwrap().id;
+        let most = totals::MOST_ENDED;
+        let columns = "jobs (id, tenant, name, status, steps, created_at, finished_at, change_seq, spec)";
+        let now = unix_now();
+        let values = |tenant: TenantId, id: &str| {
+            format!("'ftjob-{id}' || (1000000 + i), {}, 'old', 'cancelled', 1, {now}, {now}, 1, '{{}}'", tenant.0)
+        };
+        many(&store, most + 5, columns, &values(ann, "1")).await;
+        many(&store, 20, columns, &values(BUILT_IN_TENANT, "2")).await;
+        let events = "job_events (job, seq, kind, level, message, data, created_at)";
+        many(&store, most + 5, events, &format!("'ftjob-1' || (1000000 + i), 1, 'a', 'info', '', '{{}}', {now}")).await;
+        let end = async |tenant, id: &str| {
+            let event = NewEvent { kind: "a", level: EventLevel::Info, message: String::new(), data: "{}".into() };
+            let job = NewJob {
+                id: format!("ftjob-{id}"),
+                tenant,
+                name: "new".into(),
+                name_must_be_free: true,
+                status: JobStatus::Queued,
+                spec: "{}".into(),
+                steps: 1,
+                data: vec![],
+                limits: Limits::default(),
+                most: 10,
+                key: None,
+                event,
+            };
+            store.create_job(job).await.unwrap();
+            assert_eq!(store.cancel_job(tenant, &format!("ftjob-{id}")).await.unwrap().status, JobStatus::Cancelled);
+        };
+        let kept = async || count(&store, "jobs").await - 20;
+        // A few at once, until there are no more than there may be.
+        end(ann, "9000001").await;
+        assert_eq!(kept().await, most + 2);
+        end(ann, "9000002").await;
+        assert_eq!(kept().await, most);
+        end(ann, "9000003").await;
+        assert_eq!(kept().await, most);
+        assert_eq!(
+            count(&store, "job_events").await,
+            most + 3,
+            "with what they left behind; the new ones have two each"
+        );
+        let (newest, oldest) = (store.jobs(ann, None, 1).await.unwrap(), store.job(ann, "ftjob-11000007").await);
+        assert!(matches!(oldest, Err(StoreError::JobNotFound)));
+        assert_eq!(newest[0].id, "ftjob-9000003");
+        assert!(store.job(ann, "ftjob-11000008").await.is_ok());
+        // One that was made before all the others is there when it ends.
+        end(ann, "0000001").await;
+        assert!(store.job(ann, "ftjob-0000001").await.is_ok());
+        end(BUILT_IN_TENANT, "9000009").await;
+        assert_eq!(kept().await, most + 1, "nobody else's go");
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_tenant_keeps_its_newest_answers() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let ann = store.create_tenant("ann").await.unwrap().id;
+        let most = totals::MOST_ANSWERS;
+        let columns = "idempotency (tenant, route, key, request_hash, response, created_at)";
+        let hash = match &database.config.location {
+            Location::Directory(_) => "x'00'",
+            Location::Postgres(_) => "'\\x00'::bytea",
+        };
+        let now = unix_now();
+        for (tenant, count) in [(ann, most + totals::ANSWERS_AT_ONCE), (BUILT_IN_TENANT, 50)] {
+            let values = format!("{}, 'r', 'k' || (1000000 + i), {hash}, '', {now} - 20000 + i", tenant.0);
+            many(&store, count, columns, &values).await;
+        }
+        let keep = async |tenant, key: &str| {
+            let respond = Arc::new(|_: &AdapterRecord| "kept".to_owned());
+            let idempotency = Idempotency { route: "r", key: key.into(), request_hash: [1; 32], respond };
+            written(store.put_adapter(NewAdapter { idempotency: Some(idempotency), ..new(tenant, key, 1) }).await);
+        };
+        keep(ann, "new1").await;
+        assert_eq!(count(&store, "idempotency").await, most + 50);
+        keep(ann, "new2").await;
+        keep(BUILT_IN_TENANT, "new").await;
+        assert_eq!(count(&store, "idempotency").await, most + 1 + 51, "the next go a thousand later");
+        let kept = async |key: &str, hash| store.kept_answer(ann, "r", key, &hash).await;
+        assert_eq!(kept("new1", [1; 32]).await.unwrap().as_deref(), Some("kept"));
+        assert_eq!(kept("k1001000", [1; 32]).await.unwrap(), None, "the oldest went");
+        assert!(kept("k1001001", [1; 32]).await.is_err(), "this one is there, of another request");
+        store.close().await;
+    }
+}

@@ -111,3 +111,21 @@ async fn a_key_made_or_revoked_by_another_process_counts_within_a_second() {
         tool.close().await;
     }
 }
+
+/// Whatever is being read: all connections for that are taken.
+#[tokio::test]
+async fn a_key_is_looked_up_while_everything_else_is_read() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let (key, _) = super::upkeep::key_of(&store, "alice").await;
+        let mut held = Vec::new();
+        for _ in 0..database.config.readers {
+            held.push(store.pool.acquire().await.unwrap());
+        }
+        let callers = Directory::new(Arc::new(store.clone()), Arc::default());
+        let found = tokio::time::timeout(std::time::Duration::from_secs(5), callers.verify(key.secret(), None)).await;
+        assert!(found.expect("it does not wait").is_ok());
+        drop(held);
+        store.close().await;
+    }
+}

@@ -300,3 +300,41 @@ async fn what_was_set_for_a_tenant_counts_for_its_jobs() {
         store.close().await;
     }
 }
+
+#[tokio::test]
+async fn bytes_of_jobs_count_until_they_are_gone() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let ann = store.create_tenant("ann").await.unwrap().id;
+        let job = |number: u32, bytes| NewJob {
+            id: format!("ftjob-{number:032x}"),
+            tenant: ann,
+            name: format!("a{number}"),
+            name_must_be_free: true,
+            status: JobStatus::Queued,
+            spec: format!("{:100}", "{}"),
+            steps: 10,
+            data: vec![(JobData::Training, vec![b'x'; 700]), (JobData::Validation, vec![b'x'; 300])],
+            limits: Limits { stored_bytes: Some(bytes), ..Limits::default() },
+            most: 10,
+            key: None,
+            event: NewEvent { kind: "status", level: EventLevel::Info, message: "made".into(), data: "{}".into() },
+        };
+        assert!(matches!(store.create_job(job(1, 1099)).await, Err(StoreError::BytesFull(1099))));
+        store.create_job(job(1, 1100)).await.unwrap();
+        store.create_job(job(2, 2200)).await.unwrap();
+        assert!(matches!(store.create_job(job(3, 3299)).await, Err(StoreError::BytesFull(_))));
+        assert!(matches!(store.put_file(file(1, ann, 10, 2209)).await, Err(StoreError::BytesFull(_))));
+        // Its data goes with the end, what it was asked stays with its row.
+        store.cancel_job(ann, &job(1, 0).id).await.unwrap();
+        store.cancel_job(ann, &job(1, 0).id).await.unwrap();
+        assert!(matches!(store.put_file(file(1, ann, 10, 1209)).await, Err(StoreError::BytesFull(_))));
+        store.put_file(file(1, ann, 10, 1210)).await.unwrap();
+        // Counted anew by a process that starts, to the same sum.
+        let again = database.open().await;
+        assert!(matches!(again.put_file(file(2, ann, 10, 1219)).await, Err(StoreError::BytesFull(_))));
+        again.put_file(file(2, ann, 10, 1220)).await.unwrap();
+        again.close().await;
+        store.close().await;
+    }
+}

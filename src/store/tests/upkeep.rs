@@ -407,3 +407,61 @@ async fn a_backup_of_a_newer_program_is_refused() {
     assert!(matches!(error, StoreError::NewerSchema { found: 999, .. }), "{error}");
     assert!(back_up(&beside(&database, "nothing here"), &copy).await.unwrap_err().to_string().contains("no such file"));
 }
+
+#[tokio::test]
+async fn what_restores_replace_is_kept_each_under_its_own_name() {
+    let database = Database::sqlite();
+    let data = directory(&database).to_owned();
+    let copies = ["first", "second", "third"].map(|name| (name, beside(&database, &format!("{name}.db"))));
+    for (name, copy) in &copies {
+        let store = database.open().await;
+        written(store.put_adapter(new(BUILT_IN_TENANT, name, 1)).await);
+        store.close().await;
+        back_up(&data, copy).await.unwrap();
+    }
+    for (_, copy) in &copies {
+        restore(copy, &data, true).await.unwrap();
+    }
+    // The original had all three; then came the copies in their order.
+    for (file, adapters) in
+        [("mote.db.replaced", 3), ("mote.db.replaced.2", 1), ("mote.db.replaced.3", 2), ("mote.db", 3)]
+    {
+        let opened = beside(&database, "opened");
+        std::fs::create_dir(&opened).unwrap();
+        std::fs::copy(data.join(file), opened.join("mote.db")).unwrap();
+        let store = Store::open(StoreConfig::new(Location::Directory(opened.clone()))).await.unwrap();
+        assert_eq!(all(&store).await.len(), adapters, "{file}");
+        store.close().await;
+        std::fs::remove_dir_all(&opened).unwrap();
+    }
+}
+
+/// No start makes a new database where a restore was interrupted, and the restore can be made again.
+#[tokio::test]
+async fn an_interrupted_restore_is_not_taken_for_an_empty_directory() {
+    let database = Database::sqlite();
+    let data = directory(&database).to_owned();
+    let store = database.open().await;
+    written(store.put_adapter(new(BUILT_IN_TENANT, "kept", 1)).await);
+    store.close().await;
+    let copy = beside(&database, "copy.db");
+    back_up(&data, &copy).await.unwrap();
+    for left in ["mote.db.replaced", "mote.db.replaced.7", "restore.part"] {
+        std::fs::rename(data.join("mote.db"), data.join(left)).unwrap();
+        if left == "restore.part" {
+            std::fs::remove_file(data.join(left)).unwrap();
+            std::fs::create_dir(data.join(left)).unwrap();
+            std::fs::write(data.join(left).join("mote.db"), "half of it").unwrap();
+            std::fs::write(data.join(left).join("mote.db-wal"), "and its log").unwrap();
+        }
+        let words = Store::open(database.config.clone()).await.unwrap_err().to_string();
+        assert!(words.contains(left) && words.contains("mote restore --force"), "{words}");
+        assert!(!data.join("mote.db").exists(), "nothing was made");
+        restore(&copy, &data, true).await.unwrap();
+        let store = database.open().await;
+        assert_eq!(all(&store).await.len(), 1, "{left}");
+        store.close().await;
+        assert!(!data.join("restore.part").exists());
+        let _ = std::fs::remove_file(data.join(left));
+    }
+}

@@ -46,6 +46,8 @@ impl Tx<'_> {
         if new.name_must_be_free && self.is_taken(new.tenant, &new.name).await? {
             return Err(StoreError::NameTaken);
         }
+        let bytes = new.spec.len() + new.data.iter().map(|(_, data)| data.len()).sum::<usize>();
+        self.make_room(new.tenant, new.limits.room(), 0, signed(bytes as u64)).await?;
         let change = self.next_seq();
         sqlx::query(
             "INSERT INTO jobs (id, tenant, name, status, steps, created_at, change_seq, spec) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
@@ -182,9 +184,9 @@ impl Tx<'_> {
         error: Option<String>,
     ) -> Result<()> {
         let (now, change) = (self.now, self.next_seq());
-        sqlx::query(
+        let row = sqlx::query(
             "UPDATE jobs SET status = $1, result = COALESCE($2, result), error = $3, finished_at = $4, lease = NULL, \
-             change_seq = $5 WHERE id = $6",
+             change_seq = $5 WHERE id = $6 RETURNING tenant",
         )
         .bind(status.as_str())
         .bind(result)
@@ -192,10 +194,22 @@ impl Tx<'_> {
         .bind(now)
         .bind(change)
         .bind(id)
-        .execute(&mut *self.connection)
+        .fetch_optional(&mut *self.connection)
         .await?;
-        sqlx::query("DELETE FROM job_data WHERE job = $1").bind(id).execute(&mut *self.connection).await?;
+        let data = self.erase_data(id).await?;
+        // Nothing is counted of a job whose owner cannot be read.
+        if let Some(tenant) = row.and_then(|row| row.try_get(0).ok()).map(TenantId) {
+            self.totals.add(tenant, 0, -data);
+            self.keep_newest_jobs(tenant, id).await?;
+        }
         Ok(())
+    }
+
+    /// Erases a job's data sets; how many bytes they had.
+    async fn erase_data(&mut self, id: &str) -> Result<i64> {
+        let gone = sqlx::query("DELETE FROM job_data WHERE job = $1 RETURNING CAST(OCTET_LENGTH(data) AS BIGINT)");
+        let rows = gone.bind(id).fetch_all(&mut *self.connection).await?;
+        Ok(rows.iter().map(|row| row.try_get::<i64, _>(0).unwrap_or_default()).sum())
     }
 
     async fn cancel_job(&mut self, tenant: TenantId, id: &str) -> Result<JobRecord> {
@@ -233,16 +247,22 @@ impl Tx<'_> {
         }
     }
 
-    /// Erases a job with all that it left behind.
+    /// Erases an ended job with all that it left behind.
     pub(in crate::store) async fn erase_job(&mut self, id: &str) -> Result<()> {
+        let data = self.erase_data(id).await?;
         for sql in [
-            "DELETE FROM job_data WHERE job = $1",
             "DELETE FROM job_events WHERE job = $1",
             "DELETE FROM job_checkpoints WHERE job = $1",
             "DELETE FROM job_samples WHERE job = $1",
-            "DELETE FROM jobs WHERE id = $1",
         ] {
             sqlx::query(sql).bind(id).execute(&mut *self.connection).await?;
+        }
+        let gone = sqlx::query("DELETE FROM jobs WHERE id = $1 RETURNING tenant, CAST(OCTET_LENGTH(spec) AS BIGINT)");
+        let row = gone.bind(id).fetch_optional(&mut *self.connection).await?;
+        if let Some(tenant) = row.as_ref().and_then(|row| row.try_get(0).ok()).map(TenantId) {
+            let spec = row.and_then(|row| row.try_get::<i64, _>(1).ok()).unwrap_or_default();
+            self.totals.add(tenant, 0, -data - spec);
+            self.totals.ended_job_gone(tenant);
         }
         Ok(())
     }
@@ -268,7 +288,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::NameReserved`], [`StoreError::TooManyJobs`], [`StoreError::JobsFull`], [`StoreError::IdempotencyMismatch`],
-    /// [`StoreError::TenantNotFound`], [`StoreError::AdaptersFull`], [`StoreError::TrainedEnough`].
+    /// [`StoreError::TenantNotFound`], [`StoreError::AdaptersFull`], [`StoreError::BytesFull`], [`StoreError::TrainedEnough`].
     pub async fn create_job(&self, new: NewJob) -> Result<JobStored> {
         self.audited(
             move |tx| Box::pin(tx.create_job(new)),
