@@ -18,15 +18,15 @@ use super::{
     extract::{ApiJson, ApiPath, ApiQuery},
     metered::Metered,
     state::AppState,
+    training::page_size,
     upload::{AdapterForm, AdapterUpload, UploadQuery, read_upload},
 };
 use crate::{
-    service::{AdapterInfo, Error, GenerationInfo, Numbers, Retry, Uploaded},
+    service::{AdapterInfo, Error, GenerationInfo, HISTORY, Numbers, Retry, Uploaded},
     types::Generation,
 };
 
 const DEFAULT_LIMIT: u32 = 100;
-const MAX_LIMIT: u32 = 1000;
 /// The client's key for a request that may be sent again.
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
@@ -145,14 +145,14 @@ impl From<GenerationInfo> for GenerationObject {
     }
 }
 
-/// All generations of an adapter.
+/// Generations of an adapter.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct GenerationList {
     /// `list`
     pub object: &'static str,
     /// The newest upload first.
     pub data: Vec<GenerationObject>,
-    /// Always false: the list is whole.
+    /// Are there more after the last one?
     pub has_more: bool,
 }
 
@@ -216,6 +216,17 @@ pub(super) struct Page {
     after: Option<String>,
     /// Only those whose name begins so.
     prefix: Option<String>,
+}
+
+/// Which generations.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct GenerationsPage {
+    /// At most so many generations.
+    #[param(minimum = 1, maximum = 1000, default = 1000)]
+    limit: Option<u32>,
+    /// Only those uploaded before this generation.
+    after: Option<String>,
 }
 
 /// How to write the numbers.
@@ -298,10 +309,7 @@ pub(super) async fn list_adapters(
     Auth(caller): Auth,
     ApiQuery(page): ApiQuery<Page>,
 ) -> ApiResult<Json<AdapterList>> {
-    let limit = page.limit.unwrap_or(DEFAULT_LIMIT);
-    if !(1..=MAX_LIMIT).contains(&limit) {
-        return Err(Error::invalid("limit", format!("'limit' must be between 1 and {MAX_LIMIT}.")).into());
-    }
+    let limit = page_size(page.limit, DEFAULT_LIMIT)?;
     let prefix = page.prefix.as_deref().unwrap_or("");
     let (infos, has_more) = state.service.adapters(&caller, prefix, page.after.as_deref(), limit).await?;
     Ok(Json(AdapterList { object: "list", data: infos.into_iter().map(AdapterObject::from).collect(), has_more }))
@@ -363,6 +371,11 @@ fn if_match(headers: &HeaderMap) -> Result<Option<Generation>, Error> {
     tag.parse()
         .map(Some)
         .map_err(|error| Error::invalid("If-Match", format!("'If-Match' names one generation: {error}.")))
+}
+
+/// A generation that a request names in `field`.
+fn generation_of(field: &'static str, text: &str) -> Result<Generation, Error> {
+    text.parse().map_err(|error| Error::invalid(field, format!("'{field}': {error}.")))
 }
 
 /// Delete an adapter
@@ -430,18 +443,23 @@ pub(super) async fn read_weights(
 }
 
 /// List an adapter's generations
+///
+/// An adapter keeps its 1,000 newest generations, which is also the default `limit`.
 #[utoipa::path(
-    get, path = "/adapters/{name}/generations", tag = "adapters", params(("name" = String, Path, description = "An adapter's name.")),
-    responses((status = 200, description = "All of them.", body = GenerationList), (status = 404, description = "The caller owns none of that name (code `adapter_not_found`).", body = ErrorBody), CommonErrors),
+    get, path = "/adapters/{name}/generations", tag = "adapters", params(("name" = String, Path, description = "An adapter's name."), GenerationsPage),
+    responses((status = 200, description = "The newest upload first.", body = GenerationList), (status = 400, description = "A query parameter is out of range.", body = ErrorBody), (status = 404, description = "The caller owns none of that name (code `adapter_not_found`).", body = ErrorBody), CommonErrors),
 )]
 pub(super) async fn list_generations(
     State(state): State<AppState>,
     Auth(caller): Auth,
     ApiPath(name): ApiPath<String>,
+    ApiQuery(page): ApiQuery<GenerationsPage>,
 ) -> ApiResult<Json<GenerationList>> {
-    let infos = state.service.generations(&caller, &name).await?;
+    let limit = page_size(page.limit, HISTORY)?;
+    let after = page.after.as_deref().map(|text| generation_of("after", text)).transpose()?;
+    let (infos, has_more) = state.service.generations(&caller, &name, after, limit).await?;
     let data = infos.into_iter().map(GenerationObject::from).collect();
-    Ok(Json(GenerationList { object: "list", data, has_more: false }))
+    Ok(Json(GenerationList { object: "list", data, has_more }))
 }
 
 /// Go back to a generation
@@ -450,7 +468,7 @@ pub(super) async fn list_generations(
     request_body = RollbackBody,
     responses(
         (status = 200, description = "The adapter, at that generation.", body = AdapterObject),
-        (status = 404, description = "The caller owns no adapter of that name, or it never had that generation (code `adapter_not_found`).", body = ErrorBody),
+        (status = 404, description = "The caller owns no adapter of that name, or it does not have that generation, any more or at all (code `adapter_not_found`).", body = ErrorBody),
         BodyErrors, CommonErrors,
     ),
 )]
@@ -461,7 +479,7 @@ pub(super) async fn rollback_adapter(
     ApiJson(body): ApiJson<RollbackBody>,
 ) -> ApiResult<Response> {
     let text = body.generation.ok_or_else(|| Error::invalid("generation", "'generation' is required."))?;
-    let generation = text.parse().map_err(|error| Error::invalid("generation", format!("'generation': {error}.")))?;
+    let generation = generation_of("generation", &text)?;
     Ok(adapter_answer(state.service.rollback(&caller, &name, generation).await?))
 }
 

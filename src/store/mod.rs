@@ -28,6 +28,7 @@ mod upkeep;
 mod usage;
 mod writer;
 
+pub use adapters::HISTORY;
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
 pub use error::{Result, StoreError, Unwritable};
 pub use faults::Faults;

@@ -196,8 +196,12 @@ pub struct GenerationRecord {
     pub current: bool,
     /// Unix seconds.
     pub created_at: i64,
-    /// What it holds.
-    pub contents: Contents,
+    /// The hash of its contents.
+    pub generation: Generation,
+    /// How many bytes its numbers have.
+    pub bytes: usize,
+    /// What they mean, but for the frame, which no list shows.
+    pub facts: Arc<Facts>,
 }
 
 /// A committed change of what names mean.
@@ -212,6 +216,13 @@ pub enum Change {
         /// The name.
         name: String,
         /// Every generation that it had.
+        generations: Vec<Generation>,
+    },
+    /// Generations of an adapter that lives were too old to be kept.
+    Pruned {
+        /// The owner.
+        tenant: TenantId,
+        /// Which.
         generations: Vec<Generation>,
     },
 }

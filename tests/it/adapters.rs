@@ -446,6 +446,31 @@ async fn a_public_adapter_is_everybodys_to_use_and_nobodys_to_change() {
 }
 
 #[tokio::test]
+async fn a_page_of_generations_says_whether_there_are_more() {
+    let app = TestApp::new().await;
+    let mut made = Vec::new();
+    for number in 1..=3 {
+        let body = json!({"name": "a", "numbers": vec![f64::from(number); 13], "on_conflict": "new_generation"});
+        made.insert(0, ok(&app, Method::POST, "/adapters", body).await["generation"].clone());
+    }
+    let page = async |query: &str| {
+        let page = app.get(&format!("/adapters/a/generations{query}")).await.json();
+        let found: Vec<Value> =
+            page["data"].as_array().unwrap().iter().map(|each| each["generation"].clone()).collect();
+        (found, page["has_more"] == true)
+    };
+    assert_eq!(page("").await, (made.clone(), false), "all of them, unless asked otherwise");
+    assert_eq!(page("?limit=2").await, (made[..2].to_vec(), true));
+    let after = made[1].as_str().unwrap();
+    assert_eq!(page(&format!("?limit=2&after={after}")).await, (made[2..].to_vec(), false));
+    assert_eq!(page(&format!("?after={}", "0".repeat(32))).await, (Vec::new(), false));
+    for (query, param) in [("?limit=0", "limit"), ("?limit=1001", "limit"), ("?after=x", "after")] {
+        let answer = app.get(&format!("/adapters/a/generations{query}")).await;
+        assert_eq!((answer.error().0, answer.error().2.as_deref()), (400, Some(param)), "{query}");
+    }
+}
+
+#[tokio::test]
 async fn admins_manage_tenants_and_keys() {
     let app = with_keys().await;
     let admin = async |method: Method, path: &str, body: Value| send(&app, ADMIN, method, path, body).await;
