@@ -53,6 +53,9 @@ pub enum StoreError {
     /// A job in this status cannot do what was asked.
     #[error("the job is {0}")]
     JobStatus(super::JobStatus),
+    /// The job was paused as often as a job can be.
+    #[error("the job was paused {0} times")]
+    PausedEnough(u64),
     /// The tenant has as many jobs under way as it may.
     #[error("the tenant has {0} jobs under way")]
     TooManyJobs(u64),
