@@ -274,7 +274,7 @@ fn with_etag(mut response: Response, generation: Generation) -> Response {
     request_body(content((AdapterUpload = "application/json"), (Vec<u8> = "application/octet-stream"), (AdapterForm = "multipart/form-data"))),
     responses(
         (status = 201, description = "Stored: it survives the end of the process.", body = AdapterObject),
-        (status = 403, description = "Only an admin can make an adapter public.", body = ErrorBody),
+        (status = 403, description = "Only an admin can make an adapter public, or change one that is.", body = ErrorBody),
         (status = 409, description = "The name is taken (code `name_taken`).", body = ErrorBody),
         (status = 422, description = "The numbers are for another base (code `incompatible_adapter`).", body = ErrorBody),
         BodyErrors, CommonErrors,
@@ -340,7 +340,7 @@ pub(super) async fn show_adapter(
     request_body(content((AdapterUpload = "application/json"), (Vec<u8> = "application/octet-stream"), (AdapterForm = "multipart/form-data"))),
     responses(
         (status = 200, description = "The adapter with its new generation.", body = AdapterObject),
-        (status = 403, description = "Only an admin can make an adapter public.", body = ErrorBody),
+        (status = 403, description = "Only an admin can make an adapter public, or change one that is.", body = ErrorBody),
         (status = 404, description = "The caller has none of that name (code `adapter_not_found`).", body = ErrorBody),
         (status = 409, description = "Another tenant has a public adapter of that name.", body = ErrorBody),
         (status = 412, description = "The current generation is another (code `generation_mismatch`).", body = ErrorBody),
@@ -383,7 +383,7 @@ fn generation_of(field: &'static str, text: &str) -> Result<Generation, Error> {
 /// Erases its generations and their cached keys and values. Requests that run under it end as they began.
 #[utoipa::path(
     delete, path = "/adapters/{name}", tag = "adapters", params(("name" = String, Path, description = "An adapter's name.")),
-    responses((status = 204, description = "Erased."), (status = 404, description = "The caller has none of that name (code `adapter_not_found`).", body = ErrorBody), CommonErrors),
+    responses((status = 204, description = "Erased."), (status = 403, description = "It is public, and only an admin can delete it.", body = ErrorBody), (status = 404, description = "The caller has none of that name (code `adapter_not_found`).", body = ErrorBody), CommonErrors),
 )]
 pub(super) async fn delete_adapter(
     State(state): State<AppState>,
@@ -468,6 +468,7 @@ pub(super) async fn list_generations(
     request_body = RollbackBody,
     responses(
         (status = 200, description = "The adapter, at that generation.", body = AdapterObject),
+        (status = 403, description = "It is public, and only an admin can change it.", body = ErrorBody),
         (status = 404, description = "The caller owns no adapter of that name, or it does not have that generation, any more or at all (code `adapter_not_found`).", body = ErrorBody),
         BodyErrors, CommonErrors,
     ),

@@ -172,6 +172,7 @@ pub(super) async fn body_and_retry<T: serde::de::DeserializeOwned>(
     params(("Idempotency-Key" = Option<String>, Header, description = "A request sent again under the same key is the same job.")),
     responses(
         (status = 202, description = "The job.", body = JobObject),
+        (status = 403, description = "The adapter of that name is public, and only an admin can change it.", body = ErrorBody),
         (status = 404, description = "`init_from` or a file is not the caller's (codes `adapter_not_found`, `file_not_found`).", body = ErrorBody),
         (status = 409, description = "The name is taken, or reserved by another job (code `name_taken`).", body = ErrorBody),
         (status = 422, description = "`init_from` is for another base (code `incompatible_adapter`).", body = ErrorBody),

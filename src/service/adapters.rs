@@ -413,6 +413,9 @@ pub(super) fn store_error(error: StoreError, name: &str) -> Error {
         ))
         .with_code("name_taken")
         .with_param("name"),
+        StoreError::PublicAdapter => {
+            Error::new(ErrorKind::Forbidden, format!("'{name}' is public: only an admin can change or delete it."))
+        }
         StoreError::AdapterNotFound => Error::adapter_not_found(name, None),
         StoreError::GenerationMismatch { current } => {
             Error::new(ErrorKind::PreconditionFailed, format!("The current generation of '{name}' is {current}."))

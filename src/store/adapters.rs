@@ -229,6 +229,7 @@ impl Tx<'_> {
             let result = match (tenants.get(&item.tenant), existing.remove(&key), item.on_conflict) {
                 (None, ..) => Err(StoreError::TenantNotFound),
                 (_, Some(_), OnConflict::Error) => Err(StoreError::NameTaken),
+                (_, Some(old), _) if old.public && !item.may_change_public => Err(StoreError::PublicAdapter),
                 (_, None, OnConflict::Replace(_)) => Err(StoreError::AdapterNotFound),
                 (_, None, _) if reserved.contains(&key) => Err(StoreError::NameReserved),
                 (_, Some(old), OnConflict::Replace(Some(expected))) if old.generation != expected => {
@@ -443,9 +444,9 @@ impl Tx<'_> {
     }
 
     /// Erases an adapter with its generations. Facts that nobody else has go with the next sweep.
-    pub(super) async fn delete_adapter(&mut self, tenant: TenantId, name: &str) -> Result<AdapterId> {
+    pub(super) async fn delete_adapter(&mut self, tenant: TenantId, name: &str, public_too: bool) -> Result<AdapterId> {
         let row = sqlx::query(
-            "SELECT id, CAST(OCTET_LENGTH(metadata) AS BIGINT) FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2",
+            "SELECT id, CAST(OCTET_LENGTH(metadata) AS BIGINT), public FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2",
         )
         .bind(tenant.0)
         .bind(name)
@@ -453,6 +454,9 @@ impl Tx<'_> {
         .await?
         .ok_or(StoreError::AdapterNotFound)?;
         let (id, mut bytes): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
+        if !public_too && row.try_get::<i64, _>(2).is_ok_and(|public| public != 0) {
+            return Err(StoreError::PublicAdapter);
+        }
         let query =
             sqlx::query("SELECT generation, CAST(OCTET_LENGTH(data) AS BIGINT) FROM generations WHERE adapter = $1");
         let rows = self.rows(query.bind(id)).await?;
@@ -476,12 +480,16 @@ impl Tx<'_> {
         tenant: TenantId,
         name: &str,
         generation: Generation,
+        public_too: bool,
     ) -> Result<(AdapterRecord, Generation)> {
         let old = match decode::own_record(self.connection, tenant, name).await {
             // Nothing was written yet, and it is no trouble of the others in this transaction.
             Err(error) if error.is_damage() => return Err(StoreError::AdapterDamaged),
             old => old?.ok_or(StoreError::AdapterNotFound)?,
         };
+        if old.public && !public_too {
+            return Err(StoreError::PublicAdapter);
+        }
         let query = sqlx::query(SEQ_OF).bind(old.id.0).bind(&generation.0[..]);
         let seq: Option<i64> = query.fetch_one(&mut *self.connection).await?.try_get(0)?;
         let seq = seq.ok_or(StoreError::GenerationNotFound)?;

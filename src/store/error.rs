@@ -17,6 +17,9 @@ pub enum StoreError {
     /// Somebody's public adapter has that name.
     #[error("a public adapter has that name")]
     PublicNameTaken,
+    /// The adapter is public, and whoever asks is no admin.
+    #[error("the adapter is public")]
+    PublicAdapter,
     /// The tenant has no such adapter.
     #[error("no such adapter")]
     AdapterNotFound,

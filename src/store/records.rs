@@ -59,6 +59,8 @@ pub struct NewAdapter {
     pub contents: Contents,
     /// What to do when the name is taken.
     pub on_conflict: OnConflict,
+    /// May an adapter of that name be changed that is public? Admins may.
+    pub may_change_public: bool,
     /// What the owner's stored things may come to.
     pub room: Room,
     /// Makes a retried upload the same upload.

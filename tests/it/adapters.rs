@@ -446,6 +446,44 @@ async fn a_public_adapter_is_everybodys_to_use_and_nobodys_to_change() {
 }
 
 #[tokio::test]
+async fn a_public_adapter_is_its_tenant_s_admins_to_change() {
+    const MEMBER: &str = "a-member-of-the-house-0123456789";
+    let app = with_keys().await;
+    let key = ApiKey::chosen(MEMBER).unwrap();
+    let tenant = "default".to_owned();
+    let role = Role::Member;
+    let new = NewKey { key, tenant, create_tenant: false, role, expires_at: None, only_first: false };
+    app.state.service.store.create_key(new).await.unwrap();
+    let house = |x: f64| json!({"name": "house", "numbers": vec![x; 13], "public": true});
+    let first = send(&app, ADMIN, Method::POST, "/adapters", house(0.5)).await.json();
+    assert_eq!(send(&app, ADMIN, Method::PUT, "/adapters/house", house(0.25)).await.status, 200);
+    let before = app.get("/adapters/house").await.json();
+
+    let again = json!({"name": "house", "numbers": vec![0.125; 13], "on_conflict": "new_generation"});
+    let hidden = json!({"name": "house", "numbers": vec![0.125; 13], "on_conflict": "new_generation", "public": false});
+    for (method, path, body) in [
+        (Method::PUT, "/adapters/house", json!({"numbers": vec![0.125; 13]})),
+        (Method::POST, "/adapters", again.clone()),
+        (Method::POST, "/adapters", hidden),
+        (Method::POST, "/adapters/house/rollback", json!({"generation": first["generation"]})),
+        (Method::DELETE, "/adapters/house", json!({})),
+    ] {
+        let refused = send(&app, MEMBER, method.clone(), path, body).await;
+        assert_eq!(refused.error(), (403, "permission_error".into(), None, None), "{method} {path}");
+    }
+    let lines = format!("{again}\n{}", json_of("mine", 0.5));
+    let batch = app.send(request(MEMBER, Method::POST, "/adapters/batch", "application/x-ndjson", lines)).await;
+    let (refused, stored) = batch.text.split_once('\n').unwrap();
+    assert!(refused.contains("permission_error") && stored.contains("generation"), "{}", batch.text);
+    assert_eq!(app.get("/adapters/house").await.json(), before);
+    // A name that is taken is no secret to its owner, and what is not public is a member's.
+    let taken = send(&app, MEMBER, Method::POST, "/adapters", json_of("house", 0.5)).await;
+    assert_eq!(taken.error().3.as_deref(), Some("name_taken"));
+    assert_eq!(send(&app, MEMBER, Method::DELETE, "/adapters/mine", json!({})).await.status, 204);
+    assert_eq!(send(&app, ADMIN, Method::DELETE, "/adapters/house", json!({})).await.status, 204);
+}
+
+#[tokio::test]
 async fn a_page_of_generations_says_whether_there_are_more() {
     let app = TestApp::new().await;
     let mut made = Vec::new();

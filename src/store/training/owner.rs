@@ -31,7 +31,7 @@ pub(super) fn status_event(status: JobStatus, message: &str) -> NewEvent {
 }
 
 impl Tx<'_> {
-    async fn create_job(&mut self, new: NewJob) -> Result<JobStored> {
+    async fn create_job(&mut self, new: NewJob, public_too: bool) -> Result<JobStored> {
         if let Some(key) = &new.key {
             let known =
                 idempotency::answer(self.connection, new.tenant, key.route, &key.key, &key.request_hash).await?;
@@ -53,6 +53,9 @@ impl Tx<'_> {
         }
         if new.name_must_be_free && self.is_taken(new.tenant, &new.name).await? {
             return Err(StoreError::NameTaken);
+        }
+        if !public_too && self.is_public(new.tenant, &new.name).await? {
+            return Err(StoreError::PublicAdapter);
         }
         let change = self.next_seq();
         sqlx::query(
@@ -86,6 +89,13 @@ impl Tx<'_> {
     /// Has the tenant an adapter of that name, damaged or not?
     async fn is_taken(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
         let query = sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND deleted = 0");
+        Ok(query.bind(tenant.0).bind(name).fetch_optional(&mut *self.connection).await?.is_some())
+    }
+
+    /// Has it one that is public?
+    async fn is_public(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
+        let query =
+            sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND public = 1 AND deleted = 0");
         Ok(query.bind(tenant.0).bind(name).fetch_optional(&mut *self.connection).await?.is_some())
     }
 
@@ -289,10 +299,11 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::NameReserved`], [`StoreError::TooManyJobs`], [`StoreError::JobsFull`], [`StoreError::IdempotencyMismatch`],
-    /// [`StoreError::TenantNotFound`], [`StoreError::AdaptersFull`], [`StoreError::TrainedEnough`].
+    /// [`StoreError::TenantNotFound`], [`StoreError::AdaptersFull`], [`StoreError::TrainedEnough`], [`StoreError::PublicAdapter`].
     pub async fn create_job(&self, new: NewJob) -> Result<JobStored> {
+        let public_too = self.may_change_public();
         self.audited(
-            move |tx| Box::pin(tx.create_job(new)),
+            move |tx| Box::pin(tx.create_job(new, public_too)),
             |actor, stored| match stored {
                 JobStored::New(job) => {
                     Some(actor.did("job.create", job.id.clone()).with(format!("{{\"name\":\"{}\"}}", job.name)))
