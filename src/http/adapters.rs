@@ -19,15 +19,15 @@ use super::{
     large::Large,
     metered::Metered,
     state::AppState,
+    training::page_size,
     upload::{AdapterForm, AdapterUpload, UploadQuery, read_upload},
 };
 use crate::{
-    service::{AdapterInfo, Error, GenerationInfo, Numbers, Retry, Uploaded},
+    service::{AdapterInfo, Error, GenerationInfo, HISTORY, Numbers, Retry, Uploaded},
     types::Generation,
 };
 
 const DEFAULT_LIMIT: u32 = 100;
-const MAX_LIMIT: u32 = 1000;
 /// The client's key for a request that may be sent again.
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
@@ -146,14 +146,14 @@ impl From<GenerationInfo> for GenerationObject {
     }
 }
 
-/// All generations of an adapter.
+/// Generations of an adapter.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct GenerationList {
     /// `list`
     pub object: &'static str,
     /// The newest upload first.
     pub data: Vec<GenerationObject>,
-    /// Always false: the list is whole.
+    /// Are there more after the last one?
     pub has_more: bool,
 }
 
@@ -219,6 +219,17 @@ pub(super) struct Page {
     prefix: Option<String>,
 }
 
+/// Which generations.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct GenerationsPage {
+    /// At most so many generations.
+    #[param(minimum = 1, maximum = 1000, default = 1000)]
+    limit: Option<u32>,
+    /// Only those uploaded before this generation.
+    after: Option<String>,
+}
+
 /// How to write the numbers.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -264,7 +275,7 @@ fn with_etag(mut response: Response, generation: Generation) -> Response {
     request_body(content((AdapterUpload = "application/json"), (Vec<u8> = "application/octet-stream"), (AdapterForm = "multipart/form-data"))),
     responses(
         (status = 201, description = "Stored: it survives the end of the process.", body = AdapterObject),
-        (status = 403, description = "Only an admin can make an adapter public.", body = ErrorBody),
+        (status = 403, description = "Only an admin can make an adapter public, or change one that is.", body = ErrorBody),
         (status = 409, description = "The name is taken (code `name_taken`).", body = ErrorBody),
         (status = 422, description = "The numbers are for another base (code `incompatible_adapter`).", body = ErrorBody),
         BodyErrors, CommonErrors,
@@ -299,10 +310,7 @@ pub(super) async fn list_adapters(
     Large(caller, place): Large,
     ApiQuery(page): ApiQuery<Page>,
 ) -> ApiResult<Response> {
-    let limit = page.limit.unwrap_or(DEFAULT_LIMIT);
-    if !(1..=MAX_LIMIT).contains(&limit) {
-        return Err(Error::invalid("limit", format!("'limit' must be between 1 and {MAX_LIMIT}.")).into());
-    }
+    let limit = page_size(page.limit, DEFAULT_LIMIT)?;
     let prefix = page.prefix.as_deref().unwrap_or("");
     let (infos, has_more) = state.service.adapters(&caller, prefix, page.after.as_deref(), limit).await?;
     let data = infos.into_iter().map(AdapterObject::from).collect();
@@ -334,7 +342,7 @@ pub(super) async fn show_adapter(
     request_body(content((AdapterUpload = "application/json"), (Vec<u8> = "application/octet-stream"), (AdapterForm = "multipart/form-data"))),
     responses(
         (status = 200, description = "The adapter with its new generation.", body = AdapterObject),
-        (status = 403, description = "Only an admin can make an adapter public.", body = ErrorBody),
+        (status = 403, description = "Only an admin can make an adapter public, or change one that is.", body = ErrorBody),
         (status = 404, description = "The caller has none of that name (code `adapter_not_found`).", body = ErrorBody),
         (status = 409, description = "Another tenant has a public adapter of that name.", body = ErrorBody),
         (status = 412, description = "The current generation is another (code `generation_mismatch`).", body = ErrorBody),
@@ -367,12 +375,17 @@ fn if_match(headers: &HeaderMap) -> Result<Option<Generation>, Error> {
         .map_err(|error| Error::invalid("If-Match", format!("'If-Match' names one generation: {error}.")))
 }
 
+/// A generation that a request names in `field`.
+fn generation_of(field: &'static str, text: &str) -> Result<Generation, Error> {
+    text.parse().map_err(|error| Error::invalid(field, format!("'{field}': {error}.")))
+}
+
 /// Delete an adapter
 ///
 /// Erases its generations and their cached keys and values. Requests that run under it end as they began.
 #[utoipa::path(
     delete, path = "/adapters/{name}", tag = "adapters", params(("name" = String, Path, description = "An adapter's name.")),
-    responses((status = 204, description = "Erased."), (status = 404, description = "The caller has none of that name (code `adapter_not_found`).", body = ErrorBody), CommonErrors),
+    responses((status = 204, description = "Erased."), (status = 403, description = "It is public, and only an admin can delete it.", body = ErrorBody), (status = 404, description = "The caller has none of that name (code `adapter_not_found`).", body = ErrorBody), CommonErrors),
 )]
 pub(super) async fn delete_adapter(
     State(state): State<AppState>,
@@ -434,18 +447,23 @@ pub(super) async fn read_weights(
 }
 
 /// List an adapter's generations
+///
+/// An adapter keeps its 1,000 newest generations, which is also the default `limit`.
 #[utoipa::path(
-    get, path = "/adapters/{name}/generations", tag = "adapters", params(("name" = String, Path, description = "An adapter's name.")),
-    responses((status = 200, description = "All of them.", body = GenerationList), (status = 404, description = "The caller owns none of that name (code `adapter_not_found`).", body = ErrorBody), CommonErrors),
+    get, path = "/adapters/{name}/generations", tag = "adapters", params(("name" = String, Path, description = "An adapter's name."), GenerationsPage),
+    responses((status = 200, description = "The newest upload first.", body = GenerationList), (status = 400, description = "A query parameter is out of range.", body = ErrorBody), (status = 404, description = "The caller owns none of that name (code `adapter_not_found`).", body = ErrorBody), CommonErrors),
 )]
 pub(super) async fn list_generations(
     State(state): State<AppState>,
     Large(caller, place): Large,
     ApiPath(name): ApiPath<String>,
+    ApiQuery(page): ApiQuery<GenerationsPage>,
 ) -> ApiResult<Response> {
-    let infos = state.service.generations(&caller, &name).await?;
+    let limit = page_size(page.limit, HISTORY)?;
+    let after = page.after.as_deref().map(|text| generation_of("after", text)).transpose()?;
+    let (infos, has_more) = state.service.generations(&caller, &name, after, limit).await?;
     let data = infos.into_iter().map(GenerationObject::from).collect();
-    Ok(place.send(Json(GenerationList { object: "list", data, has_more: false })))
+    Ok(place.send(Json(GenerationList { object: "list", data, has_more })))
 }
 
 /// Go back to a generation
@@ -454,7 +472,8 @@ pub(super) async fn list_generations(
     request_body = RollbackBody,
     responses(
         (status = 200, description = "The adapter, at that generation.", body = AdapterObject),
-        (status = 404, description = "The caller owns no adapter of that name, or it never had that generation (code `adapter_not_found`).", body = ErrorBody),
+        (status = 403, description = "It is public, and only an admin can change it.", body = ErrorBody),
+        (status = 404, description = "The caller owns no adapter of that name, or it does not have that generation, any more or at all (code `adapter_not_found`).", body = ErrorBody),
         BodyErrors, CommonErrors,
     ),
 )]
@@ -465,7 +484,7 @@ pub(super) async fn rollback_adapter(
     ApiJson(body): ApiJson<RollbackBody>,
 ) -> ApiResult<Response> {
     let text = body.generation.ok_or_else(|| Error::invalid("generation", "'generation' is required."))?;
-    let generation = text.parse().map_err(|error| Error::invalid("generation", format!("'generation': {error}.")))?;
+    let generation = generation_of("generation", &text)?;
     Ok(adapter_answer(state.service.rollback(&caller, &name, generation).await?))
 }
 

@@ -161,7 +161,7 @@ pub(super) async fn show_job(
 )]
 pub(super) async fn cancel_job(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     ApiPath(id): ApiPath<String>,
 ) -> ApiResult<Json<FineTuningJob>> {
     let info = state.service.cancel_job(&caller, &id).await?;
@@ -174,12 +174,12 @@ pub(super) async fn cancel_job(
     responses(
         (status = 200, description = "The job.", body = FineTuningJob),
         (status = 404, description = "The caller has no such job (code `job_not_found`).", body = ErrorBody),
-        (status = 409, description = "It neither waits nor runs (code `job_status`).", body = ErrorBody), CommonErrors,
+        (status = 409, description = "It neither waits nor runs, or was paused 100 times (code `job_status`).", body = ErrorBody), CommonErrors,
     ),
 )]
 pub(super) async fn pause_job(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     ApiPath(id): ApiPath<String>,
 ) -> ApiResult<Json<FineTuningJob>> {
     let info = state.service.pause_job(&caller, &id).await?;
@@ -197,7 +197,7 @@ pub(super) async fn pause_job(
 )]
 pub(super) async fn resume_job(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     ApiPath(id): ApiPath<String>,
 ) -> ApiResult<Json<FineTuningJob>> {
     let info = state.service.resume_job(&caller, &id).await?;

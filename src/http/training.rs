@@ -173,6 +173,7 @@ pub(super) async fn body_and_retry<T: serde::de::DeserializeOwned>(
     params(("Idempotency-Key" = Option<String>, Header, description = "A request sent again under the same key is the same job.")),
     responses(
         (status = 202, description = "The job.", body = JobObject),
+        (status = 403, description = "The adapter of that name is public, and only an admin can change it.", body = ErrorBody),
         (status = 404, description = "`init_from` or a file is not the caller's (codes `adapter_not_found`, `file_not_found`).", body = ErrorBody),
         (status = 409, description = "The name is taken, or reserved by another job (code `name_taken`).", body = ErrorBody),
         (status = 422, description = "`init_from` is for another base (code `incompatible_adapter`).", body = ErrorBody),
@@ -232,7 +233,7 @@ pub(super) async fn show_job(
 )]
 pub(super) async fn cancel_job(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     ApiPath(id): ApiPath<String>,
 ) -> ApiResult<Json<JobObject>> {
     Ok(Json(state.service.cancel_job(&caller, &id).await?.into()))
@@ -246,13 +247,13 @@ pub(super) async fn cancel_job(
     responses(
         (status = 200, description = "The job.", body = JobObject),
         (status = 404, description = "The caller has no such job (code `job_not_found`).", body = ErrorBody),
-        (status = 409, description = "It neither waits nor runs (code `job_status`).", body = ErrorBody),
+        (status = 409, description = "It neither waits nor runs, or was paused 100 times (code `job_status`).", body = ErrorBody),
         CommonErrors,
     ),
 )]
 pub(super) async fn pause_job(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     ApiPath(id): ApiPath<String>,
 ) -> ApiResult<Json<JobObject>> {
     Ok(Json(state.service.pause_job(&caller, &id).await?.into()))
@@ -272,7 +273,7 @@ pub(super) async fn pause_job(
 )]
 pub(super) async fn resume_job(
     State(state): State<AppState>,
-    Auth(caller): Auth,
+    Metered(caller, _place): Metered,
     ApiPath(id): ApiPath<String>,
 ) -> ApiResult<Json<JobObject>> {
     Ok(Json(state.service.resume_job(&caller, &id).await?.into()))

@@ -8,7 +8,7 @@ use super::{
     Error, ErrorKind, Service, Upload, completion::blocking, limits::exhausted, resolve::incompatible, upload,
 };
 use crate::{
-    adapter::{Adapter, Scheme, peft},
+    adapter::{Adapter, Facts, Scheme, peft},
     store::{AdapterRecord, Contents, GenerationRecord, Idempotency, OnConflict, StoreError, Stored},
     tenant::{Caller, check_adapter_name},
     types::{Fingerprint, Generation},
@@ -290,14 +290,23 @@ impl Service {
         blocking(zip).await
     }
 
-    /// Every generation of an adapter of the caller's, newest first.
+    /// Generations of an adapter of the caller's, newest first: at most `limit` of those uploaded before `after`, and whether there are more.
     ///
     /// # Errors
     /// 404.
-    pub async fn generations(&self, caller: &Caller, name: &str) -> Result<Vec<GenerationInfo>, Error> {
+    pub async fn generations(
+        &self,
+        caller: &Caller,
+        name: &str,
+        after: Option<Generation>,
+        limit: u32,
+    ) -> Result<(Vec<GenerationInfo>, bool), Error> {
         let own = self.store_own(caller, name).await?.ok_or_else(|| Error::adapter_not_found(name, None))?;
-        let records = self.store.generations(own.id).await.map_err(|error| store_error(error, name))?;
-        records.into_iter().map(|record| self.generation(&record)).collect()
+        let records = self.store.generations(own.id, after, limit + 1).await;
+        let mut records = records.map_err(|error| store_error(error, name))?;
+        let more = records.len() > limit as usize;
+        records.truncate(limit as usize);
+        Ok((records.iter().map(|record| self.generation(record)).collect::<Result<_, _>>()?, more))
     }
 
     /// Points a name of the caller's at a generation that it had before.
@@ -310,7 +319,9 @@ impl Service {
             Ok((record, _)) => self.info(record),
             Err(StoreError::GenerationNotFound) => Err(Error::new(
                 ErrorKind::NotFound,
-                format!("The adapter '{name}' never had the generation {generation}."),
+                format!(
+                    "The adapter '{name}' has no generation {generation}: it never had it, or has had too many since."
+                ),
             )
             .with_code("adapter_not_found")
             .with_param("generation")),
@@ -353,23 +364,27 @@ impl Service {
     }
 
     fn generation(&self, record: &GenerationRecord) -> Result<GenerationInfo, Error> {
-        let numbers = self.numbers(&record.contents)?;
+        let (facts, _) = self.library.facts_of(&record.facts).map_err(Error::internal)?;
+        let numbers = self.described(record.generation, record.bytes, &facts);
         Ok(GenerationInfo { numbers, current: record.current, created_at: record.created_at })
     }
 
     fn numbers(&self, contents: &Contents) -> Result<Numbers, Error> {
         let adapter = self.library.adapter_of(contents).map_err(Error::internal)?;
-        let facts = adapter.facts();
+        Ok(self.described(contents.generation, contents.data.len(), adapter.facts()))
+    }
+
+    fn described(&self, generation: Generation, bytes: usize, facts: &Facts) -> Numbers {
         let served = facts.scheme.validate(&self.base.sites, self.base.rank).is_ok();
-        Ok(Numbers {
-            generation: contents.generation,
-            bytes: contents.data.len(),
+        Numbers {
+            generation,
+            bytes,
             dtype: facts.dtype.name().to_owned(),
             scheme: facts.scheme.to_json(),
             fingerprint: facts.fingerprint,
             approximate: facts.approximate,
-            incompatible: !(served && self.library.is_compatible(&adapter)),
-        })
+            incompatible: !(served && self.library.is_of_this_base(facts)),
+        }
     }
 }
 
@@ -398,6 +413,9 @@ pub(super) fn store_error(error: StoreError, name: &str) -> Error {
         ))
         .with_code("name_taken")
         .with_param("name"),
+        StoreError::PublicAdapter => {
+            Error::new(ErrorKind::Forbidden, format!("'{name}' is public: only an admin can change or delete it."))
+        }
         StoreError::AdapterNotFound => Error::adapter_not_found(name, None),
         StoreError::GenerationMismatch { current } => {
             Error::new(ErrorKind::PreconditionFailed, format!("The current generation of '{name}' is {current}."))

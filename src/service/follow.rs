@@ -6,7 +6,7 @@ use super::Library;
 use crate::{
     engine::Handle,
     store::{Change, Observer},
-    types::CacheSalt,
+    types::{CacheSalt, Generation, TenantId},
 };
 
 /// How often a request that outlives its adapter is looked after.
@@ -28,15 +28,21 @@ impl Observer for Follower {
                 // A name that could not be read at start is not there.
                 let _ = self.library.registry.remove(tenant, &name, None);
                 self.library.mended(tenant, &name);
-                for generation in generations {
-                    self.library.take_salts((tenant, generation)).into_iter().for_each(|salt| self.erase(salt));
-                }
+                self.erase_all(tenant, generations);
             }
+            Change::Pruned { tenant, generations } => self.erase_all(tenant, generations),
         }
     }
 }
 
 impl Follower {
+    /// Erases the KV of a tenant's generations.
+    fn erase_all(&self, tenant: TenantId, generations: Vec<Generation>) {
+        for generation in generations {
+            self.library.take_salts((tenant, generation)).into_iter().for_each(|salt| self.erase(salt));
+        }
+    }
+
     /// Erases the KV under a salt, now and once more when the last request under it has ended.
     fn erase(&self, salt: CacheSalt) {
         self.engine.purge(salt);

@@ -53,7 +53,7 @@ pub struct Library {
 }
 
 /// Facts, and how many numbers go with them if they are of this base.
-type OurFacts = (Facts, Option<usize>);
+pub(super) type OurFacts = (Facts, Option<usize>);
 
 /// Everything that tells facts apart.
 type FactsKey = ([u8; 44], NumberType, Option<Vec<u8>>, Fingerprint, bool);
@@ -141,7 +141,10 @@ impl Library {
     }
 
     /// What stored facts say in terms of this base.
-    fn facts_of(&self, stored: &Arc<StoredFacts>) -> Result<OurFacts, BadContents> {
+    ///
+    /// # Errors
+    /// Facts that no adapter has.
+    pub(super) fn facts_of(&self, stored: &Arc<StoredFacts>) -> Result<OurFacts, BadContents> {
         if let Some(known) = self.read.lock().get(stored) {
             return Ok(known.clone());
         }
@@ -190,7 +193,12 @@ impl Library {
 
     /// May requests of this server run under it?
     pub fn is_compatible(&self, adapter: &Adapter) -> bool {
-        adapter.facts().approximate || adapter.facts().fingerprint == self.fingerprint
+        self.is_of_this_base(adapter.facts())
+    }
+
+    /// The same of an adapter of which only the facts are at hand.
+    pub fn is_of_this_base(&self, facts: &Facts) -> bool {
+        facts.approximate || facts.fingerprint == self.fingerprint
     }
 
     /// Under which hash a request of the tenant may share KV blocks.

@@ -41,14 +41,15 @@ impl Service {
     }
 
     fn tenants_collector(&self, caller: &Caller) -> TenantsCollector {
-        let tenant = (!caller.is_admin()).then_some(caller.tenant);
-        let mut totals = match tenant {
-            Some(tenant) => self.accounts.of(tenant).total().into_iter().collect(),
-            None => self.accounts.totals(),
-        };
+        if !caller.is_admin() {
+            let own = self.accounts.of(caller.tenant).total().into_iter().collect();
+            // Whose adapters have a place in the sketch depends on everybody's: a member could fill it and see what pushes its own out.
+            return TenantsCollector { totals: own, adapters: None };
+        }
+        let mut totals = self.accounts.totals();
         totals.sort_by_key(|total| std::cmp::Reverse((total.usage.completion_tokens, total.usage.requests)));
         totals.truncate(MOST_TENANTS);
-        TenantsCollector { totals, adapters: self.popularity.top(MOST_ADAPTERS, tenant) }
+        TenantsCollector { totals, adapters: Some(self.popularity.top(MOST_ADAPTERS)) }
     }
 
     fn register_sums(&self, registry: &mut Registry) {
@@ -78,7 +79,8 @@ impl Service {
 #[derive(Debug)]
 struct TenantsCollector {
     totals: Vec<Total>,
-    adapters: Vec<Popular>,
+    /// Of all tenants together, for admins.
+    adapters: Option<Vec<Popular>>,
 }
 
 type OfTotal = (&'static str, &'static str, fn(&Total) -> u64);
@@ -97,9 +99,10 @@ impl Collector for TenantsCollector {
                 ConstCounter::new(read(total)).encode(metric.encode_family(&[("tenant", &*total.name)])?)?;
             }
         }
+        let Some(adapters) = &self.adapters else { return Ok(()) };
         let help = "Requests of a tenant under an adapter, for those with most of all tenants";
         let mut metric = encoder.encode_descriptor("mote_adapter_requests", help, None, MetricType::Counter)?;
-        for one in &self.adapters {
+        for one in adapters {
             let labels = [("tenant", &*one.tenant_name), ("adapter", &*one.adapter)];
             ConstCounter::new(one.requests).encode(metric.encode_family(&labels)?)?;
         }

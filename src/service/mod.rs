@@ -49,7 +49,7 @@ pub use usage::DayOfUsage;
 
 pub use crate::{
     engine::FinishReason,
-    store::{EventRecord, FileRecord, JobStatus, SamplesRecord},
+    store::{EventRecord, FileRecord, HISTORY, JobStatus, SamplesRecord},
 };
 
 use crate::{

@@ -48,13 +48,12 @@ impl Popularity {
         counts.insert(key, Count { tenant_name: Arc::clone(tenant_name), count: inherited + 1, inherited });
     }
 
-    /// The pairs with the most requests, of one tenant or of all.
-    pub(super) fn top(&self, most: usize, tenant: Option<TenantId>) -> Vec<Popular> {
+    /// The pairs with the most requests. Not for members: which of their own are counted depends on what others do.
+    pub(super) fn top(&self, most: usize) -> Vec<Popular> {
         let mut all: Vec<_> = self
             .0
             .lock()
             .iter()
-            .filter(|((of, _), _)| tenant.is_none_or(|tenant| tenant == *of))
             .map(|((_, adapter), count)| Popular {
                 tenant_name: Arc::clone(&count.tenant_name),
                 adapter: adapter.clone(),
@@ -87,14 +86,13 @@ mod tests {
             (0..times).for_each(|_| popularity.count(*tenant, name, "a"));
         }
         popularity.count(BOB, &names[1].1, "b");
-        let found = |tenant| {
-            let top = popularity.top(2, tenant);
+        let found = || {
+            let top = popularity.top(2);
             top.into_iter().map(|one| (one.tenant_name.to_string(), one.adapter, one.requests)).collect::<Vec<_>>()
         };
-        assert_eq!(found(None), [("ann".into(), "a".into(), 3), ("bob".into(), "a".into(), 2)]);
-        assert_eq!(found(Some(BOB)), [("bob".into(), "a".into(), 2), ("bob".into(), "b".into(), 1)]);
+        assert_eq!(found(), [("ann".into(), "a".into(), 3), ("bob".into(), "a".into(), 2)]);
         popularity.forget(ANN);
-        assert_eq!(found(Some(ANN)), []);
+        assert_eq!(found(), [("bob".into(), "a".into(), 2), ("bob".into(), "b".into(), 1)]);
     }
 
     #[test]
@@ -107,7 +105,7 @@ mod tests {
             }
         }
         assert_eq!(popularity.0.lock().len(), COUNTED);
-        let top = popularity.top(1, None);
+        let top = popularity.top(1);
         assert_eq!(top[0].adapter, "frequent");
         // Never more than the truth.
         assert!(top[0].requests <= 2 * COUNTED as u64 && top[0].requests > COUNTED as u64, "{top:?}");

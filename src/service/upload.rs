@@ -136,8 +136,17 @@ impl Service {
         let numbers = facts.scheme.numbers(&self.base.sites);
         let adapter = self.library.interner.adapter(facts, &bytes, numbers).map_err(|error| bad_data(&error))?;
         let contents = Contents { generation: adapter.generation(), data: bytes, facts: stored };
-        let room = self.accounts.of(caller.tenant).limits().room();
-        Ok(NewAdapter { tenant: caller.tenant, name, public, metadata, contents, on_conflict, room, idempotency: None })
+        Ok(NewAdapter {
+            tenant: caller.tenant,
+            name,
+            public,
+            metadata,
+            contents,
+            on_conflict,
+            may_change_public: caller.is_admin(),
+            room: self.accounts.of(caller.tenant).limits().room(),
+            idempotency: None,
+        })
     }
 
     fn numbers_of(&self, upload: Upload) -> Result<Numbers, Error> {

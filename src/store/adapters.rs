@@ -32,6 +32,27 @@ static INSERT_GENERATIONS: RowsSql =
 pub(super) static INSERT_ONE: LazyLock<SqlStr> =
     LazyLock::new(|| INSERT_ADAPTERS.one_then(INSERT_GENERATIONS.one().as_str()));
 
+/// Generations that an adapter keeps, the current one among them.
+pub const HISTORY: u32 = 1000;
+
+/// The number of one of an adapter's generations. Two questions of an index each, however many there are: the second index leaves out the first generation,
+/// which is the only one of most adapters.
+macro_rules! seq_of_generation {
+    () => {
+        "COALESCE((SELECT seq FROM generations WHERE adapter = $1 AND seq = 1 AND generation = $2), \
+         (SELECT seq FROM generations WHERE adapter = $1 AND generation = $2 AND seq > 1 ORDER BY seq DESC LIMIT 1))"
+    };
+}
+
+/// That number alone.
+pub(super) const SEQ_OF: &str = concat!("SELECT ", seq_of_generation!());
+
+/// That number, and the one of the adapter's newest generation before it.
+pub(super) const NEWEST_AND_SEQ_OF: &str = concat!(
+    "SELECT (SELECT seq FROM generations WHERE adapter = $1 ORDER BY seq DESC LIMIT 1), ",
+    seq_of_generation!()
+);
+
 /// The generation of a row in which none can be read. No hash of contents is this.
 const DAMAGED: Generation = Generation([0; 16]);
 
@@ -91,6 +112,15 @@ struct NewGeneration {
     seq: i64,
     facts: i64,
     contents: Contents,
+}
+
+/// Generations that are too old to be kept.
+#[derive(Default)]
+struct Outdated {
+    /// Up to this one.
+    seq: i64,
+    generations: Vec<Generation>,
+    bytes: i64,
 }
 
 /// An adapter on its way into both tables.
@@ -199,6 +229,7 @@ impl Tx<'_> {
             let result = match (tenants.get(&item.tenant), existing.remove(&key), item.on_conflict) {
                 (None, ..) => Err(StoreError::TenantNotFound),
                 (_, Some(_), OnConflict::Error) => Err(StoreError::NameTaken),
+                (_, Some(old), _) if old.public && !item.may_change_public => Err(StoreError::PublicAdapter),
                 (_, None, OnConflict::Replace(_)) => Err(StoreError::AdapterNotFound),
                 (_, None, _) if reserved.contains(&key) => Err(StoreError::NameReserved),
                 (_, Some(old), OnConflict::Replace(Some(expected))) if old.generation != expected => {
@@ -323,23 +354,22 @@ impl Tx<'_> {
 
     /// Another generation for an adapter that exists. One that it had before is pointed at again.
     async fn replace(&mut self, item: NewAdapter, old: Existing, owner: Arc<str>) -> Result<AdapterRecord> {
-        let query = sqlx::query(
-            "SELECT COALESCE(MAX(seq), 0), MAX(CASE WHEN generation = $2 THEN seq END) FROM generations WHERE adapter = $1",
-        );
-        let row = self.row(query.bind(old.id.0).bind(&item.contents.generation.0[..])).await?;
-        let row = row.ok_or(sqlx::Error::RowNotFound)?;
-        let (last, same): (i64, Option<i64>) = match (row.try_get(0), row.try_get(1)) {
-            (Ok(last), Ok(same)) => (last, same),
+        let query = sqlx::query(NEWEST_AND_SEQ_OF).bind(old.id.0).bind(&item.contents.generation.0[..]);
+        let row = self.row(query).await?.ok_or(sqlx::Error::RowNotFound)?;
+        let (newest, same): (Option<i64>, Option<i64>) = match (row.try_get(0), row.try_get(1)) {
+            (Ok(newest), Ok(same)) => (newest, same),
             _ => return Err(StoreError::AdapterDamaged),
         };
-        let seq = same.unwrap_or(last + 1);
+        let seq = same.unwrap_or(newest.unwrap_or(0) + 1);
+        let outdated = if same.is_some() { Outdated::default() } else { self.outdated(old.id, seq).await? };
         let text = item.metadata.as_ref().map_or(0, |new| new.len() as i64 - old.metadata.len() as i64);
         let data = if same.is_some() { 0 } else { item.contents.data.len() as i64 };
-        self.make_room(item.tenant, item.room, 0, data + text).await?;
+        self.make_room(item.tenant, item.room, 0, data + text - outdated.bytes).await?;
         let facts = self.intern(&item.contents.facts).await?;
         if same.is_none() {
             let contents = item.contents.clone();
             self.insert_generations(&[NewGeneration { adapter: old.id, seq, facts, contents }]).await?;
+            self.prune(old.id, &outdated).await?;
         } else {
             // Equal but perhaps for the base that it is forced onto, or for what a damaged row holds.
             sqlx::query("UPDATE generations SET facts = $1, data = $2 WHERE adapter = $3 AND seq = $4")
@@ -376,13 +406,47 @@ impl Tx<'_> {
         .execute(&mut *self.connection)
         .await?;
         self.changed(|| Change::Stored(record.clone()));
+        let (tenant, generations) = (record.tenant, outdated.generations);
+        if !generations.is_empty() {
+            self.changed(|| Change::Pruned { tenant, generations });
+        }
         Ok(record)
     }
 
+    /// What an adapter's history is too long for when `seq` becomes its newest generation.
+    async fn outdated(&mut self, adapter: AdapterId, seq: i64) -> Result<Outdated> {
+        let last = seq - i64::from(HISTORY);
+        if last < 1 {
+            return Ok(Outdated::default());
+        }
+        let query = sqlx::query(
+            "SELECT generation, CAST(OCTET_LENGTH(data) AS BIGINT) FROM generations WHERE adapter = $1 AND seq <= $2",
+        );
+        let rows = self.rows(query.bind(adapter.0).bind(last)).await?;
+        // A damaged one was never served, and goes with the others.
+        let generations = rows.iter().filter_map(|row| decode::generation(row, 0).ok()).collect();
+        let bytes = rows.iter().map(|row| row.try_get::<i64, _>(1).unwrap_or(0)).sum();
+        Ok(Outdated { seq: last, generations, bytes })
+    }
+
+    /// Erases generations as a deletion does. None of them is current: that is the newest.
+    async fn prune(&mut self, adapter: AdapterId, outdated: &Outdated) -> Result<()> {
+        if outdated.seq < 1 {
+            return Ok(());
+        }
+        sqlx::query("DELETE FROM generations WHERE adapter = $1 AND seq <= $2")
+            .bind(adapter.0)
+            .bind(outdated.seq)
+            .execute(&mut *self.connection)
+            .await?;
+        self.erased = true;
+        Ok(())
+    }
+
     /// Erases an adapter with its generations. Facts that nobody else has go with the next sweep.
-    pub(super) async fn delete_adapter(&mut self, tenant: TenantId, name: &str) -> Result<AdapterId> {
+    pub(super) async fn delete_adapter(&mut self, tenant: TenantId, name: &str, public_too: bool) -> Result<AdapterId> {
         let row = sqlx::query(
-            "SELECT id, CAST(OCTET_LENGTH(metadata) AS BIGINT) FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2",
+            "SELECT id, CAST(OCTET_LENGTH(metadata) AS BIGINT), public FROM adapters WHERE deleted = 0 AND tenant = $1 AND name = $2",
         )
         .bind(tenant.0)
         .bind(name)
@@ -390,6 +454,9 @@ impl Tx<'_> {
         .await?
         .ok_or(StoreError::AdapterNotFound)?;
         let (id, mut bytes): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
+        if !public_too && row.try_get::<i64, _>(2).is_ok_and(|public| public != 0) {
+            return Err(StoreError::PublicAdapter);
+        }
         let query =
             sqlx::query("SELECT generation, CAST(OCTET_LENGTH(data) AS BIGINT) FROM generations WHERE adapter = $1");
         let rows = self.rows(query.bind(id)).await?;
@@ -413,18 +480,19 @@ impl Tx<'_> {
         tenant: TenantId,
         name: &str,
         generation: Generation,
+        public_too: bool,
     ) -> Result<(AdapterRecord, Generation)> {
         let old = match decode::own_record(self.connection, tenant, name).await {
             // Nothing was written yet, and it is no trouble of the others in this transaction.
             Err(error) if error.is_damage() => return Err(StoreError::AdapterDamaged),
             old => old?.ok_or(StoreError::AdapterNotFound)?,
         };
-        let row = sqlx::query("SELECT seq FROM generations WHERE adapter = $1 AND generation = $2")
-            .bind(old.id.0)
-            .bind(&generation.0[..])
-            .fetch_optional(&mut *self.connection)
-            .await?;
-        let seq: i64 = row.ok_or(StoreError::GenerationNotFound)?.try_get(0)?;
+        if old.public && !public_too {
+            return Err(StoreError::PublicAdapter);
+        }
+        let query = sqlx::query(SEQ_OF).bind(old.id.0).bind(&generation.0[..]);
+        let seq: Option<i64> = query.fetch_one(&mut *self.connection).await?.try_get(0)?;
+        let seq = seq.ok_or(StoreError::GenerationNotFound)?;
         let change = self.next_seq();
         sqlx::query("UPDATE adapters SET seq = $1, updated_at = $2, change_seq = $3 WHERE id = $4")
             .bind(seq)

@@ -50,13 +50,18 @@ pub(super) fn contents(row: &AnyRow, at: usize) -> Result<Contents> {
 
 /// Columns dtype, scheme, frame, fingerprint, forced_onto, from a position on.
 pub(super) fn facts(row: &AnyRow, at: usize) -> Result<Facts> {
+    Ok(Facts { frame: row.try_get(at + 2)?, ..facts_without_frame(row, at, at + 3)? })
+}
+
+/// Columns dtype and scheme from one position on, fingerprint and forced_onto from another.
+pub(super) fn facts_without_frame(row: &AnyRow, at: usize, bases: usize) -> Result<Facts> {
     let fingerprint = |bytes: &[u8]| array(bytes, "fingerprint").map(Fingerprint);
-    let forced_onto: Option<&[u8]> = row.try_get(at + 4)?;
+    let forced_onto: Option<&[u8]> = row.try_get(bases + 1)?;
     Ok(Facts {
         dtype: text(row, at)?.to_owned(),
         scheme: text(row, at + 1)?.to_owned(),
-        frame: row.try_get(at + 2)?,
-        fingerprint: fingerprint(row.try_get(at + 3)?)?,
+        frame: None,
+        fingerprint: fingerprint(row.try_get(bases)?)?,
         forced_onto: forced_onto.map(fingerprint).transpose()?,
     })
 }

@@ -17,6 +17,9 @@ pub enum StoreError {
     /// Somebody's public adapter has that name.
     #[error("a public adapter has that name")]
     PublicNameTaken,
+    /// The adapter is public, and whoever asks is no admin.
+    #[error("the adapter is public")]
+    PublicAdapter,
     /// The tenant has no such adapter.
     #[error("no such adapter")]
     AdapterNotFound,
@@ -53,6 +56,9 @@ pub enum StoreError {
     /// A job in this status cannot do what was asked.
     #[error("the job is {0}")]
     JobStatus(super::JobStatus),
+    /// The job was paused as often as a job can be.
+    #[error("the job was paused {0} times")]
+    PausedEnough(u64),
     /// The tenant has as many jobs under way as it may.
     #[error("the tenant has {0} jobs under way")]
     TooManyJobs(u64),

@@ -28,6 +28,7 @@ mod upkeep;
 mod usage;
 mod writer;
 
+pub use adapters::HISTORY;
 pub use connect::{FILE_NAME, Location, StoreConfig, Sync};
 pub use error::{Result, StoreError, Unwritable};
 pub use faults::Faults;
@@ -94,6 +95,11 @@ impl Store {
         Self { actor: Some(Arc::new(actor)), ..self.clone() }
     }
 
+    /// May whoever this store acts for change public adapters?
+    fn may_change_public(&self) -> bool {
+        self.actor.as_ref().is_none_or(|actor| actor.admin)
+    }
+
     /// Sets who is told of changes. Once; a second call changes nothing.
     pub fn observe(&self, observer: Arc<dyn Observer>) {
         self.writer.observe(observer);
@@ -111,7 +117,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::PublicNameTaken`], [`StoreError::AdapterNotFound`],
     /// [`StoreError::GenerationMismatch`], [`StoreError::TenantNotFound`], [`StoreError::IdempotencyMismatch`], [`StoreError::AdaptersFull`],
-    /// [`StoreError::BytesFull`].
+    /// [`StoreError::BytesFull`], [`StoreError::PublicAdapter`].
     pub async fn put_adapter(&self, new: NewAdapter) -> Result<Stored> {
         self.put_adapters(vec![new]).await?.pop().unwrap_or(Err(StoreError::Closed))
     }
@@ -128,12 +134,12 @@ impl Store {
     /// Erases an adapter with all its generations; gives its number.
     ///
     /// # Errors
-    /// [`StoreError::AdapterNotFound`].
+    /// [`StoreError::AdapterNotFound`], [`StoreError::PublicAdapter`].
     pub async fn delete_adapter(&self, tenant: TenantId, name: &str) -> Result<AdapterId> {
         let name = name.to_owned();
-        let target = name.clone();
+        let (target, public_too) = (name.clone(), self.may_change_public());
         self.audited(
-            move |tx| Box::pin(async move { tx.delete_adapter(tenant, &name).await }),
+            move |tx| Box::pin(async move { tx.delete_adapter(tenant, &name, public_too).await }),
             |actor, _| Some(actor.did("adapter.delete", target)),
         )
         .await
@@ -142,16 +148,16 @@ impl Store {
     /// Points a name at a generation it had before; gives the adapter as it is then, and the generation that was current.
     ///
     /// # Errors
-    /// [`StoreError::AdapterNotFound`], [`StoreError::GenerationNotFound`].
+    /// [`StoreError::AdapterNotFound`], [`StoreError::GenerationNotFound`], [`StoreError::PublicAdapter`].
     pub async fn rollback(
         &self,
         tenant: TenantId,
         name: &str,
         generation: Generation,
     ) -> Result<(AdapterRecord, Generation)> {
-        let name = name.to_owned();
+        let (name, public_too) = (name.to_owned(), self.may_change_public());
         self.audited(
-            move |tx| Box::pin(async move { tx.rollback(tenant, &name, generation).await }),
+            move |tx| Box::pin(async move { tx.rollback(tenant, &name, generation, public_too).await }),
             |actor, (record, _)| Some(actor.did("adapter.rollback", record.name.clone())),
         )
         .await

@@ -7,11 +7,12 @@ use sqlx::{AnyConnection, Connection as _, Row as _, any::AnyRow};
 
 use super::{
     AdapterRecord, Contents, CorruptAdapter, Facts, GenerationRecord, LoadedAdapter, Result, Store, StoreError,
+    adapters::SEQ_OF,
     ask::{self, shown, text},
     decode::{self, select_records},
     rows::AnyQuery,
 };
-use crate::types::{AdapterId, TenantId};
+use crate::types::{AdapterId, Generation, TenantId};
 
 /// Adapters that are read in the way that costs more, where one of them cannot be read otherwise.
 const PIECE: i64 = 100;
@@ -112,21 +113,39 @@ impl Store {
         Ok(text(&row.ok_or(StoreError::AdapterNotFound)?, 0)?.to_owned())
     }
 
-    /// Every generation of an adapter, newest upload first; without damaged ones.
+    /// At most `limit` generations of an adapter, newest upload first, of those uploaded before the generation `after`; without damaged ones.
     ///
     /// # Errors
-    /// Only the database's. An adapter that is gone has none.
-    pub async fn generations(&self, adapter: AdapterId) -> Result<Vec<GenerationRecord>> {
-        let query = sqlx::query(
-            "SELECT g.seq, CASE WHEN g.seq = a.seq THEN 1 ELSE 0 END, g.created_at, \
-             g.generation, g.data, f.dtype, f.scheme, f.frame, f.fingerprint, f.forced_onto \
-             FROM generations g JOIN adapters a ON a.id = g.adapter JOIN facts f ON f.id = g.facts \
-             WHERE g.adapter = $1 AND a.deleted = 0 ORDER BY g.seq DESC",
-        );
-        let rows = self.rows(query.bind(adapter.0)).await?;
-        self.writer.told().await;
+    /// Only the database's. An adapter that is gone has none, and before one that it does not have there is none.
+    pub async fn generations(
+        &self,
+        adapter: AdapterId,
+        after: Option<Generation>,
+        limit: u32,
+    ) -> Result<Vec<GenerationRecord>> {
+        let before = match after {
+            None => i64::MAX,
+            Some(after) => {
+                let row = self.row(sqlx::query(SEQ_OF).bind(adapter.0).bind(&after.0[..])).await?;
+                row.map(|row| row.try_get::<Option<i64>, _>(0)).transpose()?.flatten().unwrap_or(0)
+            }
+        };
+        // Neither numbers nor frames: a page of large ones would be a gigabyte.
+        let query = |limit| {
+            sqlx::query(
+                "SELECT g.seq, CASE WHEN g.seq = a.seq THEN 1 ELSE 0 END, g.created_at, g.generation, \
+                 CAST(OCTET_LENGTH(g.data) AS BIGINT), f.dtype, f.scheme, f.fingerprint, f.forced_onto \
+                 FROM generations g JOIN adapters a ON a.id = g.adapter JOIN facts f ON f.id = g.facts \
+                 WHERE g.adapter = $1 AND a.deleted = 0 AND g.seq < $2 ORDER BY g.seq DESC LIMIT $3",
+            )
+            .bind(adapter.0)
+            .bind(before)
+            .bind(limit)
+        };
         let named = |row: &AnyRow| format!("generation {} of adapter {}", shown(row, 0), adapter.0);
-        Ok(self.readable(&rows, generation_record, named))
+        let page = self.page(limit, query, generation_record, named).await?;
+        self.writer.told().await;
+        Ok(page)
     }
 
     /// Gives every adapter to `each`, in no order; at start. What is interned in the database is shared in memory. A row that cannot be read is given as
@@ -276,6 +295,8 @@ fn generation_record(row: &AnyRow) -> Result<GenerationRecord> {
         seq: row.try_get(0)?,
         current: row.try_get::<i64, _>(1)? != 0,
         created_at: row.try_get(2)?,
-        contents: decode::contents(row, 3)?,
+        generation: decode::generation(row, 3)?,
+        bytes: row.try_get::<i64, _>(4)?.try_into().map_err(|_| StoreError::Corrupt("length"))?,
+        facts: Arc::new(decode::facts_without_frame(row, 5, 7)?),
     })
 }

@@ -59,6 +59,8 @@ pub struct NewAdapter {
     pub contents: Contents,
     /// What to do when the name is taken.
     pub on_conflict: OnConflict,
+    /// May an adapter of that name be changed that is public? Admins may.
+    pub may_change_public: bool,
     /// What the owner's stored things may come to.
     pub room: Room,
     /// Makes a retried upload the same upload.
@@ -196,8 +198,12 @@ pub struct GenerationRecord {
     pub current: bool,
     /// Unix seconds.
     pub created_at: i64,
-    /// What it holds.
-    pub contents: Contents,
+    /// The hash of its contents.
+    pub generation: Generation,
+    /// How many bytes its numbers have.
+    pub bytes: usize,
+    /// What they mean, but for the frame, which no list shows.
+    pub facts: Arc<Facts>,
 }
 
 /// A committed change of what names mean.
@@ -212,6 +218,13 @@ pub enum Change {
         /// The name.
         name: String,
         /// Every generation that it had.
+        generations: Vec<Generation>,
+    },
+    /// Generations of an adapter that lives were too old to be kept.
+    Pruned {
+        /// The owner.
+        tenant: TenantId,
+        /// Which.
         generations: Vec<Generation>,
     },
 }

@@ -13,6 +13,8 @@ pub enum Via {
     CommandLine,
     /// The server itself, when it starts.
     Start,
+    /// A training job, for the tenant that made it.
+    Training,
 }
 
 impl Via {
@@ -22,6 +24,7 @@ impl Via {
             Self::Http => "http",
             Self::CommandLine => "command_line",
             Self::Start => "start",
+            Self::Training => "training",
         }
     }
 }
@@ -44,6 +47,8 @@ pub struct Actor {
     pub tenant: Option<Arc<str>>,
     /// The key's public identifier.
     pub key: Option<Arc<str>>,
+    /// May it change public adapters?
+    pub admin: bool,
     /// Where the request came from.
     pub origin: Origin,
 }
@@ -51,7 +56,12 @@ pub struct Actor {
 impl Actor {
     /// Somebody on the machine itself.
     pub fn operator(via: Via) -> Self {
-        Self { via, tenant: None, key: None, origin: Origin::default() }
+        Self { via, tenant: None, key: None, admin: true, origin: Origin::default() }
+    }
+
+    /// A job of a tenant's.
+    pub fn job(tenant: Arc<str>) -> Self {
+        Self { via: Via::Training, tenant: Some(tenant), key: None, admin: false, origin: Origin::default() }
     }
 
     /// It did something to something.
@@ -67,6 +77,7 @@ impl Caller {
             via: Via::Http,
             tenant: Some(self.tenant_name.clone()),
             key: self.key.clone(),
+            admin: self.is_admin(),
             origin: self.origin.clone(),
         }
     }
@@ -100,7 +111,7 @@ pub struct AuditRecord {
     pub id: i64,
     /// Unix seconds.
     pub at: i64,
-    /// By which way: `http`, `command_line` or `start`.
+    /// By which way: `http`, `command_line`, `start` or `training`.
     pub via: String,
     /// Whose key; None for an operator on the machine.
     pub tenant: Option<String>,

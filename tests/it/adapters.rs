@@ -446,6 +446,69 @@ async fn a_public_adapter_is_everybodys_to_use_and_nobodys_to_change() {
 }
 
 #[tokio::test]
+async fn a_public_adapter_is_its_tenant_s_admins_to_change() {
+    const MEMBER: &str = "a-member-of-the-house-0123456789";
+    let app = with_keys().await;
+    let key = ApiKey::chosen(MEMBER).unwrap();
+    let tenant = "default".to_owned();
+    let role = Role::Member;
+    let new = NewKey { key, tenant, create_tenant: false, role, expires_at: None, only_first: false };
+    app.state.service.store.create_key(new).await.unwrap();
+    let house = |x: f64| json!({"name": "house", "numbers": vec![x; 13], "public": true});
+    let first = send(&app, ADMIN, Method::POST, "/adapters", house(0.5)).await.json();
+    assert_eq!(send(&app, ADMIN, Method::PUT, "/adapters/house", house(0.25)).await.status, 200);
+    let before = app.get("/adapters/house").await.json();
+
+    let again = json!({"name": "house", "numbers": vec![0.125; 13], "on_conflict": "new_generation"});
+    let hidden = json!({"name": "house", "numbers": vec![0.125; 13], "on_conflict": "new_generation", "public": false});
+    for (method, path, body) in [
+        (Method::PUT, "/adapters/house", json!({"numbers": vec![0.125; 13]})),
+        (Method::POST, "/adapters", again.clone()),
+        (Method::POST, "/adapters", hidden),
+        (Method::POST, "/adapters/house/rollback", json!({"generation": first["generation"]})),
+        (Method::DELETE, "/adapters/house", json!({})),
+    ] {
+        let refused = send(&app, MEMBER, method.clone(), path, body).await;
+        assert_eq!(refused.error(), (403, "permission_error".into(), None, None), "{method} {path}");
+    }
+    let lines = format!("{again}\n{}", json_of("mine", 0.5));
+    let batch = app.send(request(MEMBER, Method::POST, "/adapters/batch", "application/x-ndjson", lines)).await;
+    let (refused, stored) = batch.text.split_once('\n').unwrap();
+    assert!(refused.contains("permission_error") && stored.contains("generation"), "{}", batch.text);
+    assert_eq!(app.get("/adapters/house").await.json(), before);
+    // A name that is taken is no secret to its owner, and what is not public is a member's.
+    let taken = send(&app, MEMBER, Method::POST, "/adapters", json_of("house", 0.5)).await;
+    assert_eq!(taken.error().3.as_deref(), Some("name_taken"));
+    assert_eq!(send(&app, MEMBER, Method::DELETE, "/adapters/mine", json!({})).await.status, 204);
+    assert_eq!(send(&app, ADMIN, Method::DELETE, "/adapters/house", json!({})).await.status, 204);
+}
+
+#[tokio::test]
+async fn a_page_of_generations_says_whether_there_are_more() {
+    let app = TestApp::new().await;
+    let mut made = Vec::new();
+    for number in 1..=3 {
+        let body = json!({"name": "a", "numbers": vec![f64::from(number); 13], "on_conflict": "new_generation"});
+        made.insert(0, ok(&app, Method::POST, "/adapters", body).await["generation"].clone());
+    }
+    let page = async |query: &str| {
+        let page = app.get(&format!("/adapters/a/generations{query}")).await.json();
+        let found: Vec<Value> =
+            page["data"].as_array().unwrap().iter().map(|each| each["generation"].clone()).collect();
+        (found, page["has_more"] == true)
+    };
+    assert_eq!(page("").await, (made.clone(), false), "all of them, unless asked otherwise");
+    assert_eq!(page("?limit=2").await, (made[..2].to_vec(), true));
+    let after = made[1].as_str().unwrap();
+    assert_eq!(page(&format!("?limit=2&after={after}")).await, (made[2..].to_vec(), false));
+    assert_eq!(page(&format!("?after={}", "0".repeat(32))).await, (Vec::new(), false));
+    for (query, param) in [("?limit=0", "limit"), ("?limit=1001", "limit"), ("?after=x", "after")] {
+        let answer = app.get(&format!("/adapters/a/generations{query}")).await;
+        assert_eq!((answer.error().0, answer.error().2.as_deref()), (400, Some(param)), "{query}");
+    }
+}
+
+#[tokio::test]
 async fn admins_manage_tenants_and_keys() {
     let app = with_keys().await;
     let admin = async |method: Method, path: &str, body: Value| send(&app, ADMIN, method, path, body).await;

@@ -126,6 +126,12 @@ async fn requests_a_minute() {
         ("/v1/fine_tuning/jobs", json!({})),
         ("/adapters/a/rollback", json!({})),
         ("/v1/fine_tuning/alpha/graders/run", json!({})),
+        ("/adapters/train/ftjob-0/pause", json!({})),
+        ("/adapters/train/ftjob-0/resume", json!({})),
+        ("/adapters/train/ftjob-0/cancel", json!({})),
+        ("/v1/fine_tuning/jobs/ftjob-0/pause", json!({})),
+        ("/v1/fine_tuning/jobs/ftjob-0/resume", json!({})),
+        ("/v1/fine_tuning/jobs/ftjob-0/cancel", json!({})),
     ] {
         let refused = call(&app, KEY, Method::POST, path, Some(body)).await;
         assert_wait(&refused, 20);

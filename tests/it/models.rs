@@ -32,6 +32,7 @@ async fn put(app: &TestApp, tenant: TenantId, name: &str, public: bool) {
         metadata: None,
         contents,
         on_conflict: OnConflict::Error,
+        may_change_public: true,
         room: mote::tenant::Room::default(),
         idempotency: None,
     };

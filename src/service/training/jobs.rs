@@ -263,10 +263,11 @@ impl Service {
     /// Stops a job for now; it keeps where it stands.
     ///
     /// # Errors
-    /// 404; 409 when it neither waits nor runs.
+    /// 404; 409 when it neither waits nor runs, or was paused too often.
     pub async fn pause_job(&self, caller: &Caller, id: &str) -> Result<JobInfo, Error> {
         possible(id)?;
-        let job = self.store.pause_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
+        let store = self.store.by(caller.actor());
+        let job = store.pause_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
         self.training()?.interrupt(id);
         Ok(info(job))
     }
@@ -279,7 +280,8 @@ impl Service {
         if info(self.own_job(caller, id).await?).spec.is_none() {
             return Err(job_error(StoreError::JobStatus(JobStatus::Failed), id));
         }
-        let job = self.store.resume_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
+        let store = self.store.by(caller.actor());
+        let job = store.resume_job(caller.tenant, id).await.map_err(|error| job_error(error, id))?;
         self.training()?.changed();
         Ok(info(job))
     }
@@ -423,6 +425,10 @@ fn job_error(error: StoreError, name: &str) -> Error {
         StoreError::JobNotFound => job_not_found(name),
         StoreError::JobStatus(status) => {
             let message = format!("The job is {status}; that cannot be done any more.");
+            Error::new(ErrorKind::Conflict, message).with_code("job_status")
+        }
+        StoreError::PausedEnough(most) => {
+            let message = format!("The job was paused {most} times; it runs on now, or is cancelled.");
             Error::new(ErrorKind::Conflict, message).with_code("job_status")
         }
         StoreError::TooManyJobs(most) => {

@@ -394,8 +394,12 @@ impl Worker {
             origin: Origin::default(),
         };
         let conflict = if self.spec.name_must_be_free { OnConflict::Error } else { OnConflict::NewGeneration };
-        // Its place among the tenant's adapters was looked for when the job was made.
-        let adapter = NewAdapter { room: Room::default(), ..service.prepare(&caller, upload, Some(conflict))? };
+        // Its place among the tenant's adapters was looked for when the job was made, and whether it may have that name.
+        let adapter = NewAdapter {
+            room: Room::default(),
+            may_change_public: true,
+            ..service.prepare(&caller, upload, Some(conflict))?
+        };
         let result = json!({
             "adapter": self.job.name,
             "generation": adapter.contents.generation.to_string(),

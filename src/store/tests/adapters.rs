@@ -93,8 +93,9 @@ async fn generations_are_kept_compared_and_pointed_at_again() {
         // The first again: the same generation, not another.
         written(put(1, OnConflict::NewGeneration).await);
         let history = async || -> Vec<(i64, Generation, bool)> {
-            let generations = store.generations(first.id).await.unwrap();
-            generations.iter().map(|each| (each.seq, each.contents.generation, each.current)).collect()
+            let generations = store.generations(first.id, None, 10).await.unwrap();
+            assert!(generations.iter().all(|each| each.bytes == 26 && *each.facts == facts()));
+            generations.iter().map(|each| (each.seq, each.generation, each.current)).collect()
         };
         assert_eq!(history().await, [(3, generation(3), false), (2, generation(2), false), (1, generation(1), true)]);
         let (record, before) = store.rollback(BUILT_IN_TENANT, "a", generation(2)).await.unwrap();
@@ -108,6 +109,87 @@ async fn generations_are_kept_compared_and_pointed_at_again() {
         assert_eq!(all(&store).await.into_values().next().unwrap().contents, contents(2));
         store.close().await;
     }
+}
+
+/// Notes the generations that were pruned.
+#[derive(Default)]
+struct Pruned(parking_lot::Mutex<Vec<Generation>>);
+
+impl Observer for Pruned {
+    fn committed(&self, change: Change) {
+        if let Change::Pruned { generations, .. } = change {
+            self.0.lock().extend(generations);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_history_has_an_end_and_is_read_in_pages() {
+    const MORE: u64 = 3;
+    let most = u64::from(HISTORY);
+    let generation = |number| contents(number).generation;
+    for database in Database::each().await {
+        let store = database.open().await;
+        let pruned = Arc::new(Pruned::default());
+        store.observe(pruned.clone());
+        let put = async |numbers: std::ops::Range<u64>| {
+            // What is stored may come to a whole history and no byte more.
+            let room = Room { adapters: None, bytes: Some(most * 26 + 2) };
+            let items = numbers.map(|number| NewAdapter {
+                on_conflict: OnConflict::NewGeneration,
+                room,
+                ..new(BUILT_IN_TENANT, "a", number)
+            });
+            store.put_adapters(items.collect()).await.unwrap().into_iter().map(written).next_back().unwrap()
+        };
+        let id = put(0..most).await.id;
+        // The oldest is current, and stays until another is.
+        store.rollback(BUILT_IN_TENANT, "a", generation(0)).await.unwrap();
+        assert_eq!(store.adapter(BUILT_IN_TENANT, "a").await.unwrap().contents, contents(0));
+        assert!(pruned.0.lock().is_empty());
+        let last = put(most..most + MORE).await;
+        assert_eq!(last.contents, contents(most + MORE - 1));
+        assert_eq!(*pruned.0.lock(), (0..MORE).map(generation).collect::<Vec<_>>(), "what is cached of them goes too");
+
+        let page = async |after: Option<u64>, limit| -> Vec<Generation> {
+            let page = store.generations(id, after.map(generation), limit).await.unwrap();
+            page.into_iter().map(|each| each.generation).collect()
+        };
+        let whole: Vec<Generation> = (MORE..most + MORE).rev().map(generation).collect();
+        assert_eq!(page(None, HISTORY + 1).await, whole);
+        assert_eq!(page(None, 2).await, whole[..2]);
+        assert_eq!(page(Some(most), 2).await, [generation(most - 1), generation(most - 2)]);
+        assert_eq!(page(Some(MORE), 2).await, []);
+        assert_eq!(page(Some(0), 2).await, [], "before one that is gone there is none");
+        for gone in 0..MORE {
+            let back = store.rollback(BUILT_IN_TENANT, "a", generation(gone)).await;
+            assert!(matches!(back, Err(StoreError::GenerationNotFound)), "{back:?}");
+        }
+        store.rollback(BUILT_IN_TENANT, "a", generation(MORE)).await.unwrap();
+        // One that it has is pointed at again, and none goes for it.
+        put(most..most + 1).await;
+        assert_eq!(page(None, HISTORY + 1).await, whole);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_generation_is_found_without_reading_the_others() {
+    let database = Database::sqlite();
+    let store = database.open().await;
+    for sql in [crate::store::adapters::SEQ_OF, crate::store::adapters::NEWEST_AND_SEQ_OF] {
+        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}"));
+        let query = sqlx::query(explain).bind(1i64).bind(&[0u8; 16][..]);
+        let rows = query.fetch_all(&store.pool).await.unwrap();
+        let plan: Vec<String> = rows.iter().map(|row| sqlx::Row::get(row, 3)).collect();
+        let steps: Vec<&String> = plan.iter().filter(|step| step.contains("generations")).collect();
+        let by = |key: &str| steps.iter().any(|step| step.ends_with(key));
+        assert!(by("PRIMARY KEY (adapter=? AND seq=?)"), "{plan:?}");
+        assert!(by("generations_again (adapter=? AND generation=? AND seq>?)"), "{plan:?}");
+        // The newest of all is the first of that key, backwards.
+        assert!(steps.iter().all(|step| step.contains("SEARCH")) && steps.len() <= 3, "{plan:?}");
+    }
+    store.close().await;
 }
 
 #[tokio::test]
@@ -227,7 +309,7 @@ async fn deletion_erases_the_numbers_and_frees_the_name() {
         assert_eq!(store.delete_adapter(BUILT_IN_TENANT, "a").await.unwrap(), old.id);
         assert!(matches!(store.delete_adapter(BUILT_IN_TENANT, "a").await, Err(StoreError::AdapterNotFound)));
         assert!(matches!(store.adapter(BUILT_IN_TENANT, "a").await, Err(StoreError::AdapterNotFound)));
-        assert!(store.generations(old.id).await.unwrap().is_empty());
+        assert!(store.generations(old.id, None, 10).await.unwrap().is_empty());
         assert_eq!(all(&store).await.len(), 1);
         if let Location::Directory(path) = &database.config.location {
             // Within seconds it is in no file, while the store is open.

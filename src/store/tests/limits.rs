@@ -6,7 +6,7 @@ use crate::tenant::{
 
 fn actor(tenant: &str) -> Actor {
     let origin = Origin { peer: Some("10.1.2.3".parse().unwrap()), request: Some("req-1".into()) };
-    Actor { via: Via::Http, tenant: Some(tenant.into()), key: Some("key_1".into()), origin }
+    Actor { via: Via::Http, tenant: Some(tenant.into()), key: Some("key_1".into()), admin: false, origin }
 }
 
 fn file(number: u32, tenant: TenantId, size: usize, bytes: u64) -> NewFile {

@@ -88,6 +88,7 @@ fn new(tenant: TenantId, name: &str, number: u64) -> NewAdapter {
         metadata: None,
         contents: contents(number),
         on_conflict: OnConflict::Error,
+        may_change_public: true,
         room: Room::default(),
         idempotency: None,
     }

@@ -8,6 +8,8 @@ mod records;
 mod worker;
 
 pub(super) use decode::count;
+#[cfg(test)]
+pub(super) use owner::MOST_PAUSES;
 
 pub use records::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,

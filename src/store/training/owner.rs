@@ -1,6 +1,7 @@
 //! What owners do with jobs: make, pause, resume, cancel. Each takes effect with its commit, whatever a worker is doing: a worker that lost its job finds
 //! out at its next write, and can write nothing.
 
+use futures::future::BoxFuture;
 use sqlx::Row as _;
 
 use super::{
@@ -9,8 +10,15 @@ use super::{
 };
 use crate::{
     store::{Result, Store, StoreError, idempotency, writer::Tx},
+    tenant::Actor,
     types::TenantId,
 };
+
+/// How often a job can be paused. Each time writes a few events, which are kept as long as the job.
+pub(in crate::store) const MOST_PAUSES: i64 = 100;
+
+/// A job, and whether it was changed.
+type Changed = (JobRecord, bool);
 
 /// A job's change of status as an event.
 pub(super) fn status_event(status: JobStatus, message: &str) -> NewEvent {
@@ -23,7 +31,7 @@ pub(super) fn status_event(status: JobStatus, message: &str) -> NewEvent {
 }
 
 impl Tx<'_> {
-    async fn create_job(&mut self, new: NewJob) -> Result<JobStored> {
+    async fn create_job(&mut self, new: NewJob, public_too: bool) -> Result<JobStored> {
         if let Some(key) = &new.key {
             let known =
                 idempotency::answer(self.connection, new.tenant, key.route, &key.key, &key.request_hash).await?;
@@ -45,6 +53,9 @@ impl Tx<'_> {
         }
         if new.name_must_be_free && self.is_taken(new.tenant, &new.name).await? {
             return Err(StoreError::NameTaken);
+        }
+        if !public_too && self.is_public(new.tenant, &new.name).await? {
+            return Err(StoreError::PublicAdapter);
         }
         let bytes = new.spec.len() + new.data.iter().map(|(_, data)| data.len()).sum::<usize>();
         self.make_room(new.tenant, new.limits.room(), 0, signed(bytes as u64)).await?;
@@ -80,6 +91,13 @@ impl Tx<'_> {
     /// Has the tenant an adapter of that name, damaged or not?
     async fn is_taken(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
         let query = sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND deleted = 0");
+        Ok(query.bind(tenant.0).bind(name).fetch_optional(&mut *self.connection).await?.is_some())
+    }
+
+    /// Has it one that is public?
+    async fn is_public(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
+        let query =
+            sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND public = 1 AND deleted = 0");
         Ok(query.bind(tenant.0).bind(name).fetch_optional(&mut *self.connection).await?.is_some())
     }
 
@@ -212,38 +230,51 @@ impl Tx<'_> {
         Ok(rows.iter().map(|row| row.try_get::<i64, _>(0).unwrap_or_default()).sum())
     }
 
-    async fn cancel_job(&mut self, tenant: TenantId, id: &str) -> Result<JobRecord> {
+    async fn cancel_job(&mut self, tenant: TenantId, id: &str) -> Result<Changed> {
         let job = own_job(self.connection, tenant, id).await?;
         match job.status {
-            JobStatus::Cancelled => Ok(job),
+            JobStatus::Cancelled => Ok((job, false)),
             status if status.is_final() => Err(StoreError::JobStatus(status)),
             _ => {
                 let event = status_event(JobStatus::Cancelled, "The job was cancelled.");
-                self.end_job(id, JobStatus::Cancelled, None, None, vec![event]).await
+                let job = self.end_job(id, JobStatus::Cancelled, None, None, vec![event]).await?;
+                Ok((job, true))
             }
         }
     }
 
-    async fn pause_job(&mut self, tenant: TenantId, id: &str) -> Result<JobRecord> {
+    async fn pause_job(&mut self, tenant: TenantId, id: &str) -> Result<Changed> {
         let job = own_job(self.connection, tenant, id).await?;
         match job.status {
-            JobStatus::Paused => Ok(job),
+            JobStatus::Paused => Ok((job, false)),
             JobStatus::Queued | JobStatus::Running => {
-                self.set_status(id, JobStatus::Paused, status_event(JobStatus::Paused, "The job was paused.")).await
+                self.count_pause(id).await?;
+                let event = status_event(JobStatus::Paused, "The job was paused.");
+                Ok((self.set_status(id, JobStatus::Paused, event).await?, true))
             }
             status => Err(StoreError::JobStatus(status)),
         }
     }
 
-    async fn resume_job(&mut self, tenant: TenantId, id: &str) -> Result<JobRecord> {
+    /// One pause more, if the job may have one. Nothing is written when it may not.
+    async fn count_pause(&mut self, id: &str) -> Result<()> {
+        let counted = sqlx::query("UPDATE jobs SET pauses = pauses + 1 WHERE id = $1 AND pauses < $2")
+            .bind(id)
+            .bind(MOST_PAUSES)
+            .execute(&mut *self.connection)
+            .await?;
+        if counted.rows_affected() == 0 { Err(StoreError::PausedEnough(MOST_PAUSES as u64)) } else { Ok(()) }
+    }
+
+    async fn resume_job(&mut self, tenant: TenantId, id: &str) -> Result<Changed> {
         let job = own_job(self.connection, tenant, id).await?;
         match job.status {
             JobStatus::Paused => {
                 let event = status_event(JobStatus::Queued, "The job waits to go on.");
-                self.set_status(id, JobStatus::Queued, event).await
+                Ok((self.set_status(id, JobStatus::Queued, event).await?, true))
             }
             status if status.is_final() => Err(StoreError::JobStatus(status)),
-            _ => Ok(job),
+            _ => Ok((job, false)),
         }
     }
 
@@ -288,10 +319,11 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::NameReserved`], [`StoreError::TooManyJobs`], [`StoreError::JobsFull`], [`StoreError::IdempotencyMismatch`],
-    /// [`StoreError::TenantNotFound`], [`StoreError::AdaptersFull`], [`StoreError::BytesFull`], [`StoreError::TrainedEnough`].
+    /// [`StoreError::TenantNotFound`], [`StoreError::AdaptersFull`], [`StoreError::BytesFull`], [`StoreError::TrainedEnough`], [`StoreError::PublicAdapter`].
     pub async fn create_job(&self, new: NewJob) -> Result<JobStored> {
+        let public_too = self.may_change_public();
         self.audited(
-            move |tx| Box::pin(tx.create_job(new)),
+            move |tx| Box::pin(tx.create_job(new, public_too)),
             |actor, stored| match stored {
                 JobStored::New(job) => {
                     Some(actor.did("job.create", job.id.clone()).with(format!("{{\"name\":\"{}\"}}", job.name)))
@@ -308,20 +340,16 @@ impl Store {
     /// [`StoreError::JobNotFound`]; [`StoreError::JobStatus`] when it has ended otherwise.
     pub async fn cancel_job(&self, tenant: TenantId, id: &str) -> Result<JobRecord> {
         let id = id.to_owned();
-        self.audited(
-            move |tx| Box::pin(async move { tx.cancel_job(tenant, &id).await }),
-            |actor, job| Some(actor.did("job.cancel", job.id.clone())),
-        )
-        .await
+        self.change_job("job.cancel", move |tx| Box::pin(async move { tx.cancel_job(tenant, &id).await })).await
     }
 
     /// Stops a tenant's job for now.
     ///
     /// # Errors
-    /// [`StoreError::JobNotFound`]; [`StoreError::JobStatus`] when it neither waits nor runs.
+    /// [`StoreError::JobNotFound`]; [`StoreError::JobStatus`] when it neither waits nor runs; [`StoreError::PausedEnough`].
     pub async fn pause_job(&self, tenant: TenantId, id: &str) -> Result<JobRecord> {
         let id = id.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.pause_job(tenant, &id).await })).await
+        self.change_job("job.pause", move |tx| Box::pin(async move { tx.pause_job(tenant, &id).await })).await
     }
 
     /// Puts a paused job of a tenant's back into the queue.
@@ -330,6 +358,15 @@ impl Store {
     /// [`StoreError::JobNotFound`]; [`StoreError::JobStatus`] when it has ended.
     pub async fn resume_job(&self, tenant: TenantId, id: &str) -> Result<JobRecord> {
         let id = id.to_owned();
-        self.writer.job(move |tx| Box::pin(async move { tx.resume_job(tenant, &id).await })).await
+        self.change_job("job.resume", move |tx| Box::pin(async move { tx.resume_job(tenant, &id).await })).await
+    }
+
+    /// What an owner does to a job. Where it changes nothing it leaves no entry in the audit log.
+    async fn change_job<W>(&self, action: &'static str, work: W) -> Result<JobRecord>
+    where
+        W: for<'t> FnOnce(&'t mut Tx<'_>) -> BoxFuture<'t, Result<Changed>> + Send + 'static,
+    {
+        let did = move |actor: &Actor, (job, changed): &Changed| changed.then(|| actor.did(action, job.id.clone()));
+        Ok(self.audited(work, did).await?.0)
     }
 }
