@@ -25,16 +25,17 @@ pub(super) struct AuditEntry {
     object: &'static str,
     /// Unix seconds.
     at: i64,
-    /// `http`, `command_line` (`mote keys`, `mote tenants`) or `start` (the first admin key).
+    /// `http`, `command_line` (`mote keys`, `mote tenants`), `start` (the first admin key) or `training` (what a job did).
     via: String,
-    /// Whose key; null for an operator on the machine.
+    /// Whose key or job; null for an operator on the machine.
     #[schema(required = true)]
     tenant: Option<String>,
     /// The key's public identifier; null without keys.
     #[schema(required = true)]
     key: Option<String>,
     /// `tenant.create`, `tenant.limits`, `tenant.delete`, `key.create`, `key.rotate`, `key.revoke`, `adapter.upload`, `adapter.replace`, `adapter.rollback`,
-    /// `adapter.delete`, `file.upload`, `file.delete`, `job.create` or `job.cancel`.
+    /// `adapter.publish` (by a job), `adapter.delete`, `file.upload`, `file.delete`, `job.create`, `job.pause`, `job.resume` or `job.cancel`. A batch is an entry for
+    /// the new adapters and one for those that it replaced.
     #[schema(example = "adapter.upload")]
     action: String,
     /// The name or id of what it was done to; of a batch the first name.

@@ -9,11 +9,11 @@ use super::{
     Damaged, DamagedRow, Result, Store, StoreError,
     ask::{self, text},
     decode,
-    tenants::{limit_columns, or_damaged, overrides, select_tenants, tenant},
+    tenants::{limit_columns, or_damaged, overrides, select_tenants, tenant, tenant_created},
     writer::Tx,
 };
 use crate::{
-    tenant::{ApiKey, KeyHash, KeyRecord, KeySource, KeySourceError, Overrides, Role, Tenant},
+    tenant::{Actor, ApiKey, KeyHash, KeyRecord, KeySource, KeySourceError, Overrides, Role, Tenant},
     types::TenantId,
 };
 
@@ -81,7 +81,8 @@ pub struct Rotation {
 }
 
 impl Tx<'_> {
-    async fn create_key(&mut self, new: NewKey) -> Result<Option<KeyRecord>> {
+    /// `actor` is who answers for a tenant that is made with the key.
+    async fn create_key(&mut self, new: NewKey, actor: Option<&Actor>) -> Result<Option<KeyRecord>> {
         if new.only_first
             && sqlx::query("SELECT 1 FROM keys LIMIT 1").fetch_optional(&mut *self.connection).await?.is_some()
         {
@@ -89,7 +90,11 @@ impl Tx<'_> {
         }
         let tenant = match self.living_tenant(&new.tenant).await? {
             Some(tenant) => tenant,
-            None if new.create_tenant => self.create_tenant(new.tenant).await?,
+            None if new.create_tenant => {
+                let tenant = self.create_tenant(new.tenant).await?;
+                self.note(actor.map(|actor| tenant_created(actor, &tenant)));
+                tenant
+            }
             None => return Err(StoreError::TenantNotFound),
         };
         self.insert_key(&new.key, tenant, new.role, new.expires_at).await.map(Some)
@@ -193,8 +198,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::TenantNotFound`], [`StoreError::Damaged`].
     pub async fn create_key(&self, new: NewKey) -> Result<Option<KeyRecord>> {
+        let actor = self.actor.clone();
         self.audited(
-            move |tx| Box::pin(tx.create_key(new)),
+            move |tx| Box::pin(async move { tx.create_key(new, actor.as_deref()).await }),
             |actor, made| made.as_ref().map(|key| actor.did("key.create", key.id.clone()).with(key_text(key))),
         )
         .await

@@ -4,7 +4,7 @@ use sqlx::{Row as _, any::AnyRow};
 
 use super::{Change, Damaged, DamagedRow, Result, Store, StoreError, ask, decode, decode::bound, writer::Tx};
 use crate::{
-    tenant::{BUILT_IN_TENANT, LimitChanges, Overrides, Tenant},
+    tenant::{Actor, BUILT_IN_TENANT, Deed, LimitChanges, Overrides, Tenant},
     types::TenantId,
 };
 
@@ -152,6 +152,11 @@ impl Tx<'_> {
     }
 }
 
+/// A new tenant, for the audit log.
+pub(super) fn tenant_created(actor: &Actor, tenant: &Tenant) -> Deed {
+    actor.did("tenant.create", tenant.name.clone())
+}
+
 /// What was changed, for the audit log. Names and numbers: nothing in it needs escaping.
 fn limits_text(changes: &LimitChanges) -> String {
     let shown = |number: Option<i64>| number.map_or("null".to_owned(), |number| number.to_string());
@@ -167,11 +172,8 @@ impl Store {
     /// [`StoreError::TenantExists`].
     pub async fn create_tenant(&self, name: &str) -> Result<Tenant> {
         let name = name.to_owned();
-        self.audited(
-            move |tx| Box::pin(tx.create_tenant(name)),
-            |actor, tenant| Some(actor.did("tenant.create", tenant.name.clone())),
-        )
-        .await
+        self.audited(move |tx| Box::pin(tx.create_tenant(name)), |actor, tenant| Some(tenant_created(actor, tenant)))
+            .await
     }
 
     /// Changes what is set for a tenant; gives it as it is then. What was set and cannot be read any more counts as not set, and is so from now on.

@@ -183,10 +183,10 @@ impl Message {
         }
     }
 
-    /// Numbers of the change sequence that it uses at most: an upload may also intern facts, and all of a message are one entry of the audit log.
+    /// Numbers of the change sequence that it uses at most: an upload may also intern facts, and all of a message are at most two entries of the audit log.
     fn seqs(&self) -> i64 {
         match self {
-            Message::Put { items, .. } => 2 * items.len() as i64 + 1,
+            Message::Put { items, .. } => 2 * items.len() as i64 + 2,
             _ => SEQS_A_JOB,
         }
     }
@@ -482,7 +482,10 @@ async fn run_group(tx: &mut Tx<'_>, group: &mut [Message]) -> Result<()> {
         for (message, count) in run.iter_mut().zip(counts) {
             if let Message::Put { actor, results, .. } = message {
                 let own: PutResults = written.by_ref().take(count).collect();
-                tx.note(actor.as_deref().and_then(|actor| uploaded(actor, &own)));
+                if let Some(actor) = actor {
+                    tx.note(uploaded(actor, &own, "adapter.upload", false));
+                    tx.note(uploaded(actor, &own, "adapter.replace", true));
+                }
                 *results = Some(own);
             }
         }
@@ -490,14 +493,13 @@ async fn run_group(tx: &mut Tx<'_>, group: &mut [Message]) -> Result<()> {
     Ok(())
 }
 
-/// The uploads of a message as one entry of the audit log; None when none was written.
-fn uploaded(actor: &Actor, results: &PutResults) -> Option<Deed> {
+/// The uploads of a message that made new adapters, or those that replaced some, as one entry of the audit log; None when there was none.
+fn uploaded(actor: &Actor, results: &PutResults, action: &'static str, replacing: bool) -> Option<Deed> {
     let mut written = results.iter().filter_map(|result| match result {
-        Ok(Stored::New { record, replaced }) => Some((record, replaced.is_some())),
+        Ok(Stored::New { record, replaced }) if replaced.is_some() == replacing => Some(record),
         _ => None,
     });
-    let (first, replaced) = written.next()?;
-    let action = if replaced { "adapter.replace" } else { "adapter.upload" };
+    let first = written.next()?;
     let deed = actor.did(action, first.name.clone());
     Some(match written.count() {
         0 => deed,

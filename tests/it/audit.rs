@@ -49,6 +49,7 @@ async fn what_was_done_is_there_with_who_when_and_where() {
     let mut job = letters("trained");
     job["dataset"][0]["messages"][0]["content"] = json!("prompt-words");
     let id = send(KEY, Method::POST, "/adapters/train", job).await.json()["id"].as_str().unwrap().to_owned();
+    app.ended(&id).await;
     call(&app, ADMIN, Method::DELETE, "/admin/tenants/ann", None).await;
 
     // What only reads or fails leaves nothing.
@@ -76,10 +77,13 @@ async fn what_was_done_is_there_with_who_when_and_where() {
         ("acme", "adapter.rollback", "mine"),
         ("acme", "adapter.delete", "mine"),
         ("acme", "job.create", &id),
+        ("acme", "adapter.publish", "trained"),
         ("default", "tenant.delete", "ann"),
     ];
     let expected = expected.map(|(who, what, target)| (who.to_owned(), what.to_owned(), target.to_owned()));
     assert_eq!(told, expected);
+    let published = entries.remove(10);
+    assert_eq!((&published["via"], &published["detail"]), (&json!("training"), &json!({"job": id})));
     for entry in &entries {
         assert_eq!((&entry["via"], &entry["peer"]), (&json!("http"), &json!("10.9.8.7")), "{entry}");
         assert!(text(entry, "key").starts_with("key_") && text(entry, "request_id").starts_with("req-"), "{entry}");

@@ -338,3 +338,36 @@ async fn bytes_of_jobs_count_until_they_are_gone() {
         store.close().await;
     }
 }
+
+#[tokio::test]
+async fn what_shares_a_transaction_is_told_apart_in_the_log() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let by = store.by(actor("ann"));
+        // A tenant that comes into being with its first key.
+        for _ in 0..2 {
+            let key = ApiKey::generate().unwrap();
+            let tenant = "ann".to_owned();
+            let role = Role::Member;
+            let new = NewKey { key, tenant, create_tenant: true, role, expires_at: None, only_first: false };
+            by.create_key(new).await.unwrap().unwrap();
+        }
+        let told = log(&store).await;
+        let names: Vec<&str> = told.iter().map(|(action, ..)| &**action).collect();
+        assert_eq!((&names[..], &*told[0].1), (&["tenant.create", "key.create", "key.create"][..], "ann"));
+
+        // A batch of new adapters and of such as were there, the first of which replaces.
+        let ann = store.tenant("ann").await.unwrap().id;
+        written(store.put_adapter(new(ann, "a", 1)).await);
+        written(store.put_adapter(new(ann, "b", 1)).await);
+        let batch = ["a", "c", "b", "d", "e"]
+            .map(|name| NewAdapter { on_conflict: OnConflict::NewGeneration, ..new(ann, name, 2) });
+        by.put_adapters(batch.to_vec()).await.unwrap().into_iter().for_each(|result| drop(written(result)));
+        let entry =
+            |action: &str, target: &str, detail: &str| (action.to_owned(), target.to_owned(), Some(detail.to_owned()));
+        let expected =
+            [entry("adapter.upload", "c", r#"{"adapters":3}"#), entry("adapter.replace", "a", r#"{"adapters":2}"#)];
+        assert_eq!(log(&store).await[3..], expected);
+        store.close().await;
+    }
+}

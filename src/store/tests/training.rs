@@ -1,7 +1,10 @@
 use sqlx::Row as _;
 
 use super::*;
-use crate::tenant::Limits;
+use crate::{
+    store::training::MOST_PAUSES,
+    tenant::{Actor, Limits, Via},
+};
 
 fn job_id(number: u32) -> String {
     format!("ftjob-{number:032x}")
@@ -97,6 +100,66 @@ async fn a_job_is_made_run_and_published_in_one_piece_each() {
         assert_eq!(last.iter().map(|event| event.seq).collect::<Vec<_>>(), [9, 8]);
         assert!(matches!(store.report_progress(&queued.id, 1, step(6, true), None).await, Err(StoreError::JobLost)));
         assert_eq!(store.samples(&queued.id, Some(4), 10).await.unwrap().len(), 3);
+        store.close().await;
+    }
+}
+
+/// Action and target of every entry of the audit log, oldest first.
+async fn deeds(store: &Store) -> Vec<(String, String)> {
+    let entries = store.audit(None, 1000).await.unwrap();
+    entries.into_iter().rev().map(|entry| (entry.action, entry.target)).collect()
+}
+
+#[tokio::test]
+async fn pauses_have_an_end_and_what_changes_nothing_leaves_no_trace() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        made(&store, job(1, BUILT_IN_TENANT, "a")).await;
+        let (by, id) = (store.by(Actor { admin: false, ..Actor::operator(Via::Http) }), job_id(1));
+        by.resume_job(BUILT_IN_TENANT, &id).await.unwrap();
+        for _ in 0..MOST_PAUSES {
+            for _ in 0..2 {
+                by.pause_job(BUILT_IN_TENANT, &id).await.unwrap();
+            }
+            for _ in 0..2 {
+                by.resume_job(BUILT_IN_TENANT, &id).await.unwrap();
+            }
+        }
+        let refused = by.pause_job(BUILT_IN_TENANT, &id).await;
+        assert!(matches!(refused, Err(StoreError::PausedEnough(most)) if most == MOST_PAUSES as u64), "{refused:?}");
+        let now = store.job(BUILT_IN_TENANT, &id).await.unwrap();
+        assert_eq!((now.status, now.events), (JobStatus::Queued, 1 + 2 * MOST_PAUSES as u64));
+        for _ in 0..2 {
+            by.cancel_job(BUILT_IN_TENANT, &id).await.unwrap();
+        }
+        let told = deeds(&store).await;
+        assert_eq!(told.len() as i64, 2 * MOST_PAUSES + 1);
+        let kinds = [&told[0], &told[1], told.last().unwrap()].map(|(action, target)| (&**action, &**target));
+        assert_eq!(kinds, ["job.pause", "job.resume", "job.cancel"].map(|action| (action, &*id)));
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_job_publishes_is_in_the_log_and_what_is_public_is_an_admin_s() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let tenant = store.create_tenant("alice").await.unwrap().id;
+        written(store.put_adapter(NewAdapter { public: Some(true), ..new(tenant, "a", 1) }).await);
+        let replacing = || NewJob { name_must_be_free: false, ..job(1, tenant, "a") };
+        let admin = Actor { tenant: Some("alice".into()), ..Actor::operator(Via::Http) };
+        let member = store.by(Actor { admin: false, ..admin.clone() });
+        assert!(matches!(member.create_job(replacing()).await, Err(StoreError::PublicAdapter)));
+        made(&store.by(admin), replacing()).await;
+        claimed(&store).await;
+        let adapter = NewAdapter { on_conflict: OnConflict::NewGeneration, ..new(tenant, "a", 7) };
+        let publication = Publication { adapter, result: "{}".into(), events: vec![event("result")] };
+        store.publish_job(&job_id(1), 1, publication).await.unwrap();
+        let entries = store.audit(None, 10).await.unwrap();
+        let actions: Vec<&str> = entries.iter().map(|entry| &*entry.action).collect();
+        assert_eq!(actions, ["adapter.publish", "job.create"]);
+        let told = (&*entries[0].via, entries[0].tenant.as_deref(), &*entries[0].target, entries[0].detail.clone());
+        assert_eq!(told, ("training", Some("alice"), "a", Some(format!("{{\"job\":\"{}\"}}", job_id(1)))));
         store.close().await;
     }
 }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     store::{Result, Store, StoreError, Stored, ask::text, decode::bound, writer::Tx},
-    tenant::{Bound, Usage, UsageOfDay},
+    tenant::{Actor, Bound, Usage, UsageOfDay},
     types::TenantId,
 };
 
@@ -244,11 +244,13 @@ impl Tx<'_> {
     }
 
     async fn publish_job(&mut self, id: &str, attempt: i64, publication: Publication) -> Result<JobRecord> {
-        self.held_job(id, attempt).await?;
+        let job = self.held_job(id, attempt).await?;
         let mut results = Vec::with_capacity(1);
         self.put_round(vec![publication.adapter], &mut results, Some(id)).await?;
         match results.pop().unwrap_or(Err(StoreError::Closed))? {
             Stored::New { .. } | Stored::Replayed(_) => {
+                let deed = Actor::job(job.owner).did("adapter.publish", job.name);
+                self.note(Some(deed.with(format!("{{\"job\":\"{id}\"}}"))));
                 self.end_job(id, JobStatus::Succeeded, Some(publication.result), None, publication.events).await
             }
         }
