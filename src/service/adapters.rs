@@ -186,9 +186,7 @@ impl Service {
         expected: Option<Generation>,
     ) -> Result<AdapterInfo, Error> {
         // A name that cannot be is one that is not.
-        if self.store_own(caller, name).await?.is_none() {
-            return Err(Error::adapter_not_found(name, None));
-        }
+        self.check_owned(caller, name).await?;
         match &upload.name {
             Some(other) if other != name => {
                 return Err(Error::invalid(
@@ -266,7 +264,7 @@ impl Service {
     /// 404.
     pub async fn weights(&self, caller: &Caller, name: &str) -> Result<(AdapterInfo, Arc<Adapter>), Error> {
         let record = self.record(caller, name).await?;
-        let adapter = self.library.adapter_of(&record.contents).map_err(Error::internal)?;
+        let adapter = self.read(&record.contents, name)?;
         Ok((self.info(record)?, adapter))
     }
 
@@ -297,7 +295,8 @@ impl Service {
     pub async fn generations(&self, caller: &Caller, name: &str) -> Result<Vec<GenerationInfo>, Error> {
         let own = self.store_own(caller, name).await?.ok_or_else(|| Error::adapter_not_found(name, None))?;
         let records = self.store.generations(own.id).await.map_err(|error| store_error(error, name))?;
-        records.into_iter().map(|record| self.generation(&record)).collect()
+        // Damaged ones are left out, as of any list.
+        Ok(records.iter().filter_map(|record| self.generation(record, name).ok()).collect())
     }
 
     /// Points a name of the caller's at a generation that it had before.
@@ -332,33 +331,57 @@ impl Service {
         Scheme::PRESETS.into_iter().filter_map(info).collect()
     }
 
+    /// What a name means to the caller. An own adapter that is damaged is an error, whatever else has the name; of others' there is none.
     async fn record(&self, caller: &Caller, name: &str) -> Result<AdapterRecord, Error> {
-        self.store.adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))
+        self.check_readable(caller, name)?;
+        let record = self.store.adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))?;
+        if record.tenant != caller.tenant && self.library.adapter_of(&record.contents).is_err() {
+            return Err(Error::adapter_not_found(name, None));
+        }
+        Ok(record)
     }
 
     async fn store_own(&self, caller: &Caller, name: &str) -> Result<Option<AdapterRecord>, Error> {
+        self.check_readable(caller, name)?;
         self.store.own_adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))
+    }
+
+    /// Has the caller an adapter of that name? A damaged one counts: it can be replaced.
+    ///
+    /// # Errors
+    /// 404.
+    async fn check_owned(&self, caller: &Caller, name: &str) -> Result<(), Error> {
+        match self.store.own_adapter(caller.tenant, name).await {
+            Ok(Some(_)) | Err(StoreError::AdapterDamaged) => Ok(()),
+            Ok(None) => Err(Error::adapter_not_found(name, None)),
+            Err(error) => Err(store_error(error, name)),
+        }
+    }
+
+    /// The adapter that a record of that name describes.
+    fn read(&self, contents: &Contents, name: &str) -> Result<Arc<Adapter>, Error> {
+        self.library.adapter_of(contents).map_err(|error| damaged(name, &error))
     }
 
     fn info(&self, record: AdapterRecord) -> Result<AdapterInfo, Error> {
         Ok(AdapterInfo {
             id: self.ids.show(record.id),
-            numbers: self.numbers(&record.contents)?,
-            name: record.name,
+            numbers: self.numbers(&record.contents, &record.name)?,
             owner: record.owner.to_string(),
             public: record.public,
-            metadata: serde_json::from_str(&record.metadata).map_err(Error::internal)?,
+            metadata: serde_json::from_str(&record.metadata).map_err(|error| damaged(&record.name, &error))?,
             created_at: record.created_at,
+            name: record.name,
         })
     }
 
-    fn generation(&self, record: &GenerationRecord) -> Result<GenerationInfo, Error> {
-        let numbers = self.numbers(&record.contents)?;
+    fn generation(&self, record: &GenerationRecord, name: &str) -> Result<GenerationInfo, Error> {
+        let numbers = self.numbers(&record.contents, name)?;
         Ok(GenerationInfo { numbers, current: record.current, created_at: record.created_at })
     }
 
-    fn numbers(&self, contents: &Contents) -> Result<Numbers, Error> {
-        let adapter = self.library.adapter_of(contents).map_err(Error::internal)?;
+    fn numbers(&self, contents: &Contents, name: &str) -> Result<Numbers, Error> {
+        let adapter = self.read(contents, name)?;
         let facts = adapter.facts();
         let served = facts.scheme.validate(&self.base.sites, self.base.rank).is_ok();
         Ok(Numbers {
@@ -371,6 +394,12 @@ impl Service {
             incompatible: !(served && self.library.is_compatible(&adapter)),
         })
     }
+}
+
+/// The caller's adapter cannot be read; why goes to the log.
+fn damaged(name: &str, cause: &dyn std::fmt::Display) -> Error {
+    tracing::error!(name, %cause, "an adapter in the store cannot be read");
+    Error::adapter_damaged(name)
 }
 
 /// A name that cannot be is one that is not: it never reaches the writer, whose transaction others share.

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{AdapterField, Error, ErrorKind, Lease, Service, Target};
 use crate::{
-    adapter::{Adapter, Facts, Scheme, SchemeError, codec},
+    adapter::{Adapter, Facts, Lease as Found, Scheme, SchemeError, codec},
     tenant::Caller,
     types::{Fingerprint, TenantId},
 };
@@ -76,7 +76,7 @@ impl Service {
         let of_model: Option<Used> = match named {
             Named::Base => None,
             Named::Adapter(name) => {
-                let found = self.find(caller, name)?;
+                let found = self.used(caller, name)?;
                 Some(found.ok_or_else(|| Error::model_not_found(&target.model))?)
             }
             Named::Inline(data) => Some(self.inline(data, None, "model")?.into()),
@@ -100,16 +100,26 @@ impl Service {
     }
 
     /// What a name means to the caller. An own adapter that cannot be read is an error, and never a public one of that name.
-    fn find(&self, caller: &Caller, name: &str) -> Result<Option<Used>, Error> {
-        if self.library.is_corrupt(caller.tenant, name) {
-            return Err(Error::adapter_damaged(name));
-        }
-        let found = self.library.registry.resolve(caller.tenant, name);
-        Ok(found.map(|lease| Used { adapter: lease.adapter, stored: Some((lease.owner, name.to_owned())) }))
+    pub(super) fn find(&self, caller: &Caller, name: &str) -> Result<Option<Found>, Error> {
+        self.check_readable(caller, name)?;
+        Ok(self.library.registry.resolve(caller.tenant, name))
+    }
+
+    /// An own adapter that could not be read at start is an error, whatever else has the name.
+    ///
+    /// # Errors
+    /// 500 adapter_damaged.
+    pub(super) fn check_readable(&self, caller: &Caller, name: &str) -> Result<(), Error> {
+        if self.library.is_corrupt(caller.tenant, name) { Err(Error::adapter_damaged(name)) } else { Ok(()) }
+    }
+
+    fn used(&self, caller: &Caller, name: &str) -> Result<Option<Used>, Error> {
+        let found = self.find(caller, name)?;
+        Ok(found.map(|found| Used { adapter: found.adapter, stored: Some((found.owner, name.to_owned())) }))
     }
 
     fn stored(&self, caller: &Caller, name: &str, param: &str) -> Result<Used, Error> {
-        self.find(caller, name)?.ok_or_else(|| Error::adapter_not_found(name, Some(param)))
+        self.used(caller, name)?.ok_or_else(|| Error::adapter_not_found(name, Some(param)))
     }
 
     /// The adapters of the body's field, with their weights.

@@ -117,6 +117,10 @@ async fn text_that_is_none_is_the_trouble_of_its_row() {
     }
     let damaged = app.post("/v1/completions", complete("hash")).await;
     assert_eq!((damaged.error().0, damaged.error().3.as_deref()), (500, Some("adapter_damaged")));
+    for path in ["/adapters/hash", "/adapters/words", "/adapters/late", "/adapters/late/weights"] {
+        let damaged = app.get(path).await.error();
+        assert_eq!((damaged.0, damaged.3.as_deref()), (500, Some("adapter_damaged")), "{path}");
+    }
     for path in ["/adapters", "/v1/models"] {
         assert_eq!(app.get(path).await.status, 200, "{path}");
     }

@@ -108,7 +108,7 @@ impl Service {
             return Ok(None);
         }
         let name = model.strip_prefix(base.as_str()).and_then(|rest| rest.strip_prefix(':')).unwrap_or(model);
-        match self.library.registry.resolve(caller.tenant, name) {
+        match self.find(caller, name)? {
             Some(_) => Ok(Some(name.to_owned())),
             None => Err(Error::model_not_found(model)),
         }

@@ -215,7 +215,7 @@ impl Service {
             self.check_scheme(&scheme, "")?;
             return Ok((scheme, None));
         };
-        let found = self.library.registry.resolve(caller.tenant, name);
+        let found = self.find(caller, name)?;
         let adapter = found.ok_or_else(|| Error::adapter_not_found(name, Some("init_from")))?.adapter;
         if !self.library.is_compatible(&adapter) {
             let (theirs, ours) = (adapter.facts().fingerprint, self.library.fingerprint);

@@ -8,7 +8,7 @@ use super::{
     decode::{any_job, count, own_job, signed},
 };
 use crate::{
-    store::{Result, Store, StoreError, idempotency, writer::Tx},
+    store::{Result, Store, StoreError, decode, idempotency, writer::Tx},
     types::TenantId,
 };
 
@@ -43,7 +43,7 @@ impl Tx<'_> {
         if taken.is_some() {
             return Err(StoreError::NameReserved);
         }
-        if new.name_must_be_free && self.is_taken(new.tenant, &new.name).await? {
+        if new.name_must_be_free && decode::has_name(self.connection, new.tenant, &new.name).await? {
             return Err(StoreError::NameTaken);
         }
         let change = self.next_seq();
@@ -73,12 +73,6 @@ impl Tx<'_> {
             self.keep_answer(new.tenant, key.route, &key.key, &key.request_hash, new.id.clone()).await?;
         }
         any_job(self.connection, &new.id).await.map(JobStored::New)
-    }
-
-    /// Has the tenant an adapter of that name, damaged or not?
-    async fn is_taken(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
-        let query = sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND deleted = 0");
-        Ok(query.bind(tenant.0).bind(name).fetch_optional(&mut *self.connection).await?.is_some())
     }
 
     async fn check_room(&mut self, new: &NewJob) -> Result<()> {
