@@ -54,7 +54,7 @@ impl Service {
         if after.is_some_and(|id| possible(id).is_err()) {
             return Ok((Vec::new(), false));
         }
-        let mut files = self.store.files(caller.tenant, after, limit + 1).await.map_err(Error::internal)?;
+        let mut files = self.store.files(caller.tenant, after, limit + 1).await.map_err(Error::store)?;
         let more = files.len() > limit as usize;
         files.truncate(limit as usize);
         Ok((files, more))
