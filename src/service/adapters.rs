@@ -185,8 +185,7 @@ impl Service {
         mut upload: Upload,
         expected: Option<Generation>,
     ) -> Result<AdapterInfo, Error> {
-        // A name that cannot be is one that is not.
-        self.check_owned(caller, name).await?;
+        possible(name)?;
         match &upload.name {
             Some(other) if other != name => {
                 return Err(Error::invalid(
@@ -198,6 +197,7 @@ impl Service {
         }
         let conflict = Some(OnConflict::Replace(expected));
         let new = upload::prepare_apart(self.clone(), caller.clone(), upload, conflict).await?;
+        self.check_owned(caller, name).await?;
         match self.store.by(caller.actor()).put_adapter(new).await.map_err(|error| store_error(error, name))? {
             Stored::New { record, .. } => self.info(record),
             Stored::Replayed(_) => Err(Error::internal("an upload without a key was replayed")),

@@ -53,6 +53,16 @@ fn parse_model<'a>(base: &str, model: &'a str) -> Named<'a> {
     }
 }
 
+/// An adapter of the body's field, before anything is looked up.
+enum Given<'a> {
+    /// One in the store, and where the body names it.
+    Named {
+        name: &'a str,
+        param: String,
+    },
+    Inline(Arc<Adapter>),
+}
+
 /// An adapter that a request uses.
 struct Used {
     adapter: Arc<Adapter>,
@@ -73,6 +83,7 @@ impl Service {
     /// 404 for an unknown or foreign adapter, 422 for one of another base, 400 for one that is malformed.
     pub async fn resolve(&self, caller: &Caller, target: &Target) -> Result<Lease, Error> {
         let named = parse_model(&self.base.model_id, &target.model);
+        let given = target.adapter.as_ref().map(|field| self.given(field)).transpose()?;
         let of_model: Option<Used> = match named {
             Named::Base => None,
             Named::Adapter(name) => {
@@ -81,7 +92,7 @@ impl Service {
             }
             Named::Inline(data) => Some(self.inline(data, None, "model")?.into()),
         };
-        let parts = match (&target.adapter, of_model) {
+        let parts = match (given, of_model) {
             (None, None) => Vec::new(),
             (None, Some(adapter)) => vec![(adapter, 1.0)],
             (Some(_), Some(_)) => {
@@ -90,7 +101,10 @@ impl Service {
                     "'model' names an adapter already; give the base's id there, or no 'adapter'",
                 ));
             }
-            (Some(field), None) => self.field(caller, field)?,
+            (Some(given), None) => {
+                let found = given.into_iter().map(|(given, weight)| Ok((self.found(caller, given)?, weight)));
+                found.collect::<Result<_, Error>>()?
+            }
         };
         let lease = self.lease(caller, &parts)?;
         for (_, name) in parts.iter().filter_map(|(used, _)| used.stored.as_ref()) {
@@ -118,30 +132,37 @@ impl Service {
         Ok(found.map(|found| Used { adapter: found.adapter, stored: Some((found.owner, name.to_owned())) }))
     }
 
-    fn stored(&self, caller: &Caller, name: &str, param: &str) -> Result<Used, Error> {
-        self.used(caller, name)?.ok_or_else(|| Error::adapter_not_found(name, Some(param)))
-    }
-
-    /// The adapters of the body's field, with their weights.
-    fn field(&self, caller: &Caller, field: &AdapterField) -> Result<Vec<(Used, f32)>, Error> {
+    /// The adapters of the body's field with their weights, checked; nothing is looked up yet.
+    fn given<'a>(&self, field: &'a AdapterField) -> Result<Vec<(Given<'a>, f32)>, Error> {
         match field {
             AdapterField::Named { name, scale } => {
-                Ok(vec![(self.stored(caller, name, "adapter.name")?, weight(*scale, "adapter.scale")?)])
+                let given = Given::Named { name, param: "adapter.name".into() };
+                Ok(vec![(given, weight(*scale, "adapter.scale")?)])
             }
             AdapterField::Inline { data, scheme, scale } => {
                 let adapter = self.inline(data, scheme.as_ref(), "adapter.data")?;
-                Ok(vec![(adapter.into(), weight(*scale, "adapter.scale")?)])
+                Ok(vec![(Given::Inline(adapter), weight(*scale, "adapter.scale")?)])
             }
             AdapterField::Mix(parts) => {
                 if parts.is_empty() || parts.len() > MAX_MIX {
                     return Err(Error::invalid("adapter.mix", format!("a mix has 1 to {MAX_MIX} adapters")));
                 }
-                let part = |(i, (name, share)): (usize, &(String, f64))| {
-                    let adapter = self.stored(caller, name, &format!("adapter.mix[{i}].name"))?;
-                    Ok((adapter, weight(*share, &format!("adapter.mix[{i}].weight"))?))
+                let part = |(i, (name, share)): (usize, &'a (String, f64))| {
+                    let given = Given::Named { name, param: format!("adapter.mix[{i}].name") };
+                    Ok((given, weight(*share, &format!("adapter.mix[{i}].weight"))?))
                 };
                 parts.iter().enumerate().map(part).collect()
             }
+        }
+    }
+
+    /// Looks up what the field names.
+    fn found(&self, caller: &Caller, given: Given<'_>) -> Result<Used, Error> {
+        match given {
+            Given::Named { name, param } => {
+                self.used(caller, name)?.ok_or_else(|| Error::adapter_not_found(name, Some(&param)))
+            }
+            Given::Inline(adapter) => Ok(adapter.into()),
         }
     }
 

@@ -38,11 +38,11 @@ const OWN: [&str; 3] = ["shared", "lost", "factless"];
 async fn is_damaged_everywhere(app: &TestApp, key: &str, name: &str) {
     let example = json!([{"prompt": "a", "completion": "b"}]);
     let train = json!({"name": "new", "method": "sft", "init_from": name, "dataset": example});
-    let line = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
-    let form = reqwest::multipart::Form::new().text("purpose", "fine-tune").part(
-        "file",
-        reqwest::multipart::Part::bytes(line.as_bytes()).file_name("lines.jsonl"),
-    );
+    let line =
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
+    let form = reqwest::multipart::Form::new()
+        .text("purpose", "fine-tune")
+        .part("file", reqwest::multipart::Part::bytes(line.as_bytes()).file_name("lines.jsonl"));
     let file = parts(app.as_key(key, Method::POST, "/v1/files").multipart(form).send().await.unwrap()).await.1;
     let asked = [
         (Method::GET, format!("/adapters/{name}"), Value::Null),
