@@ -18,6 +18,7 @@ use super::{
         FineTuningJobList,
     },
     metered::Metered,
+    schemas,
     state::AppState,
     training::{body_and_retry, page_size},
 };
@@ -58,10 +59,10 @@ pub(super) struct FineTuningBody {
     /// Beyond OpenAI's fields: the adapter's whole name.
     name: Option<String>,
     /// Beyond OpenAI's fields: a scheme's name or description.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<schemas::Scheme>, default = "tiny13")]
     scheme: Option<Value>,
     /// Beyond OpenAI's fields: a prompt template for items without `messages`.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<schemas::PromptTemplate>)]
     prompt: Option<Value>,
 }
 
@@ -82,7 +83,7 @@ fn job(state: &AppState, info: JobInfo) -> Json<FineTuningJob> {
 
 /// Create a fine-tuning job
 #[utoipa::path(
-    post, path = "/v1/fine_tuning/jobs", tag = "openai", request_body = FineTuningBody,
+    post, path = "/v1/fine_tuning/jobs", tag = "openai", extensions(("x-metered" = json!(true))), request_body = FineTuningBody,
     params(("Idempotency-Key" = Option<String>, Header, description = "A request sent again under the same key is the same job.")),
     responses(
         (status = 200, description = "The job.", body = FineTuningJob),

@@ -385,7 +385,7 @@ fn check_cheap(spec: &JobSpec, config: &TrainingConfig) -> Result<(), Error> {
     Ok(())
 }
 
-fn job_key(retry: JobRetry) -> Result<JobKey, Error> {
+pub(super) fn job_key(retry: JobRetry) -> Result<JobKey, Error> {
     if !(1..=MAX_KEY).contains(&retry.key.len()) {
         let message = format!("'Idempotency-Key' has 1 to {MAX_KEY} characters.");
         return Err(Error::invalid("Idempotency-Key", message));
