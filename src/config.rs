@@ -66,7 +66,7 @@ pub enum Command {
     Restore(RestoreArgs),
     /// Create and list tenants and set their limits, also while a server runs on the same data directory.
     Tenants(TenantsArgs),
-    /// List, export and import adapters of a data directory.
+    /// List and export adapters of a data directory.
     Adapters(AdaptersArgs),
     /// Print the OpenAPI document.
     Openapi,

@@ -33,7 +33,7 @@ use crate::{
     model::ModelError,
     service::{
         Retention, Service,
-        training::{DataLimits, EnginePolicies, RemoteAccess, TrainingConfig},
+        training::{DataLimits, EnginePolicies, RemoteAccess, TrainingConfig, UNLIMITED},
     },
     store::{Store, StoreError},
     text::{TemplateError, TokenizerError},
@@ -129,7 +129,7 @@ pub async fn serve(args: ServeArgs, stop: impl Future<Output = ()> + Send + 'sta
     }
     service.keep_for(retention(&args.retention));
     let policies = EnginePolicies::of(&service);
-    service.start_training(training_config(&args.training), Arc::new(policies)).await?;
+    service.start_training(training_config(&args.training, args.http.no_auth), Arc::new(policies)).await?;
     if !args.http.no_auth {
         state::first_admin_key(&store, admin_key.as_ref().map(Secret::expose)).await?;
     }
@@ -212,19 +212,20 @@ pub async fn until_stopped(
     Ok(())
 }
 
-/// The flags in the service's words.
-fn training_config(args: &TrainingArgs) -> TrainingConfig {
+/// The flags in the service's words. With `--no-auth` the one tenant has what there is.
+fn training_config(args: &TrainingArgs, no_auth: bool) -> TrainingConfig {
     let default = TrainingConfig::default();
+    let of_tenant = |most: u64| if no_auth { UNLIMITED } else { most };
     TrainingConfig {
         running: args.train_jobs.into(),
-        running_of_tenant: args.train_jobs_per_tenant.into(),
+        running_of_tenant: of_tenant(args.train_jobs_per_tenant.into()),
         turn: Duration::from_secs(args.train_turn_s.into()),
-        most_of_tenant: args.train_queue_per_tenant.into(),
+        most_of_tenant: of_tenant(args.train_queue_per_tenant.into()),
         most: args.train_queue.into(),
         steps: args.train_max_steps.into(),
         checkpoints: args.train_checkpoints.into(),
         data: DataLimits { bytes: mebibytes(args.max_file_mb), ..default.data },
-        files_of_tenant: mebibytes(args.max_files_mb_per_tenant) as u64,
+        files_of_tenant: of_tenant(mebibytes(args.max_files_mb_per_tenant) as u64),
         remote: RemoteAccess::new(args.grader_hosts.clone(), args.grader_concurrency.into()),
         ..default
     }
@@ -278,4 +279,28 @@ fn check_exposure(http: &HttpArgs) -> Result<Option<Secret>, AppError> {
     let key = http.admin_key().map_err(|words| AppError::Flag(format!("--admin-key-file {words}")))?;
     key.as_ref().map(|key| state::chosen_key(key.expose())).transpose()?;
     Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Flags {
+        #[command(flatten)]
+        training: TrainingArgs,
+    }
+
+    #[test]
+    fn without_keys_one_tenant_may_train_and_keep_what_the_server_may() {
+        let args = Flags::parse_from(["mote", "--train-queue", "7"]).training;
+        let (with, without) = (training_config(&args, false), training_config(&args, true));
+        let of_tenant = |config: &TrainingConfig| {
+            [config.running_of_tenant, config.most_of_tenant, config.files_of_tenant].map(|most| most == UNLIMITED)
+        };
+        assert_eq!((of_tenant(&with), of_tenant(&without)), ([false; 3], [true; 3]));
+        assert_eq!((without.running, without.most), (with.running, 7));
+    }
 }

@@ -15,9 +15,10 @@ use super::{
     answer::with_generation,
     auth::Auth,
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
-    extract::{ApiJson, ApiPath, ApiQuery},
+    extract::{ApiJson, ApiPath, ApiQuery, idempotency_key},
     large::Large,
     metered::Metered,
+    schemas,
     state::AppState,
     training::page_size,
     upload::{AdapterForm, AdapterUpload, UploadQuery, read_upload},
@@ -28,8 +29,6 @@ use crate::{
 };
 
 const DEFAULT_LIMIT: u32 = 100;
-/// The client's key for a request that may be sent again.
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// An adapter and its current generation.
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -51,7 +50,7 @@ pub(super) struct AdapterObject {
     /// `bf16` or `f32`
     pub dtype: String,
     /// The scheme's name, or its description.
-    #[schema(value_type = Object)]
+    #[schema(value_type = schemas::Scheme)]
     pub scheme: Value,
     /// The base that the numbers are for.
     pub fingerprint: String,
@@ -122,7 +121,7 @@ pub(super) struct GenerationObject {
     /// `bf16` or `f32`
     pub dtype: String,
     /// The scheme's name, or its description.
-    #[schema(value_type = Object)]
+    #[schema(value_type = schemas::Scheme)]
     pub scheme: Value,
     /// The base that the numbers are for.
     pub fingerprint: String,
@@ -167,7 +166,7 @@ pub(super) struct WeightsObject {
     /// `bf16` or `f32`
     pub dtype: String,
     /// The scheme's name, or its description.
-    #[schema(value_type = Object)]
+    #[schema(value_type = schemas::Scheme)]
     pub scheme: Value,
     /// The base that the numbers are for.
     pub fingerprint: String,
@@ -198,7 +197,7 @@ pub(super) struct SchemeObject {
     /// What `scheme` names.
     pub name: &'static str,
     /// The description that the name stands for.
-    #[schema(value_type = Object)]
+    #[schema(value_type = schemas::SchemeDescription)]
     pub scheme: Value,
     /// How many numbers an adapter has: 2 bytes each in bf16, 4 in f32.
     pub numbers: usize,
@@ -270,7 +269,7 @@ fn with_etag(mut response: Response, generation: Generation) -> Response {
 ///
 /// Raw bytes with query parameters, JSON, or PEFT's two files as a form.
 #[utoipa::path(
-    post, path = "/adapters", tag = "adapters",
+    post, path = "/adapters", tag = "adapters", extensions(("x-metered" = json!(true))),
     params(UploadQuery, ("Idempotency-Key" = Option<String>, Header, description = "A request sent again under the same key gets the first answer.")),
     request_body(content((AdapterUpload = "application/json"), (Vec<u8> = "application/octet-stream"), (AdapterForm = "multipart/form-data"))),
     responses(
@@ -286,10 +285,9 @@ pub(super) async fn upload_adapter(
     Metered(caller, _place): Metered,
     request: Request,
 ) -> ApiResult<Response> {
-    let key = request.headers().get(IDEMPOTENCY_KEY).map(|value| value.to_str().map(str::to_owned));
+    let key = idempotency_key(request.headers());
     let upload = read_upload(request, &state).await?;
-    let key = key.transpose().map_err(|_| Error::invalid("Idempotency-Key", "'Idempotency-Key' is not plain text."))?;
-    let retry = key.map(|key| Retry { key, render });
+    let retry = key?.map(|key| Retry { key, render });
     Ok(match state.service.upload(&caller, upload, retry).await? {
         Uploaded::New(info) => (StatusCode::CREATED, adapter_answer(*info)).into_response(),
         Uploaded::Before(body) => {
@@ -334,7 +332,7 @@ pub(super) async fn show_adapter(
 ///
 /// A new generation of an adapter that exists. Requests that run under the old one end under it.
 #[utoipa::path(
-    put, path = "/adapters/{name}", tag = "adapters",
+    put, path = "/adapters/{name}", tag = "adapters", extensions(("x-metered" = json!(true))),
     params(
         ("name" = String, Path, description = "An adapter's name."), UploadQuery,
         ("If-Match" = Option<String>, Header, description = "Only if this is the current generation."),
@@ -468,7 +466,7 @@ pub(super) async fn list_generations(
 
 /// Go back to a generation
 #[utoipa::path(
-    post, path = "/adapters/{name}/rollback", tag = "adapters", params(("name" = String, Path, description = "An adapter's name.")),
+    post, path = "/adapters/{name}/rollback", tag = "adapters", extensions(("x-metered" = json!(true))), params(("name" = String, Path, description = "An adapter's name.")),
     request_body = RollbackBody,
     responses(
         (status = 200, description = "The adapter, at that generation.", body = AdapterObject),

@@ -64,7 +64,7 @@ pub(super) struct NewTenant {
     name: Option<String>,
 }
 
-/// What to change of a tenant.
+/// What to change of a tenant. Unknown fields are refused: a misspelt limit must not pass.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct TenantPatch {

@@ -69,9 +69,10 @@ fn is_ndjson(essence: &str) -> bool {
 
 /// Upload many adapters
 ///
-/// A line of JSON each; a line of JSON back for each, in order, once it is stored. Both ways may stream.
+/// A line of JSON each; a line of JSON back for each, in order, once it is stored. Both ways may stream. It takes no `Idempotency-Key`: lines that are sent again are answered `name_taken`, or with
+/// `"on_conflict": "new_generation"` as the first time, since the same numbers are the same generation.
 #[utoipa::path(
-    post, path = "/adapters/batch", tag = "adapters",
+    post, path = "/adapters/batch", tag = "adapters", extensions(("x-metered" = json!(true))),
     request_body(content = AdapterUpload, content_type = "application/x-ndjson", description = "One object a line."),
     responses((status = 200, description = "One object a line.", body = BatchLine, content_type = "application/x-ndjson"), BodyErrors, CommonErrors),
 )]

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::schemas;
 use crate::service::{AdapterField, Error, Target};
 
 /// One stop string or several.
@@ -56,7 +57,7 @@ pub(super) struct AdapterBody {
     #[schema(example = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA")]
     pub data: Option<String>,
     /// The scheme of `data`: a name or a description, as in an upload.
-    #[schema(value_type = Option<Object>, default = "tiny13")]
+    #[schema(value_type = Option<schemas::Scheme>, default = "tiny13")]
     pub scheme: Option<Value>,
     /// Multiplies the update of `name` or `data`.
     #[schema(default = 1.0)]
@@ -148,7 +149,7 @@ macro_rules! decoding_body {
             #[schema(minimum = -2, maximum = 2, default = 0.0)]
             frequency_penalty: Option<f64>,
             /// Divides positive and multiplies negative logits of tokens in prompt or completion.
-            #[schema(exclusive_minimum = 0, maximum = 10, default = 1.0)]
+            #[schema(minimum = 0.01, maximum = 10, default = 1.0)]
             repetition_penalty: Option<f64>,
             /// Token id to a number between -100 and 100 that is added to its logit.
             #[schema(example = json!({"50": -100}))]

@@ -202,20 +202,14 @@ pub(super) struct ChatDelta {
 #[utoipa::path(
     post,
     path = "/v1/chat/completions",
-    tag = "openai",
+    tag = "openai", extensions(("x-metered" = json!(true))),
     request_body = ChatBody,
     responses(
         (
             status = 200, description = "The completion.",
             content((ChatAnswer = "application/json"), (ChatChunk = "text/event-stream")),
             headers(
-                ("x-adapter-generation" = String, description = "The generation of the adapter that answered; absent for the bare base."),
-                ("x-ratelimit-limit-requests" = u64, description = "Requests a minute; this and the following are there when the limit is in force."),
-                ("x-ratelimit-remaining-requests" = u64, description = "Those that are left."),
-                ("x-ratelimit-reset-requests" = String, description = "Until all are back, as `6m0s`."),
-                ("x-ratelimit-limit-tokens" = u64, description = "Tokens a minute."),
-                ("x-ratelimit-remaining-tokens" = u64, description = "Those that are left; of a stream, with all that it may still use reserved."),
-                ("x-ratelimit-reset-tokens" = String, description = "Until all are back."),
+                ("x-adapter-generation" = String, description = "The generation of the adapter that answered; absent for the bare base and for a mix of several."),
             ),
         ),
         CommonErrors, BodyErrors, ModelErrors,

@@ -9,7 +9,7 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use super::peer::TrustedProxies;
 
 /// Headers of ours that a page may read.
-const EXPOSED: [&str; 10] = [
+const EXPOSED: [&str; 12] = [
     "x-request-id",
     "x-adapter-generation",
     "openai-processing-ms",
@@ -17,8 +17,10 @@ const EXPOSED: [&str; 10] = [
     "x-should-retry",
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
     "x-ratelimit-limit-tokens",
     "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
     "etag",
 ];
 /// Browsers ask again after so long.
@@ -27,7 +29,7 @@ const CORS_AGE: Duration = Duration::from_secs(600);
 /// The pages of /docs run their own scripts and talk to this server; nobody frames them. (Swagger UI sets styles of elements.)
 const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 /// Anything else is data.
-const DATA_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
+pub(super) const DATA_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
 
 /// The server's edge.
 #[derive(Debug, Clone)]
@@ -57,7 +59,7 @@ impl Edge {
         };
         let layer = CorsLayer::new()
             .allow_origin(origins)
-            .allow_methods([Method::GET, Method::POST, Method::PUT, Method::DELETE])
+            .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
             .allow_headers(AllowHeaders::mirror_request())
             .expose_headers(EXPOSED.map(HeaderName::from_static))
             .max_age(CORS_AGE);

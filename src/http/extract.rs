@@ -36,6 +36,13 @@ pub fn require_media_type(headers: &HeaderMap, accepts: fn(&str) -> bool, expect
     Err(Error::new(ErrorKind::UnsupportedMediaType, message).into())
 }
 
+/// The client's own key for a request that may be sent again. An error in it is said after those in the body's form.
+pub fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+    let key = headers.get("idempotency-key").map(|value| value.to_str().map(str::to_owned));
+    let malformed = |_| Error::invalid("Idempotency-Key", "'Idempotency-Key' is not plain text.");
+    Ok(key.transpose().map_err(malformed)?)
+}
+
 /// The media type in lower case, without parameters.
 pub fn media_type(headers: &HeaderMap) -> Option<String> {
     let value = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;

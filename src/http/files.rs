@@ -13,7 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{
     auth::Auth,
     error::{ApiError, ApiResult, CommonErrors, ErrorBody},
-    extract::{ApiPath, ApiQuery, read_body, require_media_type},
+    extract::{ApiPath, ApiQuery, idempotency_key, read_body, require_media_type},
     large::Large,
     metered::Metered,
     state::AppState,
@@ -114,10 +114,13 @@ fn is_form(essence: &str) -> bool {
 ///
 /// A data set for training: every line is checked.
 #[utoipa::path(
-    post, path = "/v1/files", tag = "openai", request_body(content = FileForm, content_type = "multipart/form-data"),
+    post, path = "/v1/files", tag = "openai", extensions(("x-metered" = json!(true))), request_body(content = FileForm, content_type = "multipart/form-data"),
+    params(("Idempotency-Key" = Option<String>, Header, description = "A file sent again under the same key is the same file.")),
     responses(
         (status = 200, description = "The file.", body = FileObject),
         (status = 400, description = "A line is no item, or a part of the form is missing; `param` names it.", body = ErrorBody),
+        (status = 408, description = "The body did not come in time (code `request_timeout`).", body = ErrorBody),
+        (status = 409, description = "The `Idempotency-Key` came before with another file (code `idempotency_key_reused`).", body = ErrorBody),
         (status = 413, description = "The file is larger than this server takes.", body = ErrorBody),
         (status = 415, description = "The media type is not `multipart/form-data`.", body = ErrorBody),
         CommonErrors,
@@ -130,6 +133,7 @@ pub(super) async fn upload_file(
 ) -> ApiResult<Json<FileObject>> {
     require_media_type(request.headers(), is_form, "multipart/form-data")?;
     let limit = state.service.training()?.config().data.bytes + FORM_OVERHEAD;
+    let key = idempotency_key(request.headers());
     let (parts, body) = request.into_parts();
     let mut sized = Request::new(body);
     *sized.headers_mut() = parts.headers.clone();
@@ -159,9 +163,10 @@ pub(super) async fn upload_file(
             purpose = Some(text.map_err(|_| Error::invalid("purpose", "'purpose' is not UTF-8."))?);
         }
     }
+    let key = key?;
     let purpose = purpose.ok_or_else(|| Error::invalid("purpose", "'purpose' is required."))?;
     let (filename, bytes) = file.ok_or_else(|| Error::invalid("file", "'file' is required."))?;
-    Ok(Json(state.service.upload_file(&caller, &filename, &purpose, bytes.into()).await?.into()))
+    Ok(Json(state.service.upload_file(&caller, &filename, &purpose, bytes.into(), key).await?.into()))
 }
 
 /// List files

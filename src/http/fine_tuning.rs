@@ -20,6 +20,7 @@ use super::{
     },
     large::Large,
     metered::Metered,
+    schemas,
     state::AppState,
     training::{body_and_retry, page_size},
 };
@@ -60,10 +61,10 @@ pub(super) struct FineTuningBody {
     /// Beyond OpenAI's fields: the adapter's whole name.
     name: Option<String>,
     /// Beyond OpenAI's fields: a scheme's name or description.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<schemas::Scheme>, default = "tiny13")]
     scheme: Option<Value>,
     /// Beyond OpenAI's fields: a prompt template for items without `messages`.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<schemas::PromptTemplate>)]
     prompt: Option<Value>,
 }
 
@@ -84,7 +85,7 @@ fn job(state: &AppState, info: JobInfo) -> Json<FineTuningJob> {
 
 /// Create a fine-tuning job
 #[utoipa::path(
-    post, path = "/v1/fine_tuning/jobs", tag = "openai", request_body = FineTuningBody,
+    post, path = "/v1/fine_tuning/jobs", tag = "openai", extensions(("x-metered" = json!(true))), request_body = FineTuningBody,
     params(("Idempotency-Key" = Option<String>, Header, description = "A request sent again under the same key is the same job.")),
     responses(
         (status = 200, description = "The job.", body = FineTuningJob),

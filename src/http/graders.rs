@@ -9,6 +9,7 @@ use super::{
     error::{ApiResult, BodyErrors, CommonErrors},
     extract::ApiJson,
     metered::Metered,
+    schemas,
     state::AppState,
 };
 use crate::service::Error;
@@ -17,7 +18,7 @@ use crate::service::Error;
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct ValidateBody {
     /// As in a job.
-    #[schema(value_type = Object, required = true, nullable = false, example = json!({"type": "number", "reference": "{{item.answer}}"}))]
+    #[schema(value_type = schemas::Grader, required = true, nullable = false, example = json!({"type": "number", "reference": "{{item.answer}}"}))]
     grader: Option<Value>,
 }
 
@@ -25,7 +26,7 @@ pub(super) struct ValidateBody {
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ValidatedGrader {
     /// As given.
-    #[schema(value_type = Object)]
+    #[schema(value_type = schemas::Grader)]
     grader: Value,
 }
 
@@ -33,7 +34,7 @@ pub(super) struct ValidatedGrader {
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct RunBody {
     /// As in a job.
-    #[schema(value_type = Object, required = true, nullable = false)]
+    #[schema(value_type = schemas::Grader, required = true, nullable = false)]
     grader: Option<Value>,
     /// The completion: `sample.output_text` in templates.
     #[schema(required = true, nullable = false)]
@@ -65,7 +66,7 @@ fn required(grader: Option<Value>) -> Result<Value, Error> {
 
 /// Check a grader
 #[utoipa::path(
-    post, path = "/v1/fine_tuning/alpha/graders/validate", tag = "openai", request_body = ValidateBody,
+    post, path = "/v1/fine_tuning/alpha/graders/validate", tag = "openai", extensions(("x-metered" = json!(true))), request_body = ValidateBody,
     responses((status = 200, description = "It is right.", body = ValidatedGrader), BodyErrors, CommonErrors),
 )]
 pub(super) async fn validate_grader(
@@ -80,7 +81,7 @@ pub(super) async fn validate_grader(
 
 /// Run a grader
 #[utoipa::path(
-    post, path = "/v1/fine_tuning/alpha/graders/run", tag = "openai", request_body = RunBody,
+    post, path = "/v1/fine_tuning/alpha/graders/run", tag = "openai", extensions(("x-metered" = json!(true))), request_body = RunBody,
     responses(
         (status = 200, description = "What it said.", body = GraderResult),
         BodyErrors, CommonErrors,

@@ -10,6 +10,7 @@ use utoipa::{
     },
 };
 
+use super::schemas;
 use crate::service::{
     EventRecord, SamplesRecord,
     training::{CheckpointInfo, HYPERPARAMETERS, Hyperparameter, JobInfo, Method},
@@ -110,10 +111,10 @@ pub(super) struct JobObject {
     #[schema(value_type = HyperparametersSchema)]
     pub(super) hyperparameters: Value,
     /// The scheme's description.
-    #[schema(value_type = Object)]
+    #[schema(value_type = schemas::SchemeDescription)]
     pub(super) scheme: Value,
     /// The grader's description.
-    #[schema(value_type = Object, required = true, nullable = true)]
+    #[schema(value_type = Option<schemas::Grader>, required = true)]
     pub(super) grader: Value,
     /// The adapter that it began with.
     #[schema(required = true)]

@@ -26,7 +26,7 @@ pub(super) enum KeyRole {
     Admin,
 }
 
-/// A key to make.
+/// A key to make. Unknown fields are refused: a misspelt end must not pass.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NewKeyBody {
@@ -41,7 +41,7 @@ pub(super) struct NewKeyBody {
     expires_in: Option<u64>,
 }
 
-/// How a key is replaced.
+/// How a key is replaced. Unknown fields are refused: a misspelt end must not pass.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RotateBody {

@@ -12,6 +12,8 @@ use axum::{
     response::Response,
 };
 
+use utoipa::openapi::Type;
+
 use super::{auth::Auth, error::ApiError, state::AppState};
 use crate::{
     service::Error,
@@ -53,6 +55,27 @@ pub(super) async fn rate_headers(mut request: Request, next: Next) -> Response {
     }
     response
 }
+
+/// What marks an operation of the OpenAPI document whose handler takes [`Metered`].
+pub(super) const METERED: &str = "x-metered";
+
+/// The headers for the OpenAPI document: name, type, meaning.
+pub(super) const RATE_HEADERS: [(&str, Type, &str); 6] = [
+    (
+        "x-ratelimit-limit-requests",
+        Type::Integer,
+        "Requests a minute. These three are there when that limit is in force.",
+    ),
+    ("x-ratelimit-remaining-requests", Type::Integer, "Those that are left."),
+    ("x-ratelimit-reset-requests", Type::String, "Until all are back, as `6m0s`."),
+    ("x-ratelimit-limit-tokens", Type::Integer, "Tokens a minute. These three are there when that limit is in force."),
+    (
+        "x-ratelimit-remaining-tokens",
+        Type::Integer,
+        "Those that are left; of a stream, with all that it may still use reserved.",
+    ),
+    ("x-ratelimit-reset-tokens", Type::String, "Until all are back, as `6m0s`."),
+];
 
 /// Limit, remaining, reset.
 type Names = [HeaderName; 3];

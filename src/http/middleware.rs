@@ -42,7 +42,7 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
         .get(&REQUEST_ID)
         .and_then(|value| value.to_str().ok())
         .filter(|id| is_sane(id))
-        .map_or_else(|| format!("req-{}", uuid::Uuid::now_v7().simple()), str::to_owned);
+        .map_or_else(new_request_id, str::to_owned);
     request.extensions_mut().insert(RequestId(id.clone()));
     if let Some(&Socket(peer)) = request.extensions().get() {
         let client = state.edge.trusted.client(peer.ip(), request.headers());
@@ -76,6 +76,11 @@ pub(super) async fn observe(State(state): State<AppState>, mut request: Request,
     }
     headers.insert(PROCESSING_MS, HeaderValue::from(elapsed.as_millis().try_into().unwrap_or(u64::MAX)));
     span::with_body(response, span)
+}
+
+/// The id of a request that came without a sane one.
+pub(super) fn new_request_id() -> String {
+    format!("req-{}", uuid::Uuid::now_v7().simple())
 }
 
 fn draining() -> ApiError {

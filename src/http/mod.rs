@@ -11,6 +11,7 @@ mod batch;
 mod body;
 mod chat;
 mod completions;
+mod document;
 mod drain;
 mod edge;
 pub mod error;
@@ -29,6 +30,7 @@ pub mod metered;
 mod middleware;
 mod models;
 mod peer;
+mod schemas;
 pub mod server;
 mod span;
 mod sse;
@@ -45,10 +47,6 @@ use axum::{
     middleware::{from_fn, from_fn_with_state},
 };
 use tower_http::catch_panic::CatchPanicLayer;
-use utoipa::{
-    Modify, OpenApi,
-    openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
-};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
@@ -57,29 +55,9 @@ pub use middleware::{REQUEST_ID, RequestId};
 pub use peer::{ClientAddress, TrustedProxies, client_address};
 pub use state::{AppState, AuthMode, Lifecycle, Limits};
 
-/// The head of the OpenAPI document; paths and schemas are added by `routes!`, together with the handlers.
-#[derive(OpenApi)]
-#[openapi(
-    info(title = "Mote", description = "Thousands of 26-byte adapters over one frozen language model, behind the OpenAI API."),
-    security(("api_key" = [])),
-    modifiers(&BearerScheme),
-)]
-struct Document;
-
-struct BearerScheme;
-
-impl Modify for BearerScheme {
-    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
-        let scheme =
-            HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("A key of `mote keys create`."));
-        let components = document.components.get_or_insert_default();
-        components.add_security_scheme("api_key", SecurityScheme::Http(scheme.build()));
-    }
-}
-
 /// Every route, each registered with its description.
 fn routes() -> OpenApiRouter<AppState> {
-    OpenApiRouter::with_openapi(Document::openapi())
+    OpenApiRouter::with_openapi(document::head())
         .routes(routes!(completions::completions))
         .routes(routes!(chat::chat_completions))
         .routes(routes!(models::list_models))
@@ -126,12 +104,13 @@ fn routes() -> OpenApiRouter<AppState> {
 
 /// The OpenAPI document, without a model or a server.
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    routes().into_openapi()
+    document::with_headers(routes().into_openapi())
 }
 
 /// The server: routes, documents at `/openapi.json` and `/docs`, and what happens around every request, outermost last.
 pub fn router(state: AppState) -> Router {
     let (router, document) = routes().split_for_parts();
+    let document = document::with_headers(document);
     let cors = state.edge.cors();
     let router = router
         .with_state(state.clone())

@@ -28,7 +28,7 @@ impl Default for Limits {
 /// Who may call without a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AuthMode {
-    /// Every route but health, metrics and documents needs a key.
+    /// Every route but health, readiness and documents needs a key.
     Keys,
     /// `--no-auth`: every request is the built-in tenant's.
     Open,

@@ -1,4 +1,4 @@
-//! Health, readiness and metrics: no key needed.
+//! Health and readiness, which need no key, and metrics, which do.
 
 use axum::{
     Json,

@@ -13,7 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{
     auth::{Auth, Shown},
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
-    extract::{ApiPath, ApiQuery, parse_json, read_body, require_media_type},
+    extract::{ApiPath, ApiQuery, idempotency_key, parse_json, read_body, require_media_type},
     job_events,
     job_objects::{
         CheckpointList, CheckpointObject, EventList, EventObject, HyperparametersSchema, JobList, JobObject,
@@ -21,6 +21,7 @@ use super::{
     },
     large::Large,
     metered::Metered,
+    schemas,
     state::AppState,
 };
 use crate::service::{
@@ -45,27 +46,27 @@ pub(super) struct TrainBody {
     #[schema(default = "error")]
     on_conflict: Option<String>,
     /// A scheme's name, or its description. By default that of `init_from`.
-    #[schema(value_type = Option<Object>, default = "tiny13")]
+    #[schema(value_type = Option<schemas::Scheme>, default = "tiny13")]
     scheme: Option<Value>,
     /// An adapter to go on from; null begins at the base.
     init_from: Option<String>,
     /// A list of items, `{"messages": [..]}` or `{"prompt": ".."}` with any fields that the grader names (for sft also `completion`), or a string of such JSON
     /// lines. GSM8K and SVAMP are taken as they are published. This or `training_file` is required.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<schemas::Items>)]
     dataset: Option<Value>,
     /// A file of `/v1/files`, instead of `dataset`.
     training_file: Option<String>,
     /// Held-out items, to measure the base and the adapter on at the end. They choose nothing.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<schemas::Items>)]
     validation: Option<Value>,
     /// A file of `/v1/files`, instead of `validation`.
     validation_file: Option<String>,
     /// The prompt of items without `messages`: a text or a list of messages with placeholders such as `{{item.question}}`.
-    #[schema(value_type = Option<Object>, example = "Q: {{item.question}}\nA:")]
+    #[schema(value_type = Option<schemas::PromptTemplate>, example = "Q: {{item.question}}\nA:")]
     prompt: Option<Value>,
     /// What gives a completion its reward: `number`, `string_check`, `regex`, `text_similarity`, `json_schema`, `length`, `multi` or `remote`. Required but for sft
     /// and for items of GSM8K and SVAMP.
-    #[schema(value_type = Option<Object>, example = json!({"type": "number", "reference": "{{item.answer}}"}))]
+    #[schema(value_type = Option<schemas::Grader>, example = json!({"type": "number", "reference": "{{item.answer}}"}))]
     grader: Option<Value>,
     /// How to learn.
     #[schema(value_type = Option<HyperparametersSchema>)]
@@ -156,11 +157,10 @@ pub(super) async fn body_and_retry<T: serde::de::DeserializeOwned>(
         essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
     };
     require_media_type(request.headers(), is_json, "application/json")?;
-    let key = request.headers().get("idempotency-key").map(|value| value.to_str().map(str::to_owned));
+    let key = idempotency_key(request.headers());
     let body = read_body(request, state.limits.body).await?;
     let parsed = parse_json(&body)?;
-    let key = key.transpose().map_err(|_| Error::invalid("Idempotency-Key", "'Idempotency-Key' is not plain text."))?;
-    let retry = key.map(|key| JobRetry { route, key, request_hash: *blake3::hash(&body).as_bytes() });
+    let retry = key?.map(|key| JobRetry { route, key, request_hash: *blake3::hash(&body).as_bytes() });
     Ok((parsed, retry))
 }
 
@@ -169,7 +169,7 @@ pub(super) async fn body_and_retry<T: serde::de::DeserializeOwned>(
 /// Prompts with checkable answers go in, a live adapter comes out; serving goes on meanwhile. Everything that is wrong with the request or its data is said at once, or, with more than 2 MiB of data, while the
 /// job is `validating`.
 #[utoipa::path(
-    post, path = "/adapters/train", tag = "training", request_body = TrainBody,
+    post, path = "/adapters/train", tag = "training", extensions(("x-metered" = json!(true))), request_body = TrainBody,
     params(("Idempotency-Key" = Option<String>, Header, description = "A request sent again under the same key is the same job.")),
     responses(
         (status = 202, description = "The job.", body = JobObject),

@@ -13,6 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{
     error::{ApiError, ApiResult},
     extract::{ApiQuery, media_type, parse_json, read_body, require_media_type},
+    schemas,
     state::AppState,
 };
 use crate::service::{Content, Error, Upload};
@@ -36,7 +37,7 @@ pub(super) struct AdapterUpload {
     #[schema(default = "bf16")]
     pub dtype: Option<String>,
     /// A scheme's name, or its description with the keys `convention`, `rank`, `u`, `ties`, `seed`, `targets`.
-    #[schema(value_type = Option<Object>, default = "tiny13")]
+    #[schema(value_type = Option<schemas::Scheme>, default = "tiny13")]
     pub scheme: Option<Value>,
     /// Any object; shown with the adapter. At most 16 KiB as JSON.
     #[schema(value_type = Option<Object>)]
@@ -96,6 +97,11 @@ pub(super) struct AdapterForm {
     metadata: Option<String>,
     /// As in the JSON form.
     public: Option<bool>,
+    /// As in the JSON form.
+    fingerprint: Option<String>,
+    /// As in the JSON form.
+    #[schema(default = false)]
+    force: Option<bool>,
     /// As in the JSON form.
     on_conflict: Option<String>,
 }

@@ -185,10 +185,7 @@ impl Service {
         mut upload: Upload,
         expected: Option<Generation>,
     ) -> Result<AdapterInfo, Error> {
-        // A name that cannot be is one that is not.
-        if self.store_own(caller, name).await?.is_none() {
-            return Err(Error::adapter_not_found(name, None));
-        }
+        possible(name)?;
         match &upload.name {
             Some(other) if other != name => {
                 return Err(Error::invalid(
@@ -200,6 +197,7 @@ impl Service {
         }
         let conflict = Some(OnConflict::Replace(expected));
         let new = upload::prepare_apart(self.clone(), caller.clone(), upload, conflict).await?;
+        self.check_owned(caller, name).await?;
         match self.store.by(caller.actor()).put_adapter(new).await.map_err(|error| store_error(error, name))? {
             Stored::New { record, .. } => self.info(record),
             Stored::Replayed(_) => Err(Error::internal("an upload without a key was replayed")),
@@ -266,7 +264,7 @@ impl Service {
     /// 404.
     pub async fn weights(&self, caller: &Caller, name: &str) -> Result<(AdapterInfo, Arc<Adapter>), Error> {
         let record = self.record(caller, name).await?;
-        let adapter = self.library.adapter_of(&record.contents).map_err(Error::internal)?;
+        let adapter = self.read(&record.contents, name)?;
         Ok((self.info(record)?, adapter))
     }
 
@@ -306,7 +304,8 @@ impl Service {
         let mut records = records.map_err(|error| store_error(error, name))?;
         let more = records.len() > limit as usize;
         records.truncate(limit as usize);
-        Ok((records.iter().map(|record| self.generation(record)).collect::<Result<_, _>>()?, more))
+        // Damaged ones are left out, as of any list.
+        Ok((records.iter().filter_map(|record| self.generation(record, name).ok()).collect(), more))
     }
 
     /// Points a name of the caller's at a generation that it had before.
@@ -343,34 +342,58 @@ impl Service {
         Scheme::PRESETS.into_iter().filter_map(info).collect()
     }
 
+    /// What a name means to the caller. An own adapter that is damaged is an error, whatever else has the name; of others' there is none.
     async fn record(&self, caller: &Caller, name: &str) -> Result<AdapterRecord, Error> {
-        self.store.adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))
+        self.check_readable(caller, name)?;
+        let record = self.store.adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))?;
+        if record.tenant != caller.tenant && self.library.adapter_of(&record.contents).is_err() {
+            return Err(Error::adapter_not_found(name, None));
+        }
+        Ok(record)
     }
 
     async fn store_own(&self, caller: &Caller, name: &str) -> Result<Option<AdapterRecord>, Error> {
+        self.check_readable(caller, name)?;
         self.store.own_adapter(caller.tenant, name).await.map_err(|error| store_error(error, name))
+    }
+
+    /// Has the caller an adapter of that name? A damaged one counts: it can be replaced.
+    ///
+    /// # Errors
+    /// 404.
+    async fn check_owned(&self, caller: &Caller, name: &str) -> Result<(), Error> {
+        match self.store.own_adapter(caller.tenant, name).await {
+            Ok(Some(_)) | Err(StoreError::AdapterDamaged) => Ok(()),
+            Ok(None) => Err(Error::adapter_not_found(name, None)),
+            Err(error) => Err(store_error(error, name)),
+        }
+    }
+
+    /// The adapter that a record of that name describes.
+    fn read(&self, contents: &Contents, name: &str) -> Result<Arc<Adapter>, Error> {
+        self.library.adapter_of(contents).map_err(|error| damaged(name, &error))
     }
 
     fn info(&self, record: AdapterRecord) -> Result<AdapterInfo, Error> {
         Ok(AdapterInfo {
             id: self.ids.show(record.id),
-            numbers: self.numbers(&record.contents)?,
-            name: record.name,
+            numbers: self.numbers(&record.contents, &record.name)?,
             owner: record.owner.to_string(),
             public: record.public,
-            metadata: serde_json::from_str(&record.metadata).map_err(Error::internal)?,
+            metadata: serde_json::from_str(&record.metadata).map_err(|error| damaged(&record.name, &error))?,
             created_at: record.created_at,
+            name: record.name,
         })
     }
 
-    fn generation(&self, record: &GenerationRecord) -> Result<GenerationInfo, Error> {
-        let (facts, _) = self.library.facts_of(&record.facts).map_err(Error::internal)?;
+    fn generation(&self, record: &GenerationRecord, name: &str) -> Result<GenerationInfo, Error> {
+        let facts = self.library.facts_of(&record.facts).map_err(|error| damaged(name, &error))?.0;
         let numbers = self.described(record.generation, record.bytes, &facts);
         Ok(GenerationInfo { numbers, current: record.current, created_at: record.created_at })
     }
 
-    fn numbers(&self, contents: &Contents) -> Result<Numbers, Error> {
-        let adapter = self.library.adapter_of(contents).map_err(Error::internal)?;
+    fn numbers(&self, contents: &Contents, name: &str) -> Result<Numbers, Error> {
+        let adapter = self.read(contents, name)?;
         Ok(self.described(contents.generation, contents.data.len(), adapter.facts()))
     }
 
@@ -386,6 +409,12 @@ impl Service {
             incompatible: !(served && self.library.is_of_this_base(facts)),
         }
     }
+}
+
+/// The caller's adapter cannot be read; why goes to the log.
+fn damaged(name: &str, cause: &dyn std::fmt::Display) -> Error {
+    tracing::error!(name, %cause, "an adapter in the store cannot be read");
+    Error::adapter_damaged(name)
 }
 
 /// A name that cannot be is one that is not: it never reaches the writer, whose transaction others share.

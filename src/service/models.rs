@@ -1,6 +1,6 @@
 //! What a caller may name in `model`.
 
-use super::{Error, Service};
+use super::{Error, Service, adapters::store_error};
 use crate::{
     store::{AdapterRecord, StoreError},
     tenant::Caller,
@@ -46,8 +46,8 @@ impl Service {
         let mut last = after.filter(|&after| after != self.base.model_id).map(str::to_owned);
         // One more than asked for says whether there are more.
         while models.len() <= limit {
-            let page =
-                self.store.list_adapters(caller.tenant, "", last.as_deref(), PAGE).await.map_err(Error::internal)?;
+            let page = self.store.list_adapters(caller.tenant, "", last.as_deref(), PAGE).await;
+            let page = page.map_err(|error| store_error(error, ""))?;
             let full = page.len() == PAGE as usize;
             last = page.last().map(|record| record.name.clone());
             models.extend(page.into_iter().map(Model::from));
@@ -63,17 +63,18 @@ impl Service {
     /// The base by its id, or an adapter by `name` or `base:name`.
     ///
     /// # Errors
-    /// 404 model_not_found.
+    /// 404 model_not_found; 500 adapter_damaged.
     pub async fn model(&self, caller: &Caller, id: &str) -> Result<Model, Error> {
         let base = &self.base.model_id;
         if id == base {
             return Ok(Model::Base);
         }
         let name = id.strip_prefix(base.as_str()).and_then(|rest| rest.strip_prefix(':')).unwrap_or(id);
+        self.check_readable(caller, name)?;
         match self.store.adapter(caller.tenant, name).await {
             Ok(record) => Ok(record.into()),
             Err(StoreError::AdapterNotFound) => Err(Error::model_not_found(id)),
-            Err(error) => Err(Error::internal(error)),
+            Err(error) => Err(store_error(error, name)),
         }
     }
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{AdapterField, Error, ErrorKind, Lease, Service, Target};
 use crate::{
-    adapter::{Adapter, Facts, Scheme, SchemeError, codec},
+    adapter::{Adapter, Facts, Lease as Found, Scheme, SchemeError, codec},
     tenant::Caller,
     types::{Fingerprint, TenantId},
 };
@@ -53,6 +53,16 @@ fn parse_model<'a>(base: &str, model: &'a str) -> Named<'a> {
     }
 }
 
+/// An adapter of the body's field, before anything is looked up.
+enum Given<'a> {
+    /// One in the store, and where the body names it.
+    Named {
+        name: &'a str,
+        param: String,
+    },
+    Inline(Arc<Adapter>),
+}
+
 /// An adapter that a request uses.
 struct Used {
     adapter: Arc<Adapter>,
@@ -73,15 +83,16 @@ impl Service {
     /// 404 for an unknown or foreign adapter, 422 for one of another base, 400 for one that is malformed.
     pub async fn resolve(&self, caller: &Caller, target: &Target) -> Result<Lease, Error> {
         let named = parse_model(&self.base.model_id, &target.model);
+        let given = target.adapter.as_ref().map(|field| self.given(field)).transpose()?;
         let of_model: Option<Used> = match named {
             Named::Base => None,
             Named::Adapter(name) => {
-                let found = self.find(caller, name)?;
+                let found = self.used(caller, name)?;
                 Some(found.ok_or_else(|| Error::model_not_found(&target.model))?)
             }
             Named::Inline(data) => Some(self.inline(data, None, "model")?.into()),
         };
-        let parts = match (&target.adapter, of_model) {
+        let parts = match (given, of_model) {
             (None, None) => Vec::new(),
             (None, Some(adapter)) => vec![(adapter, 1.0)],
             (Some(_), Some(_)) => {
@@ -90,7 +101,10 @@ impl Service {
                     "'model' names an adapter already; give the base's id there, or no 'adapter'",
                 ));
             }
-            (Some(field), None) => self.field(caller, field)?,
+            (Some(given), None) => {
+                let found = given.into_iter().map(|(given, weight)| Ok((self.found(caller, given)?, weight)));
+                found.collect::<Result<_, Error>>()?
+            }
         };
         let lease = self.lease(caller, &parts)?;
         for (_, name) in parts.iter().filter_map(|(used, _)| used.stored.as_ref()) {
@@ -100,38 +114,55 @@ impl Service {
     }
 
     /// What a name means to the caller. An own adapter that cannot be read is an error, and never a public one of that name.
-    fn find(&self, caller: &Caller, name: &str) -> Result<Option<Used>, Error> {
-        if self.library.is_corrupt(caller.tenant, name) {
-            return Err(Error::adapter_damaged(name));
-        }
-        let found = self.library.registry.resolve(caller.tenant, name);
-        Ok(found.map(|lease| Used { adapter: lease.adapter, stored: Some((lease.owner, name.to_owned())) }))
+    pub(super) fn find(&self, caller: &Caller, name: &str) -> Result<Option<Found>, Error> {
+        self.check_readable(caller, name)?;
+        Ok(self.library.registry.resolve(caller.tenant, name))
     }
 
-    fn stored(&self, caller: &Caller, name: &str, param: &str) -> Result<Used, Error> {
-        self.find(caller, name)?.ok_or_else(|| Error::adapter_not_found(name, Some(param)))
+    /// An own adapter that could not be read at start is an error, whatever else has the name.
+    ///
+    /// # Errors
+    /// 500 adapter_damaged.
+    pub(super) fn check_readable(&self, caller: &Caller, name: &str) -> Result<(), Error> {
+        if self.library.is_corrupt(caller.tenant, name) { Err(Error::adapter_damaged(name)) } else { Ok(()) }
     }
 
-    /// The adapters of the body's field, with their weights.
-    fn field(&self, caller: &Caller, field: &AdapterField) -> Result<Vec<(Used, f32)>, Error> {
+    fn used(&self, caller: &Caller, name: &str) -> Result<Option<Used>, Error> {
+        let found = self.find(caller, name)?;
+        Ok(found.map(|found| Used { adapter: found.adapter, stored: Some((found.owner, name.to_owned())) }))
+    }
+
+    /// The adapters of the body's field with their weights, checked; nothing is looked up yet.
+    fn given<'a>(&self, field: &'a AdapterField) -> Result<Vec<(Given<'a>, f32)>, Error> {
         match field {
             AdapterField::Named { name, scale } => {
-                Ok(vec![(self.stored(caller, name, "adapter.name")?, weight(*scale, "adapter.scale")?)])
+                let given = Given::Named { name, param: "adapter.name".into() };
+                Ok(vec![(given, weight(*scale, "adapter.scale")?)])
             }
             AdapterField::Inline { data, scheme, scale } => {
                 let adapter = self.inline(data, scheme.as_ref(), "adapter.data")?;
-                Ok(vec![(adapter.into(), weight(*scale, "adapter.scale")?)])
+                Ok(vec![(Given::Inline(adapter), weight(*scale, "adapter.scale")?)])
             }
             AdapterField::Mix(parts) => {
                 if parts.is_empty() || parts.len() > MAX_MIX {
                     return Err(Error::invalid("adapter.mix", format!("a mix has 1 to {MAX_MIX} adapters")));
                 }
-                let part = |(i, (name, share)): (usize, &(String, f64))| {
-                    let adapter = self.stored(caller, name, &format!("adapter.mix[{i}].name"))?;
-                    Ok((adapter, weight(*share, &format!("adapter.mix[{i}].weight"))?))
+                let part = |(i, (name, share)): (usize, &'a (String, f64))| {
+                    let given = Given::Named { name, param: format!("adapter.mix[{i}].name") };
+                    Ok((given, weight(*share, &format!("adapter.mix[{i}].weight"))?))
                 };
                 parts.iter().enumerate().map(part).collect()
             }
+        }
+    }
+
+    /// Looks up what the field names.
+    fn found(&self, caller: &Caller, given: Given<'_>) -> Result<Used, Error> {
+        match given {
+            Given::Named { name, param } => {
+                self.used(caller, name)?.ok_or_else(|| Error::adapter_not_found(name, Some(&param)))
+            }
+            Given::Inline(adapter) => Ok(adapter.into()),
         }
     }
 

@@ -48,7 +48,7 @@ impl Service {
     /// # Errors
     /// Only the database's.
     pub async fn tenants(&self, after: Option<&str>, limit: u32) -> Result<(Vec<Tenant>, bool), Error> {
-        let mut tenants = self.store.tenants(after, limit + 1).await.map_err(Error::internal)?;
+        let mut tenants = self.store.tenants(after, limit + 1).await.map_err(Error::store)?;
         let more = tenants.len() > limit as usize;
         tenants.truncate(limit as usize);
         Ok((tenants, more))
@@ -101,7 +101,7 @@ impl Service {
     /// # Errors
     /// Only the database's.
     pub async fn audit(&self, before: Option<i64>, limit: u32) -> Result<(Vec<AuditRecord>, bool), Error> {
-        let mut entries = self.store.audit(before, limit + 1).await.map_err(Error::internal)?;
+        let mut entries = self.store.audit(before, limit + 1).await.map_err(Error::store)?;
         let more = entries.len() > limit as usize;
         entries.truncate(limit as usize);
         Ok((entries, more))
@@ -139,7 +139,7 @@ impl Service {
     /// 404 for the tenant.
     pub async fn keys(&self, tenant: &str) -> Result<Vec<KeyRecord>, Error> {
         let tenant = self.tenant(tenant).await?;
-        self.store.keys(tenant.id).await.map_err(Error::internal)
+        self.store.keys(tenant.id).await.map_err(Error::store)
     }
 
     /// A key by its public identifier.

@@ -109,20 +109,10 @@ impl Service {
         upload: Upload,
         conflict: Option<OnConflict>,
     ) -> Result<NewAdapter, Error> {
-        let name = upload.name.clone().ok_or_else(|| Error::invalid("name", "'name' is required."))?;
-        check_adapter_name(&name).map_err(name_error)?;
-        if name == self.base.model_id {
-            return Err(Error::new(ErrorKind::Conflict, format!("'{name}' is the base model's name."))
-                .with_code("name_taken")
-                .with_param("name"));
-        }
-        let on_conflict = match (conflict, upload.on_conflict.as_deref()) {
-            (Some(conflict), _) => conflict,
-            (None, None | Some("error")) => OnConflict::Error,
-            (None, Some("new_generation")) => OnConflict::NewGeneration,
-            (None, Some(_)) => {
-                return Err(Error::invalid("on_conflict", "'on_conflict' is 'error' or 'new_generation'."));
-            }
+        let name = self.name_of(upload.name.as_deref())?;
+        let on_conflict = match conflict {
+            Some(conflict) => conflict,
+            None => conflict_of(upload.on_conflict.as_deref())?,
         };
         if upload.public == Some(true) && !caller.is_admin() {
             return Err(
@@ -147,6 +137,21 @@ impl Service {
             room: self.accounts.of(caller.tenant).limits().room(),
             idempotency: None,
         })
+    }
+
+    /// A name that an adapter may get.
+    ///
+    /// # Errors
+    /// 400; 409 for the base's name.
+    pub(super) fn name_of(&self, name: Option<&str>) -> Result<String, Error> {
+        let name = name.ok_or_else(|| Error::invalid("name", "'name' is required."))?;
+        check_adapter_name(name).map_err(name_error)?;
+        if name == self.base.model_id {
+            return Err(Error::new(ErrorKind::Conflict, format!("'{name}' is the base model's name."))
+                .with_code("name_taken")
+                .with_param("name"));
+        }
+        Ok(name.to_owned())
     }
 
     fn numbers_of(&self, upload: Upload) -> Result<Numbers, Error> {
@@ -228,6 +233,18 @@ impl Service {
     }
 }
 
+/// What a client wants done with a name that is taken.
+///
+/// # Errors
+/// 400.
+pub(super) fn conflict_of(word: Option<&str>) -> Result<OnConflict, Error> {
+    match word {
+        None | Some("error") => Ok(OnConflict::Error),
+        Some("new_generation") => Ok(OnConflict::NewGeneration),
+        Some(_) => Err(Error::invalid("on_conflict", "'on_conflict' is 'error' or 'new_generation'.")),
+    }
+}
+
 fn name_error(error: NameError) -> Error {
     Error::invalid("name", format!("'name': {error}."))
 }
@@ -236,7 +253,11 @@ fn bad_data(error: &codec::CodecError) -> Error {
     Error::invalid("data", format!("The adapter's data: {error}."))
 }
 
-fn metadata_text(metadata: &Map<String, Value>) -> Result<String, Error> {
+/// Metadata as the store keeps it.
+///
+/// # Errors
+/// 400 when it is too long.
+pub(super) fn metadata_text(metadata: &Map<String, Value>) -> Result<String, Error> {
     let text = serde_json::to_string(metadata).map_err(Error::internal)?;
     if text.len() > MAX_METADATA {
         return Err(Error::invalid("metadata", format!("'metadata' has at most {MAX_METADATA} bytes as JSON.")));

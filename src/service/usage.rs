@@ -1,6 +1,6 @@
 //! What tenants used: on its way from memory to the store, and back to those who ask.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::{Error, Service};
 use crate::{
@@ -59,7 +59,7 @@ async fn write(accounts: &Accounts, store: &Store, carrying: &Carrying) -> Resul
 }
 
 impl Service {
-    /// Writes what was used up to now: before the store is closed, and before it is asked.
+    /// Writes what was used up to now: before the store is closed.
     ///
     /// # Errors
     /// Only the database's.
@@ -75,8 +75,14 @@ impl Service {
     /// # Errors
     /// Only the database's.
     pub async fn usage(&self, tenant: TenantId, from: i64, to: i64) -> Result<Vec<DayOfUsage>, Error> {
-        self.write_usage().await.map_err(Error::internal)?;
-        let days = self.store.usage(tenant, from, to).await.map_err(Error::internal)?;
-        Ok(days.into_iter().map(|of| DayOfUsage { day: of.day, usage: of.usage }).collect())
+        // Nothing is on its way from memory to the store meanwhile: each count is in one of them.
+        let _turn = self.carrying.lock().await;
+        let stored = self.store.usage(tenant, from, to).await.map_err(Error::store)?;
+        let mut days: BTreeMap<i64, Usage> = stored.into_iter().map(|of| (of.day, of.usage)).collect();
+        let pending = self.accounts.of(tenant).pending();
+        for (day, usage) in pending.iter().filter(|(day, _)| (from..=to).contains(day)) {
+            days.entry(*day).or_default().add(usage);
+        }
+        Ok(days.into_iter().map(|(day, usage)| DayOfUsage { day, usage }).collect())
     }
 }

@@ -485,6 +485,9 @@ impl Tx<'_> {
         let old = match decode::own_record(self.connection, tenant, name).await {
             // Nothing was written yet, and it is no trouble of the others in this transaction.
             Err(error) if error.is_damage() => return Err(StoreError::AdapterDamaged),
+            Ok(None) if decode::has_name(self.connection, tenant, name).await? => {
+                return Err(StoreError::AdapterDamaged);
+            }
             old => old?.ok_or(StoreError::AdapterNotFound)?,
         };
         if old.public && !public_too {

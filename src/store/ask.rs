@@ -83,10 +83,11 @@ impl Store {
         rows.iter().filter_map(read).collect()
     }
 
-    fn name_damaged(&self, row: String, error: &StoreError) {
+    /// Names a row that cannot be read in the log, once.
+    pub(super) fn name_damaged(&self, row: String, error: &StoreError) {
         let mut named = self.named.0.lock();
         if named.len() < MOST_NAMED && !named.contains(&row) {
-            tracing::error!(row, %error, "a row in the store cannot be read: it is left out");
+            tracing::error!(row, %error, "a row in the store cannot be read");
             named.insert(row);
         }
     }

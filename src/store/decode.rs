@@ -91,3 +91,9 @@ pub(super) async fn own_record(
     let query = sqlx::query(select_records!("a.tenant = $1 AND a.name = $2")).bind(tenant.0).bind(name);
     ask::row(connection, query).await?.as_ref().map(record).transpose()
 }
+
+/// Has a tenant an adapter of that name, damaged or not?
+pub(super) async fn has_name(connection: &mut AnyConnection, tenant: TenantId, name: &str) -> Result<bool> {
+    let query = sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND deleted = 0");
+    Ok(query.bind(tenant.0).bind(name).fetch_optional(connection).await?.is_some())
+}

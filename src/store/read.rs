@@ -24,29 +24,43 @@ impl Store {
     /// A tenant's own adapter.
     ///
     /// # Errors
-    /// Only the database's.
+    /// [`StoreError::AdapterDamaged`] when the name is there and what belongs to it cannot be read.
     pub async fn own_adapter(&self, tenant: TenantId, name: &str) -> Result<Option<AdapterRecord>> {
         let mut connection = self.pool.acquire().await?;
-        let record = decode::own_record(&mut connection, tenant, name).await?;
+        let record = match decode::own_record(&mut connection, tenant, name).await {
+            Err(error) if error.is_damage() => {
+                self.name_damaged(format!("adapter {name} of tenant {}", tenant.0), &error);
+                Err(StoreError::AdapterDamaged)
+            }
+            // A name without the row of its generation.
+            Ok(None) if decode::has_name(&mut connection, tenant, name).await? => Err(StoreError::AdapterDamaged),
+            read => read,
+        };
         self.writer.told().await;
-        Ok(record)
+        record
     }
 
-    /// What a name means to a tenant: its own adapter, or else a public one.
+    /// What a name means to a tenant: its own adapter, or else a public one. A damaged own one is an error, a damaged public one is none.
     ///
     /// # Errors
-    /// [`StoreError::AdapterNotFound`].
+    /// [`StoreError::AdapterNotFound`], [`StoreError::AdapterDamaged`].
     pub async fn adapter(&self, tenant: TenantId, name: &str) -> Result<AdapterRecord> {
         if let Some(own) = self.own_adapter(tenant, name).await? {
             return Ok(own);
         }
         let row = self.row(sqlx::query(select_records!("a.public = 1 AND a.name = $1")).bind(name)).await?;
         self.writer.told().await;
-        decode::record(&row.ok_or(StoreError::AdapterNotFound)?)
+        match decode::record(&row.ok_or(StoreError::AdapterNotFound)?) {
+            Err(error) if error.is_damage() => {
+                self.name_damaged(format!("public adapter {name}"), &error);
+                Err(StoreError::AdapterNotFound)
+            }
+            read => read,
+        }
     }
 
     /// What a tenant sees, in the order of names: at most `limit` adapters whose name begins with `prefix` and comes after
-    /// `after`. A public adapter under the name of an own one is not seen.
+    /// `after`. A public adapter under the name of an own one, damaged or not, is not seen.
     ///
     /// # Errors
     /// Only the database's.
@@ -85,7 +99,9 @@ impl Store {
         ));
         let own = self.rows(own).await?;
         let public = page(select_records!(
-            "a.public = 1 AND a.tenant <> $5 AND a.name >= $1 AND a.name < $2 AND a.name > $3 ORDER BY a.name LIMIT $4"
+            "a.public = 1 AND a.tenant <> $5 AND a.name >= $1 AND a.name < $2 AND a.name > $3 AND NOT EXISTS \
+             (SELECT 1 FROM adapters own WHERE own.tenant = $5 AND own.name = a.name AND own.deleted = 0) \
+             ORDER BY a.name LIMIT $4"
         ));
         let public = self.rows(public).await?;
         self.writer.told().await;
@@ -95,9 +111,7 @@ impl Store {
         let mut records = self.readable(&own, decode::record, named);
         records.extend(self.readable(&public, decode::record, named));
         let corrupt = (rows - records.len()) as u32;
-        // Stable: of one name the own comes first.
         records.sort_by(|a, b| a.name.cmp(&b.name));
-        records.dedup_by(|public, own| public.name == own.name);
         records.truncate(limit as usize);
         Ok((records, corrupt, more))
     }

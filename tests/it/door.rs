@@ -159,7 +159,11 @@ async fn one_connection_too_many_is_told_so_at_once() {
     say(&mut third, HEALTH).await;
     let text = until_closed(&mut third).await;
     assert!(text.starts_with("HTTP/1.1 503") && text.contains("retry-after: 1"), "{text}");
-    let error: Value = serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    for header in ["x-request-id: req-", "openai-processing-ms: 0", "x-content-type-options: nosniff"] {
+        assert!(head.contains(header), "{header} is on every answer: {head}");
+    }
+    let error: Value = serde_json::from_str(body).unwrap();
     assert_eq!((&error["error"]["code"], &error["error"]["type"]), (&json!("overloaded"), &json!("api_error")));
     assert_eq!(refused(&app, "all"), 1);
     drop(first);
@@ -352,6 +356,18 @@ async fn web_pages_may_call_only_from_origins_that_are_named() {
     assert_eq!(answer.status, 200);
     assert_eq!(answer.headers[header::ACCESS_CONTROL_ALLOW_ORIGIN], "https://app.example.org");
     assert!(answer.headers.get(header::ACCESS_CONTROL_ALLOW_CREDENTIALS).is_none());
+    let methods = answer.headers[header::ACCESS_CONTROL_ALLOW_METHODS].to_str().unwrap();
+    for method in ["GET", "POST", "PUT", "PATCH", "DELETE"] {
+        assert!(methods.split(',').any(|allowed| allowed == method), "{methods}");
+    }
+    let read = Request::get("/healthz").header(header::ORIGIN, "https://app.example.org").body(Body::empty()).unwrap();
+    let answer = app.send(read).await;
+    let exposed = answer.headers[header::ACCESS_CONTROL_EXPOSE_HEADERS].to_str().unwrap();
+    for limit in ["requests", "tokens"] {
+        for part in ["limit", "remaining", "reset"] {
+            assert!(exposed.contains(&format!("x-ratelimit-{part}-{limit}")), "{exposed}");
+        }
+    }
     for origin in ["https://evil.example.org", "null", "http://app.example.org"] {
         let answer = app.send(preflight(origin)).await;
         assert!(answer.headers.get(header::ACCESS_CONTROL_ALLOW_ORIGIN).is_none(), "{origin}");

@@ -31,6 +31,43 @@ fn mote(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mote")).args(args).stdin(Stdio::null()).output().expect("mote runs")
 }
 
+/// Adapters that are damaged while somebody else has a public one of that name.
+const OWN: [&str; 3] = ["shared", "lost", "factless"];
+
+/// Every way in which a tenant can name an adapter: none gives it somebody else's.
+async fn is_damaged_everywhere(app: &TestApp, key: &str, name: &str) {
+    let example = json!([{"prompt": "a", "completion": "b"}]);
+    let train = json!({"name": "new", "method": "sft", "init_from": name, "dataset": example});
+    let line =
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
+    let form = reqwest::multipart::Form::new()
+        .text("purpose", "fine-tune")
+        .part("file", reqwest::multipart::Part::bytes(line.as_bytes()).file_name("lines.jsonl"));
+    let file = parts(app.as_key(key, Method::POST, "/v1/files").multipart(form).send().await.unwrap()).await.1;
+    let asked = [
+        (Method::GET, format!("/adapters/{name}"), Value::Null),
+        (Method::GET, format!("/adapters/{name}/weights"), Value::Null),
+        (Method::GET, format!("/adapters/{name}/generations"), Value::Null),
+        (Method::GET, format!("/v1/models/{name}"), Value::Null),
+        (Method::GET, format!("/v1/models/tiny:{name}"), Value::Null),
+        (Method::POST, "/v1/completions".into(), complete(name)),
+        (Method::POST, "/adapters/train".into(), train),
+        (Method::POST, "/v1/fine_tuning/jobs".into(), json!({"model": name, "training_file": file["id"]})),
+    ];
+    for (method, path, body) in asked {
+        let request = app.as_key(key, method, &path);
+        let request = if body.is_null() { request } else { request.json(&body) };
+        let (status, answer) = parts(request.send().await.unwrap()).await;
+        assert_eq!((status, &answer["error"]["code"]), (500, &json!("adapter_damaged")), "{path} {name}: {answer}");
+    }
+    for list in ["/adapters", "/v1/models"] {
+        let (_, answer) = parts(app.as_key(key, Method::GET, list).send().await.unwrap()).await;
+        let foreign = |item: &&Value| item["owner"] == "default" || item["owned_by"] == "default";
+        let named = |item: &&Value| item["name"] == name || item["id"] == name;
+        assert_eq!(answer["data"].as_array().unwrap().iter().filter(named).find(foreign), None, "{list}: {answer}");
+    }
+}
+
 /// A damaged adapter answers 500 to its owner and 404 to everybody else, never as something else; all others serve.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_row_is_an_error_of_its_adapter_alone() {
@@ -40,10 +77,12 @@ async fn a_damaged_row_is_an_error_of_its_adapter_alone() {
     for name in ["good", "hash", "bytes", "gone"] {
         app.ok("/adapters", &upload(name, 0.5)).await;
     }
-    // A public adapter of the same name as a private, damaged one: it must not answer for it.
-    app.ok("/adapters", &json!({"name": "shared", "numbers": vec![0.25; 13], "public": true})).await;
-    let own = app.as_key(&member, Method::POST, "/adapters").json(&upload("shared", 0.5));
-    assert_eq!(parts(own.send().await.unwrap()).await.0, 201);
+    // Public adapters of the same names as private, damaged ones: they must not answer for them.
+    for name in OWN {
+        app.ok("/adapters", &json!({"name": name, "numbers": vec![0.25; 13], "public": true})).await;
+        let own = app.as_key(&member, Method::POST, "/adapters").json(&upload(name, 0.5));
+        assert_eq!(parts(own.send().await.unwrap()).await.0, 201);
+    }
     app.kill();
     let row = |name: &str, tenant: &str| {
         format!(
@@ -53,18 +92,23 @@ async fn a_damaged_row_is_an_error_of_its_adapter_alone() {
     tamper(
         data.path(),
         &format!(
-            "UPDATE generations SET generation = x'01' WHERE {}; UPDATE generations SET data = x'01' WHERE {}; DELETE FROM generations WHERE {}; UPDATE generations SET data = x'01' WHERE {};",
+            "UPDATE generations SET generation = x'01' WHERE {}; UPDATE generations SET data = x'01' WHERE {}; DELETE FROM generations WHERE {}; UPDATE generations SET data = x'01' WHERE {}; DELETE FROM generations WHERE {}; UPDATE generations SET facts = 99 WHERE {};",
             row("hash", "default"),
             row("bytes", "default"),
             row("gone", "default"),
             row("shared", "other"),
+            row("lost", "other"),
+            row("factless", "other"),
         ),
     )
     .await;
 
     let app = TestApp::tiny("llama").data_dir(data.path()).args(["--integrity-check", "full"]).start().await;
     app.ok("/v1/completions", &complete("good")).await;
-    app.ok("/v1/completions", &complete("shared")).await;
+    for name in OWN {
+        app.ok("/v1/completions", &complete(name)).await;
+        is_damaged_everywhere(&app, &member, name).await;
+    }
     for name in ["hash", "bytes", "gone"] {
         let (status, answer) = app.post("/v1/completions", &complete(name)).await;
         assert_eq!((status, &answer["error"]["code"]), (500, &json!("adapter_damaged")), "{name}: {answer}");
@@ -74,10 +118,7 @@ async fn a_damaged_row_is_an_error_of_its_adapter_alone() {
         let foreign = app.as_key(&member, Method::POST, "/v1/completions").json(&complete(name)).send().await.unwrap();
         assert_eq!(foreign.status(), 404, "{name}");
     }
-    let own = app.as_key(&member, Method::POST, "/v1/completions").json(&complete("shared"));
-    let (status, answer) = parts(own.send().await.unwrap()).await;
-    assert_eq!((status, &answer["error"]["code"]), (500, &json!("adapter_damaged")), "{answer}");
-    assert_eq!(app.metric("mote_adapters_damaged").await, 4.0);
+    assert_eq!(app.metric("mote_adapters_damaged").await, 6.0);
     assert_eq!(app.get("/adapters").await.0, 200);
     assert_eq!(app.get("/v1/models").await.0, 200);
 
@@ -87,10 +128,17 @@ async fn a_damaged_row_is_an_error_of_its_adapter_alone() {
         app.ok("/adapters", &body).await;
         app.ok("/v1/completions", &complete(name)).await;
     }
+    for name in OWN {
+        let put = app.as_key(&member, Method::PUT, &format!("/adapters/{name}"));
+        let (status, answer) = parts(put.json(&json!({"numbers": vec![0.5; 13]})).send().await.unwrap()).await;
+        assert_eq!((status, &answer["owner"]), (200, &json!("other")), "{answer}");
+        let own = app.as_key(&member, Method::POST, "/v1/completions").json(&complete(name));
+        assert_eq!(own.send().await.unwrap().status(), 200, "{name}");
+    }
     let deleted = app.request(Method::DELETE, "/adapters/gone").send().await.unwrap();
     assert_eq!(deleted.status(), 204);
     assert_eq!(app.post("/v1/completions", &complete("gone")).await.0, 404);
-    assert_eq!(app.metric("mote_adapters_damaged").await, 1.0);
+    assert_eq!(app.metric("mote_adapters_damaged").await, 0.0);
 }
 
 /// A key that cannot be read, or whose tenant cannot, is a 401 that says so; an admin sees which, mends it or is rid of it, and everybody else is served.

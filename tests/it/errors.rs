@@ -291,6 +291,36 @@ async fn a_key_is_needed_and_must_be_right() {
     assert_eq!(open.send(request).await.status, 200);
 }
 
+#[tokio::test]
+async fn fields_are_checked_before_names_are_looked_up() {
+    let app = TestApp::new().await;
+    let adapter = |model: &str, adapter: Value| completion(json!({"model": model, "adapter": adapter}));
+    let part = |weight: f64| json!({"name": "nobody", "weight": weight});
+    for (path, body, param) in [
+        (COMPLETIONS, adapter(MODEL, json!({"name": "nobody", "scale": 1e300})), "adapter.scale"),
+        (COMPLETIONS, adapter("nobody", json!({"name": "nobody", "scale": 1e300})), "adapter.scale"),
+        (COMPLETIONS, adapter(MODEL, json!({"mix": [part(1.0), part(1e300)]})), "adapter.mix[1].weight"),
+        (COMPLETIONS, adapter("nobody", json!({"data": "AA=="})), "adapter.data"),
+        ("/v1/fine_tuning/jobs", json!({"model": "nobody"}), "training_file"),
+        (
+            "/v1/fine_tuning/jobs",
+            json!({"model": "nobody", "training_file": "x", "method": {"type": "dpo"}}),
+            "method.type",
+        ),
+    ] {
+        let answer = app.post(path, body).await;
+        assert_eq!((answer.error().0, answer.error().2.as_deref()), (400, Some(param)), "{}", answer.text);
+    }
+    let answer = app.post(COMPLETIONS, adapter(MODEL, json!({"mix": [part(1.0)]}))).await;
+    assert_eq!(
+        answer.error(),
+        row(404, "invalid_request_error", Some("adapter.mix[0].name"), Some("adapter_not_found"))
+    );
+    let unknown = json!({"model": "nobody", "training_file": "file-1"});
+    let answer = app.post("/v1/fine_tuning/jobs", unknown).await;
+    assert_eq!(answer.error(), row(404, "invalid_request_error", Some("model"), Some("model_not_found")));
+}
+
 /// Each request has every later fault too, so only the order decides.
 #[tokio::test]
 async fn checks_run_in_the_stated_order() {

@@ -43,7 +43,9 @@ async fn a_read_only_directory_serves_says_so_and_recovers() {
         app.ok("/v1/completions", complete(MODEL)).await;
         assert_eq!(app.get("/adapters").await.json()["data"].as_array().unwrap().len(), 1);
     }
-    // What was used is kept until it can be written.
+    // What was used is kept until it can be written, and counts meanwhile.
+    let used = app.get("/usage").await.json();
+    assert_eq!(used["total"]["prompt_tokens"], 6 * 3, "{used}");
     faults.set_read_only(false);
     assert_eq!(app.post("/adapters", upload("meanwhile")).await.status, 201);
     assert_eq!(app.delete("/adapters/before").await.status, 204);
@@ -117,6 +119,10 @@ async fn text_that_is_none_is_the_trouble_of_its_row() {
     }
     let damaged = app.post("/v1/completions", complete("hash")).await;
     assert_eq!((damaged.error().0, damaged.error().3.as_deref()), (500, Some("adapter_damaged")));
+    for path in ["/adapters/hash", "/adapters/words", "/adapters/late", "/adapters/late/weights"] {
+        let damaged = app.get(path).await.error();
+        assert_eq!((damaged.0, damaged.3.as_deref()), (500, Some("adapter_damaged")), "{path}");
+    }
     for path in ["/adapters", "/v1/models"] {
         assert_eq!(app.get(path).await.status, 200, "{path}");
     }

@@ -81,6 +81,33 @@ async fn files_come_are_listed_read_and_go() {
     }
 }
 
+/// Under one key a file is kept once, whatever boundary its form has; another file is a conflict.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_sent_again_under_its_key_is_the_same_file() {
+    let app = toy_app(&Arc::default(), Options::default()).await;
+    let send = async |boundary: &str, key: &str, contents: &str| {
+        let form = format!(
+            "--{boundary}\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n--{boundary}\r\n\
+             content-disposition: form-data; name=\"file\"; filename=\"a.jsonl\"\r\n\r\n{contents}\r\n--{boundary}--\r\n"
+        );
+        let request = Request::post("/v1/files")
+            .header(header::AUTHORIZATION, format!("Bearer {KEY}"))
+            .header(header::CONTENT_TYPE, format!("multipart/form-data; boundary={boundary}"))
+            .header("idempotency-key", key)
+            .body(Body::from(form))
+            .unwrap();
+        app.send(request).await
+    };
+    let first = send("one", "k", LINES).await;
+    assert_eq!(first.status.as_u16(), 200, "{}", first.text);
+    assert_eq!(send("two", "k", LINES).await.json(), first.json());
+    assert_eq!(app.get("/v1/files").await.json()["data"].as_array().unwrap().len(), 1);
+    let other = send("one", "k", DEMONSTRATIONS).await;
+    assert_eq!((other.error().0, other.error().3.as_deref()), (409, Some("idempotency_key_reused")));
+    assert_ne!(send("one", "l", LINES).await.json()["id"], first.json()["id"]);
+    assert_eq!(send("one", "", LINES).await.error().2.as_deref(), Some("Idempotency-Key"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn files_are_checked_line_by_line_and_bounded() {
     let data = DataLimits { bytes: 20_000, line_bytes: 5000, items: 10 };

@@ -43,6 +43,16 @@ async fn every_mistake_names_its_field() {
         (json!({"scheme": {"rank": 2, "sede": 1}}), 400, "scheme.sede", "sede"),
         (json!({"scheme": {"rank": 9}}), 400, "scheme.rank", "rank"),
         (json!({"init_from": "nobody"}), 404, "init_from", "nobody"),
+        // Names are looked up when all fields are right.
+        (json!({"init_from": "nobody", "name": "a b"}), 400, "name", "characters"),
+        (json!({"init_from": "nobody", "scheme": "tiny99"}), 400, "scheme", "tiny99"),
+        (
+            json!({"init_from": "nobody", "hyperparameters": {"learning_rate": -1}}),
+            400,
+            "hyperparameters.learning_rate",
+            "learning_rate",
+        ),
+        (json!({"init_from": "nobody", "grader": {"type": "magic"}}), 400, "grader.type", "magic"),
         (json!({"dataset": null}), 400, "dataset", "required"),
         (json!({"dataset": 3}), 400, "dataset", "list"),
         (json!({"training_file": "file-1"}), 400, "dataset", "not both"),

@@ -24,7 +24,7 @@ use tower::ServiceExt as _;
 
 pub use tls::{TlsError, tls_config};
 
-use super::{TrustedProxies, peer::Socket};
+use super::{TrustedProxies, edge::DATA_POLICY, middleware::new_request_id, peer::Socket};
 use crate::telemetry::{ConnectionMetrics, RefusalLabels};
 use clock::{Clocked, Stage};
 use guard::Guarded;
@@ -160,8 +160,13 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 async fn refuse(mut stream: TcpStream, cap: Cap, _place: OwnedSemaphorePermit) {
     let body =
         format!(r#"{{"error":{{"message":"{}","type":"api_error","param":null,"code":"overloaded"}}}}"#, cap.words());
+    // What every answer has, though the request was not read.
+    let common = format!(
+        "x-request-id: {}\r\nopenai-processing-ms: 0\r\nx-content-type-options: nosniff\r\ncontent-security-policy: {DATA_POLICY}\r\n",
+        new_request_id()
+    );
     let answer = format!(
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {}\r\nretry-after: 1\r\nconnection: close\r\n\r\n{body}",
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {}\r\nretry-after: 1\r\nconnection: close\r\n{common}\r\n{body}",
         body.len()
     );
     let say = async {

@@ -6,6 +6,9 @@ use mote_trainer::data::Limits;
 
 use super::remote::RemoteAccess;
 
+/// A limit of one tenant that is none.
+pub const UNLIMITED: u64 = u64::MAX;
+
 /// Limits of training, with the defaults of the flags.
 #[derive(Debug, Clone)]
 pub struct TrainingConfig {

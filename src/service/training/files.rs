@@ -1,6 +1,6 @@
 //! Files of `/v1/files`: data sets that are uploaded once and used by many jobs.
 
-use super::prepare::check_file;
+use super::{JobRetry, jobs::job_key, prepare::check_file};
 use crate::{
     service::{Error, ErrorKind, Service, adapters::store_error, completion::blocking},
     store::{FileRecord, NewFile, StoreError},
@@ -11,7 +11,7 @@ use crate::{
 pub const MAX_FILENAME: usize = 255;
 
 impl Service {
-    /// Keeps a file, after every line was checked.
+    /// Keeps a file, after every line was checked. Under the client's `key` it is kept once.
     ///
     /// # Errors
     /// 400 that names the field and the line; 429 when the tenant's files would be too large together.
@@ -21,11 +21,21 @@ impl Service {
         filename: &str,
         purpose: &str,
         bytes: Vec<u8>,
+        key: Option<String>,
     ) -> Result<FileRecord, Error> {
         if purpose != "fine-tune" {
             return Err(Error::invalid("purpose", "'purpose' must be 'fine-tune'; other files are not kept."));
         }
         let filename: String = filename.chars().filter(|c| !c.is_control()).take(MAX_FILENAME).collect();
+        let hash = request_hash(&filename, &bytes);
+        let retry = key.map(|key| JobRetry { route: "POST /v1/files", key, request_hash: hash });
+        let key = retry.map(job_key).transpose()?;
+        if let Some(key) = &key {
+            let known = self.store.kept_answer(caller.tenant, key.route, &key.key, &key.request_hash).await;
+            if let Some(id) = known.map_err(|error| store_error(error, ""))? {
+                return self.file(caller, &id).await;
+            }
+        }
         let config = self.training()?.config();
         let (limits, most_of_tenant) = (config.data, config.files_of_tenant);
         let bytes = blocking(move || check_file(&bytes, limits).map(|()| bytes)).await?;
@@ -37,6 +47,7 @@ impl Service {
             data: bytes,
             most_of_tenant,
             room: self.accounts.of(caller.tenant).limits().room(),
+            key,
         };
         self.store.by(caller.actor()).put_file(new).await.map_err(|error| file_error(error, ""))
     }
@@ -54,7 +65,7 @@ impl Service {
         if after.is_some_and(|id| possible(id).is_err()) {
             return Ok((Vec::new(), false));
         }
-        let mut files = self.store.files(caller.tenant, after, limit + 1).await.map_err(Error::internal)?;
+        let mut files = self.store.files(caller.tenant, after, limit + 1).await.map_err(Error::store)?;
         let more = files.len() > limit as usize;
         files.truncate(limit as usize);
         Ok((files, more))
@@ -86,6 +97,13 @@ impl Service {
         possible(id)?;
         self.store.by(caller.actor()).delete_file(caller.tenant, id).await.map_err(|error| file_error(error, id))
     }
+}
+
+/// Of a form's parts: its boundary is another one each time.
+fn request_hash(filename: &str, bytes: &[u8]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&(filename.len() as u64).to_le_bytes()).update(filename.as_bytes()).update(bytes);
+    *hasher.finalize().as_bytes()
 }
 
 /// An id that cannot be is one that is not.

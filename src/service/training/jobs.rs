@@ -7,7 +7,7 @@ use mote_trainer::{Settings, data::PromptTemplate, round_to_bf16};
 use serde_json::Value;
 
 use super::{
-    DataSource, JobSpec, PolicySource, TrainRequest, Training, TrainingConfig,
+    DataSource, JobSpec, PolicySource, TrainRequest, Training, TrainingConfig, UNLIMITED,
     prepare::{build_described, check_sizes, inline_bytes, prepare},
     report::{self, event},
     spec::{Checked, damaged_job, hyper_error},
@@ -94,8 +94,9 @@ impl Service {
         policies: Arc<dyn PolicySource>,
     ) -> Result<(), StoreError> {
         self.accounts.set_defaults(|limits| {
-            limits.running_jobs = Some(config.running_of_tenant);
-            limits.queued_jobs = Some(config.most_of_tenant);
+            let most = |most: u64| Some(most).filter(|most| *most != UNLIMITED);
+            limits.running_jobs = most(config.running_of_tenant);
+            limits.queued_jobs = most(config.most_of_tenant);
         });
         let training = Training::start(self, config, policies).await?;
         // A second call changes nothing but would leave two supervisors: the first one stays.
@@ -148,10 +149,11 @@ impl Service {
         if config.running == 0 {
             return Err(Error::new(ErrorKind::Invalid, "This server does not train (--train-jobs 0)."));
         }
-        let Checked { name, spec } = self.check_training(caller, &request)?;
+        let Checked { name, scheme, mut spec } = self.check_training(caller, &request)?;
         let supported = training.inner.policies.supports(spec.method);
         supported.map_err(|words| Error::invalid("method", format!("'method': {words}.")))?;
         check_cheap(&spec, config)?;
+        self.begin_from(caller, scheme.as_ref(), &mut spec)?;
         let data = self.read_data(caller, request.training, "dataset", "training_file", config).await?;
         let data = data.ok_or_else(|| Error::invalid("dataset", "'dataset' is required."))?;
         let held_out = self.read_data(caller, request.validation, "validation", "validation_file", config).await?;
@@ -242,7 +244,7 @@ impl Service {
         if after.is_some_and(|id| possible(id).is_err()) {
             return Ok((Vec::new(), false));
         }
-        let mut jobs = self.store.jobs(caller.tenant, after, limit + 1).await.map_err(Error::internal)?;
+        let mut jobs = self.store.jobs(caller.tenant, after, limit + 1).await.map_err(Error::store)?;
         let more = jobs.len() > limit as usize;
         jobs.truncate(limit as usize);
         Ok((jobs.into_iter().map(info).collect(), more))
@@ -298,7 +300,7 @@ impl Service {
         limit: u32,
     ) -> Result<Vec<EventRecord>, Error> {
         self.own_job(caller, id).await?;
-        self.store.events_after(id, after, limit).await.map_err(Error::internal)
+        self.store.events_after(id, after, limit).await.map_err(Error::store)
     }
 
     /// At most `limit` events of a job before the one with number `before`, newest first.
@@ -313,7 +315,7 @@ impl Service {
         limit: u32,
     ) -> Result<Vec<EventRecord>, Error> {
         self.own_job(caller, id).await?;
-        self.store.events_before(id, before.unwrap_or(u64::MAX), limit).await.map_err(Error::internal)
+        self.store.events_before(id, before.unwrap_or(u64::MAX), limit).await.map_err(Error::store)
     }
 
     /// A job's checkpoints, newest first; without damaged ones.
@@ -323,7 +325,7 @@ impl Service {
     pub async fn job_checkpoints(&self, caller: &Caller, id: &str) -> Result<Vec<CheckpointInfo>, Error> {
         let spec = info(self.own_job(caller, id).await?).spec;
         let is_default = spec.is_some_and(|spec| spec.read_scheme().is_ok_and(|scheme| scheme == Scheme::default()));
-        let (records, _) = self.store.checkpoints(id).await.map_err(Error::internal)?;
+        let (records, _) = self.store.checkpoints(id).await.map_err(Error::store)?;
         let shown = |record: &crate::store::CheckpointRecord| -> Result<CheckpointInfo, String> {
             let saved: Saved = serde_json::from_str(&record.state).map_err(|error| error.to_string())?;
             let numbers = round_to_bf16(&saved.run.state.numbers);
@@ -364,7 +366,7 @@ impl Service {
         limit: u32,
     ) -> Result<Vec<SamplesRecord>, Error> {
         self.own_job(caller, id).await?;
-        self.store.samples(id, before, limit).await.map_err(Error::internal)
+        self.store.samples(id, before, limit).await.map_err(Error::store)
     }
 }
 
@@ -398,7 +400,7 @@ fn check_cheap(spec: &JobSpec, config: &TrainingConfig) -> Result<(), Error> {
     Ok(())
 }
 
-fn job_key(retry: JobRetry) -> Result<JobKey, Error> {
+pub(super) fn job_key(retry: JobRetry) -> Result<JobKey, Error> {
     if !(1..=MAX_KEY).contains(&retry.key.len()) {
         let message = format!("'Idempotency-Key' has 1 to {MAX_KEY} characters.");
         return Err(Error::invalid("Idempotency-Key", message));

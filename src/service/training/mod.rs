@@ -22,7 +22,7 @@ mod supervisor;
 mod validation;
 mod worker;
 
-pub use config::TrainingConfig;
+pub use config::{TrainingConfig, UNLIMITED};
 pub use files::MAX_FILENAME;
 pub use graders::Graded;
 pub use jobs::{CheckpointInfo, JobInfo, JobRetry};

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::{DataSource, JobInfo, JobRetry, Origin, TrainRequest, jobs::new_job_id};
 use crate::{
-    service::{Error, Service},
+    service::{Error, ErrorKind, Service},
     tenant::Caller,
 };
 
@@ -69,8 +69,8 @@ impl Service {
         request: FineTuningRequest,
         retry: Option<JobRetry>,
     ) -> Result<JobInfo, Error> {
-        let model = request.model.as_deref().ok_or_else(|| Error::invalid("model", "'model' is required."))?;
-        let init_from = self.model_to_train(caller, model)?;
+        let model = &*request.model.ok_or_else(|| Error::invalid("model", "'model' is required."))?;
+        let init_from = self.model_to_train(model);
         if request.training_file.is_none() {
             return Err(Error::invalid("training_file", "'training_file' is required."));
         }
@@ -98,20 +98,17 @@ impl Service {
             metadata: request.metadata,
             origin: Origin::FineTuning,
         };
-        self.train_as(caller, id, request, retry).await.map_err(|error| renamed(error, kind, own_name))
+        self.train_as(caller, id, request, retry).await.map_err(|error| match (error.kind, error.param.as_deref()) {
+            (ErrorKind::NotFound, Some("init_from")) => Error::model_not_found(model),
+            _ => renamed(error, kind, own_name),
+        })
     }
 
-    /// None for the base, else the adapter to go on from.
-    fn model_to_train(&self, caller: &Caller, model: &str) -> Result<Option<String>, Error> {
+    /// None for the base, else the name of the adapter to go on from.
+    fn model_to_train(&self, model: &str) -> Option<String> {
         let base = &self.base.model_id;
-        if model == base {
-            return Ok(None);
-        }
         let name = model.strip_prefix(base.as_str()).and_then(|rest| rest.strip_prefix(':')).unwrap_or(model);
-        match self.library.registry.resolve(caller.tenant, name) {
-            Some(_) => Ok(Some(name.to_owned())),
-            None => Err(Error::model_not_found(model)),
-        }
+        (model != base).then(|| name.to_owned())
     }
 }
 
@@ -192,6 +189,8 @@ fn renamed(mut error: Error, kind: &str, own_name: bool) -> Error {
         format!("method.{kind}.{param}")
     } else if param.starts_with("grader") {
         format!("method.reinforcement.{param}")
+    } else if param == "init_from" {
+        "model".to_owned()
     } else if param == "name" && !own_name {
         "suffix".to_owned()
     } else {

@@ -7,7 +7,12 @@ use serde_json::{Map, Value};
 
 use crate::{
     adapter::{NumberType, Scheme, codec},
-    service::{Error, ErrorKind, Service, Upload, resolve::scheme_error, upload::Content},
+    service::{
+        Error, ErrorKind, Service,
+        resolve::scheme_error,
+        upload::{conflict_of, metadata_text},
+    },
+    store::OnConflict,
     tenant::Caller,
 };
 
@@ -141,34 +146,32 @@ impl JobSpec {
     }
 }
 
-/// A request whose fields are right, and the scheme it will train.
+/// A request whose fields are right.
 pub(super) struct Checked {
     pub(super) name: String,
+    /// The scheme that it asks for.
+    pub(super) scheme: Option<Scheme>,
     pub(super) spec: JobSpec,
 }
 
 impl Service {
-    /// Checks everything of a request but its data.
+    /// Checks everything of a request but its data and the adapter to go on from, which is looked up when all fields are right.
     ///
     /// # Errors
-    /// 400, 403, 404, 409 or 422, each naming the field.
+    /// 400 or 409, each naming the field.
     pub(super) fn check_training(&self, caller: &Caller, request: &TrainRequest) -> Result<Checked, Error> {
         let method = method(request.method.as_deref())?;
-        let (scheme, init) = self.beginning(caller, request)?;
-        // Everything that the upload of the result will be checked for, with zeros for numbers.
-        let numbers = vec![0.0; scheme.numbers(&self.base.sites)];
-        let trial = Upload {
-            name: request.name.clone(),
-            content: Some(Content::Numbers(numbers)),
-            dtype: None,
-            scheme: Some(scheme.to_json()),
-            metadata: Some(published_metadata(&request.metadata.clone().unwrap_or_default(), &"0".repeat(38))),
-            public: None,
-            fingerprint: None,
-            force: false,
-            on_conflict: request.on_conflict.clone(),
+        let given = match &request.scheme {
+            None | Some(Value::Null) => None,
+            Some(value) => Some(Scheme::from_json(value).map_err(|error| scheme_error(&error, ""))?),
         };
-        let trial = self.prepare(caller, trial, None)?;
+        if given.is_some() || request.init_from.is_none() {
+            self.check_scheme(given.as_ref().unwrap_or(&Scheme::default()), "")?;
+        }
+        // What the upload of the result will be checked for.
+        let name = self.name_of(request.name.as_deref())?;
+        let name_must_be_free = conflict_of(request.on_conflict.as_deref())? == OnConflict::Error;
+        metadata_text(&published_metadata(&request.metadata.clone().unwrap_or_default(), &"0".repeat(38)))?;
         let hyperparameters = match &request.hyperparameters {
             None | Some(Value::Null) => Hyperparameters::default(),
             Some(value) => Hyperparameters::from_json(value).map_err(|error| hyper_error(&error))?,
@@ -185,11 +188,11 @@ impl Service {
         }
         let spec = JobSpec {
             method,
-            name_must_be_free: trial.on_conflict == crate::store::OnConflict::Error,
-            scheme: scheme.to_full_json(),
+            name_must_be_free,
+            scheme: given.clone().unwrap_or_default().to_full_json(),
             fingerprint: self.base.fingerprint.to_string(),
             init_from: request.init_from.clone(),
-            init,
+            init: None,
             training_file: request.training.file.clone(),
             validation_file: request.validation.file.clone(),
             prompt: request.prompt.clone().filter(|prompt| !prompt.is_null()),
@@ -201,21 +204,16 @@ impl Service {
             origin: request.origin,
             request: caller.origin.request.as_deref().map(str::to_owned),
         };
-        Ok(Checked { name: trial.name, spec })
+        Ok(Checked { name, scheme: given, spec })
     }
 
-    /// The scheme to train, and the numbers to begin with unless they are zeros.
-    fn beginning(&self, caller: &Caller, request: &TrainRequest) -> Result<(Scheme, Option<String>), Error> {
-        let given = match &request.scheme {
-            None | Some(Value::Null) => None,
-            Some(value) => Some(Scheme::from_json(value).map_err(|error| scheme_error(&error, ""))?),
-        };
-        let Some(name) = &request.init_from else {
-            let scheme = given.unwrap_or_default();
-            self.check_scheme(&scheme, "")?;
-            return Ok((scheme, None));
-        };
-        let found = self.library.registry.resolve(caller.tenant, name);
+    /// Looks up the adapter to go on from, if there is one: its scheme is trained, from its numbers on.
+    ///
+    /// # Errors
+    /// 404, 422, 400; 500 adapter_damaged.
+    pub(super) fn begin_from(&self, caller: &Caller, given: Option<&Scheme>, spec: &mut JobSpec) -> Result<(), Error> {
+        let Some(name) = &spec.init_from else { return Ok(()) };
+        let found = self.find(caller, name)?;
         let adapter = found.ok_or_else(|| Error::adapter_not_found(name, Some("init_from")))?.adapter;
         if !self.library.is_compatible(&adapter) {
             let (theirs, ours) = (adapter.facts().fingerprint, self.library.fingerprint);
@@ -228,14 +226,16 @@ impl Service {
             );
             return Err(Error::invalid("init_from", message));
         }
-        if given.is_some_and(|given| given != facts.scheme) {
+        if given.is_some_and(|given| *given != facts.scheme) {
             let message = format!("'scheme' is not that of '{name}'; leave it out to go on from that adapter.");
             return Err(Error::invalid("scheme", message));
         }
         self.check_scheme(&facts.scheme, "")?;
         let numbers: Vec<f32> = adapter.numbers().collect();
         let bytes = codec::encode(&numbers, NumberType::F32).map_err(Error::internal)?;
-        Ok((facts.scheme.clone(), Some(STANDARD.encode(bytes))))
+        spec.init = Some(STANDARD.encode(bytes));
+        spec.scheme = facts.scheme.to_full_json();
+        Ok(())
     }
 }
 

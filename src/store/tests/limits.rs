@@ -18,6 +18,7 @@ fn file(number: u32, tenant: TenantId, size: usize, bytes: u64) -> NewFile {
         data: vec![b'x'; size],
         most_of_tenant: 1_000_000,
         room: Room { adapters: None, bytes: Some(bytes) },
+        key: None,
     }
 }
 

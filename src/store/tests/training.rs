@@ -373,6 +373,7 @@ async fn files_are_kept_within_bounds_and_go_with_their_tenant() {
             data: vec![b'x'; size],
             most_of_tenant: 100,
             room: Room::default(),
+            key: None,
         };
         let first = store.put_file(file(1, 60)).await.unwrap();
         assert_eq!((first.bytes, &*first.filename), (60, "train.jsonl"));

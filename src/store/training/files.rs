@@ -1,19 +1,38 @@
 //! Files of `/v1/files`.
 
-use sqlx::Row as _;
+use sqlx::{AnyConnection, Row as _};
 
 use super::{
     FileRecord, NewFile,
     decode::{self, signed},
 };
 use crate::{
-    store::{Result, Store, StoreError, ask::name, writer::Tx},
+    store::{
+        Result, Store, StoreError,
+        ask::{self, name},
+        idempotency,
+        writer::Tx,
+    },
     types::TenantId,
 };
+
+/// A tenant's file, without what is in it.
+async fn own_file(connection: &mut AnyConnection, tenant: TenantId, id: &str) -> Result<FileRecord> {
+    let query = sqlx::query("SELECT id, filename, purpose, bytes, created_at FROM files WHERE id = $1 AND tenant = $2");
+    let row = ask::row(connection, query.bind(id).bind(tenant.0)).await?;
+    decode::file(&row.ok_or(StoreError::FileNotFound)?)
+}
 
 impl Tx<'_> {
     async fn put_file(&mut self, new: NewFile) -> Result<FileRecord> {
         self.living(new.tenant).await?;
+        if let Some(key) = &new.key {
+            let known =
+                idempotency::answer(self.connection, new.tenant, key.route, &key.key, &key.request_hash).await?;
+            if let Some(id) = known {
+                return own_file(self.connection, new.tenant, &id).await;
+            }
+        }
         let row = sqlx::query("SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM files WHERE tenant = $1")
             .bind(new.tenant.0)
             .fetch_one(&mut *self.connection)
@@ -38,6 +57,9 @@ impl Tx<'_> {
         .bind(new.data)
         .execute(&mut *self.connection)
         .await?;
+        if let Some(key) = &new.key {
+            self.keep_answer(new.tenant, key.route, &key.key, &key.request_hash, new.id.clone()).await?;
+        }
         Ok(FileRecord { id: new.id, filename: new.filename, purpose: new.purpose, bytes: size, created_at: self.now })
     }
 
@@ -66,14 +88,15 @@ impl Tx<'_> {
 }
 
 impl Store {
-    /// Keeps a file.
+    /// Keeps a file; gives the one that was kept before under the same key.
     ///
     /// # Errors
-    /// [`StoreError::FilesFull`], [`StoreError::BytesFull`], [`StoreError::TenantNotFound`].
+    /// [`StoreError::FilesFull`], [`StoreError::BytesFull`], [`StoreError::TenantNotFound`], [`StoreError::IdempotencyMismatch`].
     pub async fn put_file(&self, new: NewFile) -> Result<FileRecord> {
+        let id = new.id.clone();
         self.audited(
             move |tx| Box::pin(tx.put_file(new)),
-            |actor, file| Some(actor.did("file.upload", file.id.clone())),
+            move |actor, file| (file.id == id).then(|| actor.did("file.upload", id)),
         )
         .await
     }
@@ -100,10 +123,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::FileNotFound`].
     pub async fn file(&self, tenant: TenantId, id: &str) -> Result<FileRecord> {
-        let query =
-            sqlx::query("SELECT id, filename, purpose, bytes, created_at FROM files WHERE id = $1 AND tenant = $2");
-        let row = self.row(query.bind(id).bind(tenant.0)).await?;
-        decode::file(&row.ok_or(StoreError::FileNotFound)?)
+        let mut connection = self.pool.acquire().await?;
+        own_file(&mut connection, tenant, id).await
     }
 
     /// What is in a tenant's file.

@@ -9,7 +9,7 @@ use super::{
     decode::{any_job, count, own_job, signed},
 };
 use crate::{
-    store::{Result, Store, StoreError, idempotency, writer::Tx},
+    store::{Result, Store, StoreError, decode, idempotency, writer::Tx},
     tenant::Actor,
     types::TenantId,
 };
@@ -51,7 +51,7 @@ impl Tx<'_> {
         if taken.is_some() {
             return Err(StoreError::NameReserved);
         }
-        if new.name_must_be_free && self.is_taken(new.tenant, &new.name).await? {
+        if new.name_must_be_free && decode::has_name(self.connection, new.tenant, &new.name).await? {
             return Err(StoreError::NameTaken);
         }
         if !public_too && self.is_public(new.tenant, &new.name).await? {
@@ -88,13 +88,7 @@ impl Tx<'_> {
         any_job(self.connection, &new.id).await.map(JobStored::New)
     }
 
-    /// Has the tenant an adapter of that name, damaged or not?
-    async fn is_taken(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
-        let query = sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND deleted = 0");
-        Ok(query.bind(tenant.0).bind(name).fetch_optional(&mut *self.connection).await?.is_some())
-    }
-
-    /// Has it one that is public?
+    /// Has the tenant a public adapter of that name?
     async fn is_public(&mut self, tenant: TenantId, name: &str) -> Result<bool> {
         let query =
             sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND public = 1 AND deleted = 0");

@@ -86,7 +86,7 @@ impl JobData {
     }
 }
 
-/// Under which key of a client a job is made once.
+/// Under which key of a client a job or a file is made once.
 #[derive(Debug, Clone)]
 pub struct JobKey {
     /// The route, method included.
@@ -322,6 +322,8 @@ pub struct NewFile {
     pub most_of_tenant: u64,
     /// What all its stored things may come to.
     pub room: Room,
+    /// The client's own key for the request.
+    pub key: Option<JobKey>,
 }
 
 /// A file, without what is in it.

@@ -158,6 +158,11 @@ impl Account {
         Some(Total { name: Arc::clone(self.name.get()?), usage })
     }
 
+    /// What the tenant used on which day and the store does not know yet.
+    pub fn pending(&self) -> Vec<(i64, Usage)> {
+        self.state.lock().pending.clone()
+    }
+
     fn note(self: &Arc<Self>, mut state: parking_lot::MutexGuard<'_, State>, day: i64, usage: Usage) {
         state.total.add(&usage);
         self.keep(state, day, usage);
