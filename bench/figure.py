@@ -40,7 +40,7 @@ class Size:
     tokens: int = 24
     train: int = 400
     held_out: int = 200  # so many to choose rates by, so many to report
-    prompt: str | None = None  # template of a question
+    prompt: str | None = None  # template of a question, which is a user's message
 
 
 # Without a form asked for, the model of these questions writes programs until it is cut off.
@@ -129,7 +129,7 @@ class Runs:
             if os.path.exists(os.path.join(folder, "grader.json")):
                 command += ["--grader", "@" + os.path.join(folder, "grader.json")]
             if SIZES[task].prompt:
-                command += ["--prompt", SIZES[task].prompt]
+                command += ["--prompt", json.dumps([{"role": "user", "content": SIZES[task].prompt}])]
             command += ["--scheme", json.dumps(groups(numbers))]
             command += ["--samples", "4" if held_out == "test" and not self.args.questions else "1", "--log", "warn"]
             for key, value in hyperparameters(SIZES[task], method, rate).items():

@@ -44,9 +44,10 @@ pub(super) fn read_scheme(flag: Option<&str>, adapter: Option<&Path>) -> Result<
     Ok(value.get("scheme").cloned())
 }
 
-/// JSON if it looks like JSON, else the text itself.
+/// JSON if it looks like JSON, else the text itself: a template may begin with a name.
 fn structured(flag: &str, text: &str) -> Result<Value, AppError> {
-    if text.trim_start().starts_with(['{', '[']) {
+    let trimmed = text.trim_start();
+    if trimmed.starts_with(['{', '[']) && !trimmed.starts_with("{{") {
         return serde_json::from_str(text).map_err(|error| AppError::Flag(format!("{flag}: not JSON: {error}")));
     }
     Ok(Value::String(text.to_owned()))
@@ -101,6 +102,14 @@ mod tests {
         let want = serde_json::json!({"steps": 20, "learning_rate": 0.03, "loss": "dr_grpo", "mask_truncated": true});
         assert_eq!(hyperparameters(&pairs).unwrap(), want);
         assert!(hyperparameters(&["steps".to_owned()]).unwrap_err().to_string().contains("--set steps"));
+    }
+
+    #[test]
+    fn templates_are_no_json() {
+        let text = "{{item.question}} Answer:";
+        assert_eq!(structured("--prompt", text).unwrap(), text);
+        assert!(structured("--prompt", r#"[{"role": "user", "content": "x"}]"#).unwrap().is_array());
+        assert!(structured("--prompt", "{nonsense").unwrap_err().to_string().contains("--prompt: not JSON"));
     }
 
     #[test]
