@@ -41,7 +41,7 @@ pub(super) struct FineTuningBody {
     validation_file: Option<String>,
     /// `{"type": "reinforcement", "reinforcement": {"grader": {..}, "hyperparameters": {..}}}` or `{"type": "supervised", "supervised": {"hyperparameters": {..}}}`. Beside OpenAI's hyperparameters (`n_epochs`,
     /// `batch_size`, `learning_rate_multiplier`, `compute_multiplier`) those of `/adapters/train` may be given.
-    #[schema(value_type = Option<Object>, default = json!({"type": "supervised"}))]
+    #[schema(value_type = Option<schemas::FineTuningMethod>, default = json!({"type": "supervised"}))]
     method: Option<Value>,
     /// Of supervised jobs, as older clients send them.
     #[schema(value_type = Option<Object>)]

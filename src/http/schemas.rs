@@ -216,3 +216,37 @@ pub(super) enum Grader {
         retries: Option<u32>,
     },
 }
+
+/// How a fine-tuning job learns. Beside OpenAI's hyperparameters (`n_epochs`, `batch_size`, `learning_rate_multiplier`, `compute_multiplier`) those of `/adapters/train` may be given.
+#[derive(Serialize, ToSchema)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub(super) enum FineTuningMethod {
+    /// By demonstrations: `sft`.
+    Supervised {
+        /// How.
+        supervised: Option<SupervisedMethod>,
+    },
+    /// By a grader's rewards: `grpo`.
+    Reinforcement {
+        /// How.
+        reinforcement: Option<ReinforcementMethod>,
+    },
+}
+
+/// Learning by demonstrations.
+#[derive(Serialize, ToSchema)]
+pub(super) struct SupervisedMethod {
+    /// OpenAI's, or ours.
+    #[schema(value_type = Option<Object>)]
+    hyperparameters: Option<serde_json::Value>,
+}
+
+/// Learning by rewards.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ReinforcementMethod {
+    /// Required but for items of GSM8K and SVAMP.
+    grader: Option<Grader>,
+    /// OpenAI's, or ours.
+    #[schema(value_type = Option<Object>)]
+    hyperparameters: Option<serde_json::Value>,
+}

@@ -59,7 +59,7 @@ async fn write(accounts: &Accounts, store: &Store, carrying: &Carrying) -> Resul
 }
 
 impl Service {
-    /// Writes what was used up to now: before the store is closed.
+    /// Writes what was used up to now: before the store is closed, and before it is asked.
     ///
     /// # Errors
     /// Only the database's.
@@ -75,6 +75,10 @@ impl Service {
     /// # Errors
     /// Only the database's.
     pub async fn usage(&self, tenant: TenantId, from: i64, to: i64) -> Result<Vec<DayOfUsage>, Error> {
+        // What is shown shall survive; where it cannot be written, it is shown all the same.
+        if let Err(error) = self.write_usage().await {
+            tracing::error!(%error, "what tenants used could not be written before it was asked for");
+        }
         // Nothing is on its way from memory to the store meanwhile: each count is in one of them.
         let _turn = self.carrying.lock().await;
         let stored = self.store.usage(tenant, from, to).await.map_err(Error::store)?;
