@@ -153,7 +153,7 @@ pub(super) async fn show_job(
 
 /// Cancel a fine-tuning job
 #[utoipa::path(
-    post, path = "/v1/fine_tuning/jobs/{id}/cancel", tag = "openai", params(("id" = String, Path, description = "The job.")),
+    post, path = "/v1/fine_tuning/jobs/{id}/cancel", tag = "openai", extensions(("x-metered" = json!(true))), params(("id" = String, Path, description = "The job.")),
     responses(
         (status = 200, description = "The job.", body = FineTuningJob),
         (status = 404, description = "The caller has no such job (code `job_not_found`).", body = ErrorBody),
@@ -171,7 +171,7 @@ pub(super) async fn cancel_job(
 
 /// Pause a fine-tuning job
 #[utoipa::path(
-    post, path = "/v1/fine_tuning/jobs/{id}/pause", tag = "openai", params(("id" = String, Path, description = "The job.")),
+    post, path = "/v1/fine_tuning/jobs/{id}/pause", tag = "openai", extensions(("x-metered" = json!(true))), params(("id" = String, Path, description = "The job.")),
     responses(
         (status = 200, description = "The job.", body = FineTuningJob),
         (status = 404, description = "The caller has no such job (code `job_not_found`).", body = ErrorBody),
@@ -189,7 +189,7 @@ pub(super) async fn pause_job(
 
 /// Resume a fine-tuning job
 #[utoipa::path(
-    post, path = "/v1/fine_tuning/jobs/{id}/resume", tag = "openai", params(("id" = String, Path, description = "The job.")),
+    post, path = "/v1/fine_tuning/jobs/{id}/resume", tag = "openai", extensions(("x-metered" = json!(true))), params(("id" = String, Path, description = "The job.")),
     responses(
         (status = 200, description = "The job.", body = FineTuningJob),
         (status = 404, description = "The caller has no such job (code `job_not_found`).", body = ErrorBody),

@@ -223,7 +223,7 @@ pub(super) async fn show_job(
 ///
 /// It ends at once and publishes nothing. Cancelling again changes nothing.
 #[utoipa::path(
-    post, path = "/adapters/train/{id}/cancel", tag = "training", params(("id" = String, Path, description = "The job.")),
+    post, path = "/adapters/train/{id}/cancel", tag = "training", extensions(("x-metered" = json!(true))), params(("id" = String, Path, description = "The job.")),
     responses(
         (status = 200, description = "The job.", body = JobObject),
         (status = 404, description = "The caller has no such job (code `job_not_found`).", body = ErrorBody),
@@ -243,7 +243,7 @@ pub(super) async fn cancel_job(
 ///
 /// It keeps where it stands. Pausing again changes nothing.
 #[utoipa::path(
-    post, path = "/adapters/train/{id}/pause", tag = "training", params(("id" = String, Path, description = "The job.")),
+    post, path = "/adapters/train/{id}/pause", tag = "training", extensions(("x-metered" = json!(true))), params(("id" = String, Path, description = "The job.")),
     responses(
         (status = 200, description = "The job.", body = JobObject),
         (status = 404, description = "The caller has no such job (code `job_not_found`).", body = ErrorBody),
@@ -263,7 +263,7 @@ pub(super) async fn pause_job(
 ///
 /// It goes on where it stood, to the same numbers as if it had never been paused. Resuming one that is not paused changes nothing.
 #[utoipa::path(
-    post, path = "/adapters/train/{id}/resume", tag = "training", params(("id" = String, Path, description = "The job.")),
+    post, path = "/adapters/train/{id}/resume", tag = "training", extensions(("x-metered" = json!(true))), params(("id" = String, Path, description = "The job.")),
     responses(
         (status = 200, description = "The job.", body = JobObject),
         (status = 404, description = "The caller has no such job (code `job_not_found`).", body = ErrorBody),
