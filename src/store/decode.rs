@@ -92,8 +92,14 @@ pub(super) async fn own_record(
     ask::row(connection, query).await?.as_ref().map(record).transpose()
 }
 
+/// The number of a tenant's adapter of that name, damaged or not.
+pub(super) async fn id_of(connection: &mut AnyConnection, tenant: TenantId, name: &str) -> Result<Option<i64>> {
+    let query = sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND deleted = 0");
+    let row = query.bind(tenant.0).bind(name).fetch_optional(connection).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?)
+}
+
 /// Has a tenant an adapter of that name, damaged or not?
 pub(super) async fn has_name(connection: &mut AnyConnection, tenant: TenantId, name: &str) -> Result<bool> {
-    let query = sqlx::query("SELECT id FROM adapters WHERE tenant = $1 AND name = $2 AND deleted = 0");
-    Ok(query.bind(tenant.0).bind(name).fetch_optional(connection).await?.is_some())
+    Ok(id_of(connection, tenant, name).await?.is_some())
 }

@@ -27,14 +27,22 @@ impl Store {
     /// [`StoreError::AdapterDamaged`] when the name is there and what belongs to it cannot be read.
     pub async fn own_adapter(&self, tenant: TenantId, name: &str) -> Result<Option<AdapterRecord>> {
         let mut connection = self.pool.acquire().await?;
-        let record = match decode::own_record(&mut connection, tenant, name).await {
-            Err(error) if error.is_damage() => {
-                self.name_damaged(format!("adapter {name} of tenant {}", tenant.0), &error);
-                Err(StoreError::AdapterDamaged)
+        let mut seen = None;
+        let record = loop {
+            match decode::own_record(&mut connection, tenant, name).await {
+                Err(error) if error.is_damage() => {
+                    self.name_damaged(format!("adapter {name} of tenant {}", tenant.0), &error);
+                    break Err(StoreError::AdapterDamaged);
+                }
+                Ok(None) => {}
+                read => break read,
             }
-            // A name without the row of its generation.
-            Ok(None) if decode::has_name(&mut connection, tenant, name).await? => Err(StoreError::AdapterDamaged),
-            read => read,
+            // A name without the row of its generation, if the same adapter has the name before and after a look: else it came, or went, between two looks.
+            let id = decode::id_of(&mut connection, tenant, name).await?;
+            if id.is_none() || id == seen {
+                break id.map_or(Ok(None), |_| Err(StoreError::AdapterDamaged));
+            }
+            seen = id;
         };
         self.writer.told().await;
         record

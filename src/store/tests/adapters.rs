@@ -432,3 +432,24 @@ async fn who_reads_a_change_comes_after_whoever_is_told_of_it() {
         store.close().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_comes_and_goes_is_never_taken_for_damaged() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let changing = {
+            let store = store.clone();
+            tokio::spawn(async move {
+                for number in 0..300 {
+                    written(store.put_adapter(new(BUILT_IN_TENANT, "a", number)).await);
+                    store.delete_adapter(BUILT_IN_TENANT, "a").await.unwrap();
+                }
+            })
+        };
+        while !changing.is_finished() {
+            store.own_adapter(BUILT_IN_TENANT, "a").await.unwrap();
+        }
+        changing.await.unwrap();
+        store.close().await;
+    }
+}
