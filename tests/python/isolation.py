@@ -213,7 +213,7 @@ class Event:
     writes: dict = dataclasses.field(default_factory=dict)  # name -> numbers, or None when it was deleted: what was acknowledged
 
     def metered(self) -> bool:
-        return self.method == "PUT" or (self.method == "POST" and not self.path.endswith("/cancel"))
+        return self.method in ("PUT", "POST")
 
 
 class World:
