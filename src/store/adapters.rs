@@ -8,6 +8,7 @@ use sqlx::{Row as _, SqlStr, any::AnyRow};
 use super::{
     AdapterRecord, Change, Contents, NewAdapter, OnConflict, Result, StoreError, Stored, ask, decode, idempotency,
     rows::{AnyQuery, RowsSql},
+    training::under_way,
     writer::{PutResults, Tx},
 };
 use crate::types::{AdapterId, Generation, TenantId};
@@ -75,12 +76,14 @@ pub(super) struct Known {
 }
 
 /// All that is to be known of a single upload: see [`bind_known`] for its parameters and [`Known::of_one`] for its row.
-pub(super) const KNOWN_OF_ONE: &str = "SELECT t.name, CASE WHEN j.id IS NULL THEN 0 ELSE 1 END, a.id, a.public, a.metadata, a.created_at, g.generation FROM tenants t \
+pub(super) const KNOWN_OF_ONE: &str = concat!(
+    "SELECT t.name, CASE WHEN j.id IS NULL THEN 0 ELSE 1 END, a.id, a.public, a.metadata, a.created_at, g.generation FROM tenants t \
      LEFT JOIN adapters a ON a.tenant = t.id AND a.name = $2 AND a.deleted = 0 \
      LEFT JOIN generations g ON g.adapter = a.id AND g.seq = a.seq \
-     LEFT JOIN jobs j ON j.tenant = t.id AND j.name = $2 AND j.id <> $3 \
-     AND j.status IN ('validating', 'queued', 'running', 'paused') \
-     WHERE t.id = $1 AND t.deleted = 0 LIMIT 1";
+     LEFT JOIN jobs j ON j.tenant = t.id AND j.name = $2 AND j.id <> $3 AND ",
+    under_way!("j.status"),
+    " WHERE t.id = $1 AND t.deleted = 0 LIMIT 1"
+);
 
 /// The parameters of [`KNOWN_OF_ONE`]; a name that `publisher` has reserved is free for it.
 pub(super) fn bind_known<'q>(query: AnyQuery<'q>, item: &'q NewAdapter, publisher: Option<&'q str>) -> AnyQuery<'q> {
@@ -285,9 +288,7 @@ impl Tx<'_> {
 
     /// Names under which jobs will publish, but for `publisher`'s. They are few: jobs under way are limited.
     async fn reserved_names(&mut self, publisher: Option<&str>) -> Result<HashSet<Key>> {
-        let query = sqlx::query(
-            "SELECT tenant, name FROM jobs WHERE status IN ('validating', 'queued', 'running', 'paused') AND id <> $1",
-        );
+        let query = sqlx::query(concat!("SELECT tenant, name FROM jobs WHERE ", under_way!("status"), " AND id <> $1"));
         let rows = self.rows(query.bind(publisher.unwrap_or(""))).await?;
         // A name that cannot be read is nobody's.
         let key = |row: &AnyRow| -> Result<Key> { Ok((TenantId(row.try_get(0)?), ask::text(row, 1)?.to_owned())) };

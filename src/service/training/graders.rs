@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
@@ -34,7 +35,7 @@ pub struct Graded {
 }
 
 /// Whose graders run.
-static RUNNING: Mutex<Option<HashMap<TenantId, usize>>> = Mutex::new(None);
+static RUNNING: LazyLock<Mutex<HashMap<TenantId, usize>>> = LazyLock::new(Mutex::default);
 
 /// A place among the graders that run; free again when this is dropped.
 struct Place(TenantId);
@@ -42,7 +43,6 @@ struct Place(TenantId);
 impl Place {
     fn take(tenant: TenantId) -> Option<Self> {
         let mut running = RUNNING.lock();
-        let running = running.get_or_insert_default();
         if running.values().sum::<usize>() >= MOST_AT_ONCE {
             return None;
         }
@@ -54,7 +54,6 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut running = RUNNING.lock();
-        let running = running.get_or_insert_default();
         if let Some(own) = running.get_mut(&self.0) {
             *own -= 1;
             if *own == 0 {

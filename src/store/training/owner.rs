@@ -41,13 +41,12 @@ impl Tx<'_> {
         }
         self.living(new.tenant).await?;
         self.check_room(&new).await?;
-        let taken = sqlx::query(
-            "SELECT id FROM jobs WHERE tenant = $1 AND name = $2 AND status IN ('validating', 'queued', 'running', 'paused')",
-        )
-        .bind(new.tenant.0)
-        .bind(&*new.name)
-        .fetch_optional(&mut *self.connection)
-        .await?;
+        let taken =
+            sqlx::query(concat!("SELECT id FROM jobs WHERE tenant = $1 AND name = $2 AND ", under_way!("status")))
+                .bind(new.tenant.0)
+                .bind(&*new.name)
+                .fetch_optional(&mut *self.connection)
+                .await?;
         if taken.is_some() {
             return Err(StoreError::NameReserved);
         }
@@ -97,8 +96,10 @@ impl Tx<'_> {
 
     async fn check_room(&mut self, new: &NewJob) -> Result<()> {
         let row = sqlx::query(
-            "SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN tenant = $1 THEN 1 ELSE 0 END), 0) AS BIGINT) FROM jobs \
-             WHERE status IN ('validating', 'queued', 'running', 'paused')",
+            concat!(
+                "SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN tenant = $1 THEN 1 ELSE 0 END), 0) AS BIGINT) FROM jobs WHERE ",
+                under_way!("status")
+            ),
         )
         .bind(new.tenant.0)
         .fetch_one(&mut *self.connection)

@@ -31,15 +31,19 @@ fn of_tenant(default: Option<u64>, set: Option<Bound>) -> Option<u64> {
 /// When each tenant's jobs were last taken: numbers that rise. A tenant that is not there has had no turn.
 pub type Turns = HashMap<TenantId, u64>;
 
-// Both name all states of a job under way: else SQLite does not take the index that has only those, and reads every job that ever ended.
-pub(in crate::store) const RUNNING: &str = "SELECT tenant, COUNT(*) FROM jobs \
-     WHERE status = 'running' AND status IN ('validating', 'queued', 'running', 'paused') GROUP BY tenant";
+pub(in crate::store) const RUNNING: &str = concat!(
+    "SELECT tenant, COUNT(*) FROM jobs WHERE status = 'running' AND ",
+    under_way!("status"),
+    " GROUP BY tenant"
+);
 /// Those that ran before go first, then the oldest.
-pub(in crate::store) const QUEUED: &str = "SELECT j.id, j.tenant, j.started_at, t.max_running_jobs, t.max_trained_tokens_per_day, \
+pub(in crate::store) const QUEUED: &str = concat!(
+    "SELECT j.id, j.tenant, j.started_at, t.max_running_jobs, t.max_trained_tokens_per_day, \
      COALESCE(u.trained_tokens, 0) FROM jobs j JOIN tenants t ON t.id = j.tenant \
-     LEFT JOIN tenant_usage u ON u.tenant = j.tenant AND u.day = $1 \
-     WHERE j.status = 'queued' AND j.status IN ('validating', 'queued', 'running', 'paused') \
-     ORDER BY CASE WHEN j.started_at IS NULL THEN 1 ELSE 0 END, j.id";
+     LEFT JOIN tenant_usage u ON u.tenant = j.tenant AND u.day = $1 WHERE j.status = 'queued' AND ",
+    under_way!("j.status"),
+    " ORDER BY CASE WHEN j.started_at IS NULL THEN 1 ELSE 0 END, j.id"
+);
 
 /// Jobs that run, by tenant.
 fn running_jobs(rows: &[AnyRow]) -> Result<HashMap<i64, u64>> {
@@ -288,9 +292,11 @@ impl Tx<'_> {
     }
 
     async fn requeue_jobs(&mut self) -> Result<u64> {
-        let query = sqlx::query(
-            "SELECT id FROM jobs WHERE status = 'running' AND status IN ('validating', 'queued', 'running', 'paused') ORDER BY id",
-        );
+        let query = sqlx::query(concat!(
+            "SELECT id FROM jobs WHERE status = 'running' AND ",
+            under_way!("status"),
+            " ORDER BY id"
+        ));
         let rows = self.rows(query).await?;
         let change = self.next_seq();
         for row in &rows {
