@@ -71,6 +71,16 @@ class LlamaCpp:
         """The path of a tool."""
         return str(self.bin / name)
 
+
+def _mend_amx(source: Path) -> None:
+    """Keeps GCC 12 from dropping the tile configuration: its `_tile_loadconfig` says that it reads 8 of the 64 bytes. Where the processor has AMX the tools would end with SIGILL."""
+    file = source / "ggml/src/ggml-cpu/amx/mmq.cpp"
+    text, call = file.read_text(), "    _tile_loadconfig(&tc);"
+    if text.count(call) != 1:
+        raise Missing(f"{file} is not as it was in {LLAMA_VERSION}: see _mend_amx")
+    file.write_text(text.replace(call, f'    __asm__ volatile("" : : "r"(&tc) : "memory");\n{call}'))
+
+
 def llama_cpp(venv: Venv, work: Path, given: Path | None) -> LlamaCpp:
     """llama.cpp from `given` (a folder of its binaries), or built under `work` once: some 10 minutes on two cores."""
     if given:
@@ -99,6 +109,7 @@ def llama_cpp(venv: Venv, work: Path, given: Path | None) -> LlamaCpp:
         with tarfile.open(archive) as tar:
             tar.extractall(build, filter="data")
         archive.unlink()
+        _mend_amx(source)
     say("building llama.cpp (some 10 minutes)")
     number = f"-DLLAMA_BUILD_NUMBER={LLAMA_VERSION.split('.')[0]}"
     _run(["cmake", "-G", "Ninja", "-S", source, "-B", build / "build", *CMAKE_FLAGS, number], logs / "llama-cmake.log", env)
