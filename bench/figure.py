@@ -40,16 +40,34 @@ class Size:
     tokens: int = 24
     train: int = 400
     held_out: int = 200  # so many to choose rates by, so many to report
-    prompt: str | None = None  # template of a question, which is a user's message
+    prompt: list[dict] | None = None  # messages, the last of which has the question's template
 
 
-# Without a form asked for, the model of these questions writes programs until it is cut off.
-SHORT = "{question}\nThink in one short line of arithmetic, then end with '#### ' and the number."
+def answered(*turns):
+    """A conversation that alternates, beginning with the user."""
+    return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(turns)]
+
+
+# Two answered questions, made up: without them the model writes programs until it is cut off, and asked for a short line it answers wrongly.
+SVAMP = answered(
+    "A shelf has 14 jars of honey and 9 jars of jam. Ana sells 6 jars of honey. How many jars of honey are left?",
+    "14 - 6 = 8\n#### 8",
+    "Each box holds 12 pencils. Tom has 5 boxes and 3 loose pencils. How many pencils does he have?",
+    "5 * 12 = 60\n60 + 3 = 63\n#### 63",
+    "{{item.Body}}. {{item.Question}}",
+)
+GSM8K = answered(
+    "Mia buys 3 notebooks at $4 each and a pen for $2. She pays with a $20 bill. How much change does she get?",
+    "3 * 4 = 12 dollars for the notebooks.\n12 + 2 = 14 dollars in all.\n20 - 14 = 6 dollars of change.\n#### 6",
+    "A farm has 24 hens. Half of them lay 1 egg a day and the others lay 2. How many eggs does the farm get in a week?",
+    "24 / 2 = 12 hens lay 12 * 1 = 12 eggs.\nThe other 12 lay 12 * 2 = 24 eggs.\n12 + 24 = 36 eggs a day.\n36 * 7 = 252 eggs a week.\n#### 252",
+    "{{item.question}}",
+)
 SIZES = {
     "arithmetic": Size(),
     "only-number": Size(),
-    "svamp": Size(steps=20, tokens=64, train=600, held_out=100, prompt=SHORT.replace("{question}", "{{item.Body}}. {{item.Question}}")),
-    "gsm8k": Size(steps=12, prompts=4, tokens=160, train=2000, held_out=100, prompt=SHORT.replace("{question}", "{{item.question}}")),
+    "svamp": Size(steps=20, tokens=64, train=600, held_out=100, prompt=SVAMP),
+    "gsm8k": Size(steps=12, prompts=4, tokens=160, train=2000, held_out=100, prompt=GSM8K),
 }
 # Seeds of the sweeps, which no reported run has.
 ONE, TWO = [1000], [1000, 1001]
@@ -129,7 +147,7 @@ class Runs:
             if os.path.exists(os.path.join(folder, "grader.json")):
                 command += ["--grader", "@" + os.path.join(folder, "grader.json")]
             if SIZES[task].prompt:
-                command += ["--prompt", json.dumps([{"role": "user", "content": SIZES[task].prompt}])]
+                command += ["--prompt", json.dumps(SIZES[task].prompt)]
             command += ["--scheme", json.dumps(groups(numbers))]
             command += ["--samples", "4" if held_out == "test" and not self.args.questions else "1", "--log", "warn"]
             for key, value in hyperparameters(SIZES[task], method, rate).items():

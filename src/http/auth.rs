@@ -53,7 +53,7 @@ fn refused(error: AuthError) -> Error {
             tracing::error!(row, "a key that was shown cannot be read");
             Error::new(ErrorKind::Unauthenticated, error.to_string()).with_code("key_damaged")
         }
-        AuthError::Unavailable(words) => Error::internal(words),
+        AuthError::Unavailable(words) => Error::unanswered(&words),
     }
 }
 
@@ -130,5 +130,12 @@ mod tests {
         assert_eq!(token("Bearer"), None);
         assert_eq!(token("Bearer "), None);
         assert_eq!(bearer(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn a_store_that_does_not_answer_is_no_failure_of_the_server() {
+        let error = refused(AuthError::Unavailable("connection refused by db.internal".into()));
+        assert_eq!((error.kind, error.code), (crate::service::ErrorKind::Unavailable, Some("storage_unavailable")));
+        assert!(error.retry_after.is_some() && !error.message.contains("db.internal"), "{error:?}");
     }
 }

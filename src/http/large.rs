@@ -3,7 +3,6 @@
 //! and has it until the last byte was handed over. Small answers give it back as soon as they are made.
 
 use std::{
-    collections::HashMap,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -18,7 +17,6 @@ use axum::{
 };
 use bytes::{Buf as _, Bytes};
 use http_body::{Frame, SizeHint};
-use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
@@ -26,7 +24,11 @@ use super::{
     error::{ApiError, ApiResult},
     state::AppState,
 };
-use crate::{service::Error, tenant::Caller, types::TenantId};
+use crate::{
+    service::Error,
+    tenant::{Caller, Places},
+    types::TenantId,
+};
 
 /// Places of a tenant.
 const OF_TENANT: usize = 4;
@@ -40,22 +42,20 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const SMALL: u64 = 256 << 10;
 /// Bytes that are handed over at once.
 const PIECE: usize = 64 << 10;
-/// Tenants beyond which those without a place are forgotten.
-const SWEEP_AT: usize = 1024;
 
 /// The places for large answers.
 #[derive(Debug)]
 pub(super) struct LargeAnswers {
     all: Arc<Semaphore>,
     made: Arc<Semaphore>,
-    of_tenants: Mutex<HashMap<TenantId, Arc<Semaphore>>>,
+    of_tenants: Places,
     patience: Duration,
 }
 
 impl Default for LargeAnswers {
     fn default() -> Self {
         let places = |count| Arc::new(Semaphore::new(count));
-        Self { all: places(OF_ALL), made: places(MADE), of_tenants: Mutex::default(), patience: PATIENCE }
+        Self { all: places(OF_ALL), made: places(MADE), of_tenants: Places::new(OF_TENANT), patience: PATIENCE }
     }
 }
 
@@ -65,7 +65,7 @@ impl LargeAnswers {
     /// # Errors
     /// 429 rate_limit_exceeded when the tenant has none free for too long.
     pub(super) async fn place(&self, tenant: TenantId) -> Result<Place, Error> {
-        let of_tenant = tokio::time::timeout(self.patience, self.of_tenant(tenant).acquire_owned()).await;
+        let of_tenant = tokio::time::timeout(self.patience, self.of_tenants.of(tenant).acquire_owned()).await;
         let Ok(Ok(of_tenant)) = of_tenant else {
             let words = format!("You have {OF_TENANT} large answers under way, as many as you may have at once.");
             return Err(Error::rate_limited(words, PATIENCE));
@@ -73,15 +73,6 @@ impl LargeAnswers {
         // In turn: a tenant has at most its places in this queue, and none of those before it waits for a client.
         let made = self.made.clone().acquire_owned().await.map_err(Error::internal)?;
         Ok(Place { all: self.all.clone(), of_tenant, made })
-    }
-
-    fn of_tenant(&self, tenant: TenantId) -> Arc<Semaphore> {
-        let mut tenants = self.of_tenants.lock();
-        if tenants.len() >= SWEEP_AT {
-            // A place holds its semaphore, as does whoever waits for one.
-            tenants.retain(|_, places| Arc::strong_count(places) > 1);
-        }
-        tenants.entry(tenant).or_insert_with(|| Arc::new(Semaphore::new(OF_TENANT))).clone()
     }
 }
 
@@ -247,7 +238,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_has_its_place_to_its_last_byte_and_a_small_one_none() {
         let answers = LargeAnswers::default();
-        let free = || (answers.all.available_permits(), answers.of_tenant(TenantId(1)).available_permits());
+        let free = || (answers.all.available_permits(), answers.of_tenants.of(TenantId(1)).available_permits());
         let small = sent(&answers, 1, SMALL as usize).await;
         assert_eq!(free(), (OF_ALL, OF_TENANT));
         assert_eq!(small.into_body().size_hint().exact(), Some(SMALL));
@@ -266,17 +257,5 @@ mod tests {
         assert!(read == whole);
         drop(body);
         assert_eq!(free(), (OF_ALL, OF_TENANT));
-    }
-
-    #[tokio::test]
-    async fn tenants_without_a_place_are_forgotten() {
-        let answers = LargeAnswers::default();
-        let held = sent(&answers, 0, LARGE).await;
-        for tenant in 1..=3 * SWEEP_AT as i64 {
-            sent(&answers, tenant, 1).await;
-        }
-        assert!(answers.of_tenants.lock().len() <= SWEEP_AT);
-        assert!(answers.of_tenants.lock().contains_key(&TenantId(0)));
-        drop(held);
     }
 }

@@ -14,7 +14,7 @@ pub(super) struct LimitsObject {
     /// Adapters.
     #[schema(required = true)]
     adapters: Option<u64>,
-    /// Bytes of adapters (numbers of every generation, and metadata), files, and jobs with their data together.
+    /// Bytes of adapters (numbers of every generation, the frame of an imported one, and metadata), files, and jobs with their data together.
     #[schema(required = true)]
     stored_bytes: Option<u64>,
     /// Requests to metered routes at once; a stream is one until it ends.

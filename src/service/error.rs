@@ -119,12 +119,21 @@ impl Error {
             Some(Unwritable::Full) => "its disk is full",
             Some(Unwritable::ReadOnly) => "its data directory is read-only",
             Some(Unwritable::Broken) => "its disk fails",
-            Some(Unwritable::Unreachable) => "its database cannot be opened",
+            Some(Unwritable::Unreachable) => "its database does not answer",
             Some(Unwritable::Locked) => "another program has locked its database",
             None => return Self::internal(error),
         };
         tracing::error!(%error, "nothing can be written to the store");
-        let message = format!("The server cannot store anything at the moment: {why}.");
+        Self::storage_unavailable(format!("The server cannot store anything at the moment: {why}."))
+    }
+
+    /// The database did not say whose key was shown: nothing is wrong with the key, and another try may do. `words` are for the log.
+    pub fn unanswered(words: &str) -> Self {
+        tracing::error!(words, "a key cannot be looked up");
+        Self::storage_unavailable("The server cannot look up keys at the moment: its database does not answer.".into())
+    }
+
+    fn storage_unavailable(message: String) -> Self {
         let error = Self::new(ErrorKind::Unavailable, message).with_code("storage_unavailable");
         Self { retry_after: Some(UNWRITABLE_RETRY), ..error }
     }

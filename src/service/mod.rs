@@ -116,6 +116,8 @@ pub struct Service {
     ids: ids::AdapterIds,
     /// Which adapters are asked for most.
     popularity: popular::Popularity,
+    /// Graders that run without a job.
+    grader_places: training::GraderPlaces,
     /// Set once training has started.
     training: OnceLock<Training>,
 }
@@ -154,6 +156,7 @@ impl Service {
             shedder: Shedder::default(),
             ids,
             popularity: popular::Popularity::default(),
+            grader_places: training::GraderPlaces::default(),
             training: OnceLock::new(),
         })
     }

@@ -364,7 +364,7 @@ impl Tx<'_> {
         let seq = same.unwrap_or(newest.unwrap_or(0) + 1);
         let outdated = if same.is_some() { Outdated::default() } else { self.outdated(old.id, seq).await? };
         let text = item.metadata.as_ref().map_or(0, |new| new.len() as i64 - old.metadata.len() as i64);
-        let data = if same.is_some() { 0 } else { item.contents.data.len() as i64 };
+        let data = if same.is_some() { 0 } else { item.contents.size() };
         self.make_room(item.tenant, item.room, 0, data + text - outdated.bytes).await?;
         let facts = self.intern(&item.contents.facts).await?;
         if same.is_none() {
@@ -420,9 +420,7 @@ impl Tx<'_> {
         if last < 1 {
             return Ok(Outdated::default());
         }
-        let query = sqlx::query(
-            "SELECT generation, CAST(OCTET_LENGTH(data) AS BIGINT) FROM generations WHERE adapter = $1 AND seq <= $2",
-        );
+        let query = sqlx::query(decode::select_sizes!("g.adapter = $1 AND g.seq <= $2"));
         let rows = self.rows(query.bind(adapter.0).bind(last)).await?;
         // A damaged one was never served, and goes with the others.
         let generations = rows.iter().filter_map(|row| decode::generation(row, 0).ok()).collect();
@@ -458,9 +456,7 @@ impl Tx<'_> {
         if !public_too && row.try_get::<i64, _>(2).is_ok_and(|public| public != 0) {
             return Err(StoreError::PublicAdapter);
         }
-        let query =
-            sqlx::query("SELECT generation, CAST(OCTET_LENGTH(data) AS BIGINT) FROM generations WHERE adapter = $1");
-        let rows = self.rows(query.bind(id)).await?;
+        let rows = self.rows(sqlx::query(decode::select_sizes!("g.adapter = $1")).bind(id)).await?;
         // A damaged one was never served, so nothing of it is cached; and its owner must be able to be rid of it.
         let generations = rows.iter().filter_map(|row| decode::generation(row, 0).ok()).collect();
         for row in &rows {
@@ -514,7 +510,7 @@ impl Tx<'_> {
 /// What a new adapter adds to its owner's bytes.
 fn size(item: &NewAdapter) -> i64 {
     // Without metadata it has an empty object.
-    (item.contents.data.len() + item.metadata.as_ref().map_or(2, String::len)) as i64
+    item.contents.size() + item.metadata.as_ref().map_or(2, String::len) as i64
 }
 
 /// The columns of [`INSERT_ADAPTERS`] for a new adapter.

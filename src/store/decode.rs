@@ -28,6 +28,19 @@ macro_rules! select_records {
 }
 pub(super) use select_records;
 
+/// Generations, each with the bytes that its owner is charged: its numbers, and the frame of an imported checkpoint, which is shared but may be a thousand times
+/// as large.
+macro_rules! select_sizes {
+    ($condition:literal) => {
+        concat!(
+            "SELECT g.generation, CAST(OCTET_LENGTH(g.data) + COALESCE(OCTET_LENGTH(f.frame), 0) AS BIGINT) AS bytes \
+             FROM generations g LEFT JOIN facts f ON f.id = g.facts WHERE ",
+            $condition
+        )
+    };
+}
+pub(super) use select_sizes;
+
 /// A row of [`select_records`].
 pub(super) fn record(row: &AnyRow) -> Result<AdapterRecord> {
     Ok(AdapterRecord {

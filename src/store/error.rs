@@ -145,7 +145,7 @@ pub enum Unwritable {
     ReadOnly,
     /// The disk fails.
     Broken,
-    /// The database cannot be opened again.
+    /// The database cannot be opened again, or its server is away.
     Unreachable,
     /// Another process holds the database's lock.
     Locked,
@@ -159,6 +159,9 @@ impl StoreError {
             Self::Open { .. } => return Some(Unwritable::Unreachable),
             _ => return None,
         };
+        if matches!(**error, sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut) {
+            return Some(Unwritable::Unreachable);
+        }
         let code = error.as_database_error()?.code()?;
         match (code.as_ref(), sqlite_kind(error)) {
             ("53100", _) | (_, Some(13)) => Some(Unwritable::Full),

@@ -33,6 +33,13 @@ pub struct Contents {
     pub facts: Arc<Facts>,
 }
 
+impl Contents {
+    /// Bytes that the owner is charged, as `decode::select_sizes` has them of a row.
+    pub(super) fn size(&self) -> i64 {
+        (self.data.len() + self.facts.frame.as_ref().map_or(0, Vec::len)) as i64
+    }
+}
+
 /// What to do about a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnConflict {

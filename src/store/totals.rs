@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use sqlx::Row as _;
 
-use super::{Result, StoreError, ask::text, writer::Tx};
+use super::{Result, StoreError, ask::text, decode::select_sizes, writer::Tx};
 use crate::{tenant::Room, types::TenantId};
 
 /// Ended jobs that are kept of a tenant: the newest.
@@ -94,16 +94,17 @@ impl Tx<'_> {
         if let Some(total) = self.totals.of.get(&tenant) {
             return Ok(*total);
         }
-        let row = sqlx::query(
+        let row = sqlx::query(concat!(
             "SELECT (SELECT COUNT(*) FROM adapters WHERE tenant = $1 AND deleted = 0), \
              CAST(COALESCE((SELECT SUM(OCTET_LENGTH(metadata)) FROM adapters WHERE tenant = $1 AND deleted = 0), 0) \
-             + COALESCE((SELECT SUM(OCTET_LENGTH(g.data)) FROM generations g JOIN adapters a ON a.id = g.adapter \
-             WHERE a.tenant = $1 AND a.deleted = 0), 0) \
+             + COALESCE((SELECT SUM(sizes.bytes) FROM (",
+            select_sizes!("g.adapter IN (SELECT id FROM adapters WHERE tenant = $1 AND deleted = 0)"),
+            ") AS sizes), 0) \
              + COALESCE((SELECT SUM(bytes) FROM files WHERE tenant = $1), 0) \
              + COALESCE((SELECT SUM(OCTET_LENGTH(spec)) FROM jobs WHERE tenant = $1), 0) \
              + COALESCE((SELECT SUM(OCTET_LENGTH(d.data)) FROM job_data d JOIN jobs j ON j.id = d.job \
              WHERE j.tenant = $1), 0) AS BIGINT)",
-        )
+        ))
         .bind(tenant.0)
         .fetch_one(&mut *self.connection)
         .await?;

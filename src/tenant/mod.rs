@@ -12,6 +12,7 @@ mod directory;
 mod key;
 mod limits;
 mod names;
+mod places;
 
 pub use account::{
     Account, Accounts, Admission, Charge, DAY, LimitError, Rates, Total, UsageOfDay, today, until_tomorrow,
@@ -23,6 +24,7 @@ pub use directory::{AuthError, Directory, KeySource, KeySourceError};
 pub use key::{ApiKey, KeyHash};
 pub use limits::{Bound, BoundError, LimitChanges, Limits, MAX_BOUND, MAX_WEIGHT, Overrides, Room, Usage};
 pub use names::{NameError, check_adapter_name, check_tenant_name};
+pub use places::Places;
 
 use std::{fmt, str::FromStr, sync::Arc};
 

@@ -9,7 +9,10 @@ use axum::{
     body::Body,
     http::{Request, header},
 };
-use mote::{service::training::TrainingConfig, tenant::ApiKey};
+use mote::{
+    service::training::TrainingConfig,
+    tenant::{ApiKey, Role},
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -84,6 +87,35 @@ async fn a_cancelled_job_publishes_nothing_and_frees_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_that_becomes_public_while_a_members_job_runs_stays_as_it_is() {
+    let app = toy_app(&Toy::slow(20), Options::default()).await;
+    let admin = new_key(&app, "acme", Role::Admin).await;
+    let by_admin = |path: &str, body: Value| app.send(as_key(&admin, "POST", path, Some(body)));
+    let again = |name: &str| {
+        let mut body = letters(name);
+        body["on_conflict"] = json!("new_generation");
+        body
+    };
+    let house = |x: f64, public: bool| json!({"name": "house", "numbers": vec![x; 13], "public": public, "on_conflict": "new_generation"});
+    assert_eq!(app.post("/adapters", house(0.5, false)).await.status.as_u16(), 201);
+    let id = app.train(again("house")).await;
+    app.until(&id, |job| job["step"].as_u64().unwrap() >= 1).await;
+    let public = by_admin("/adapters", house(0.25, true)).await;
+    assert!(public.status.is_success(), "{}", public.text);
+    let job = app.ended(&id).await;
+    assert_eq!(status(&job), "failed", "{job}");
+    assert!(job["error"]["message"].as_str().unwrap().contains("'house' is public"), "{job}");
+    assert_eq!(app.get("/adapters/house").await.json()["generation"], public.json()["generation"]);
+
+    // Whoever may change it may train it.
+    assert_eq!(app.post("/adapters/train", again("house")).await.status.as_u16(), 403);
+    let made = by_admin("/adapters/train", again("house")).await;
+    let job = app.ended(made.json()["id"].as_str().unwrap()).await;
+    assert_eq!(status(&job), "succeeded", "{job}");
+    assert_eq!(app.get("/adapters/house").await.json()["generation"], job["result"]["generation"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn jobs_are_limited_by_tenant_and_by_server() {
     let training =
         TrainingConfig { running: 2, running_of_tenant: 1, most_of_tenant: 3, most: 4, ..TrainingConfig::default() };
@@ -155,12 +187,16 @@ async fn a_long_job_lets_another_tenants_have_its_turn() {
 
 /// A key of another tenant.
 async fn second_tenant(app: &TestApp) -> String {
+    new_key(app, "other", Role::Member).await
+}
+
+async fn new_key(app: &TestApp, tenant: &str, role: Role) -> String {
     let key = ApiKey::generate().unwrap();
     let new = mote::store::NewKey {
         key: key.clone(),
-        tenant: "other".into(),
+        tenant: tenant.into(),
         create_tenant: true,
-        role: mote::tenant::Role::Member,
+        role,
         expires_at: None,
         only_first: false,
     };

@@ -53,6 +53,7 @@ async fn every_mistake_names_its_field() {
             "learning_rate",
         ),
         (json!({"init_from": "nobody", "grader": {"type": "magic"}}), 400, "grader.type", "magic"),
+        (json!({"init_from": "nobody", "dataset": 3}), 400, "dataset", "list"),
         (json!({"dataset": null}), 400, "dataset", "required"),
         (json!({"dataset": 3}), 400, "dataset", "list"),
         (json!({"training_file": "file-1"}), 400, "dataset", "not both"),

@@ -1,19 +1,18 @@
 //! Graders without a job: is the description right, and what does it say to a completion?
 
 use std::{
-    collections::HashMap,
-    sync::LazyLock,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use mote_trainer::{Stop, grader::GradeCall};
-use parking_lot::Mutex;
 use serde_json::Value;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::prepare::build_described;
 use crate::{
     service::{Error, ErrorKind, Service, completion::blocking},
-    tenant::Caller,
+    tenant::{Caller, Places},
     types::TenantId,
 };
 
@@ -34,32 +33,23 @@ pub struct Graded {
     pub took: Duration,
 }
 
-/// Whose graders run.
-static RUNNING: LazyLock<Mutex<HashMap<TenantId, usize>>> = LazyLock::new(Mutex::default);
+/// The places of graders that run without a job.
+pub(in crate::service) struct GraderPlaces {
+    of_all: Arc<Semaphore>,
+    of_tenants: Places,
+}
 
-/// A place among the graders that run; free again when this is dropped.
-struct Place(TenantId);
-
-impl Place {
-    fn take(tenant: TenantId) -> Option<Self> {
-        let mut running = RUNNING.lock();
-        if running.values().sum::<usize>() >= MOST_AT_ONCE {
-            return None;
-        }
-        let own = running.entry(tenant).or_default();
-        (*own < MOST_OF_TENANT).then(|| *own += 1).map(|()| Self(tenant))
+impl Default for GraderPlaces {
+    fn default() -> Self {
+        Self { of_all: Arc::new(Semaphore::new(MOST_AT_ONCE)), of_tenants: Places::new(MOST_OF_TENANT) }
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut running = RUNNING.lock();
-        if let Some(own) = running.get_mut(&self.0) {
-            *own -= 1;
-            if *own == 0 {
-                running.remove(&self.0);
-            }
-        }
+impl GraderPlaces {
+    /// A place until this is dropped, or none: nobody waits.
+    fn take(&self, tenant: TenantId) -> Option<[OwnedSemaphorePermit; 2]> {
+        let own = self.of_tenants.of(tenant).try_acquire_owned().ok()?;
+        Some([own, self.of_all.clone().try_acquire_owned().ok()?])
     }
 }
 
@@ -96,7 +86,7 @@ impl Service {
             return Err(Error::invalid("item", "'item' must be an object."));
         }
         let config = self.training()?.config().clone();
-        let Some(place) = Place::take(caller.tenant) else {
+        let Some(place) = self.grader_places.take(caller.tenant) else {
             let mut error = Error::new(ErrorKind::RateLimited, "Too many graders run.").with_code("queue_full");
             error.retry_after = Some(1);
             return Err(error);
@@ -125,12 +115,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tenant_has_a_few_places_and_they_come_back() {
-        let (ann, bob) = (TenantId(70_001), TenantId(70_002));
-        let places: Vec<Place> = std::iter::from_fn(|| Place::take(ann)).collect();
-        assert_eq!(places.len(), MOST_OF_TENANT);
-        assert!(Place::take(bob).is_some());
-        drop(places);
-        assert!(Place::take(ann).is_some());
+    fn a_tenant_has_a_few_places_of_all_and_they_come_back() {
+        let all = GraderPlaces::default();
+        let mut held = Vec::new();
+        for tenant in 0..8 {
+            let own: Vec<_> = std::iter::from_fn(|| all.take(TenantId(tenant))).collect();
+            assert_eq!(own.len(), MOST_OF_TENANT);
+            held.extend(own);
+        }
+        assert_eq!(held.len(), MOST_AT_ONCE);
+        assert!(all.take(TenantId(8)).is_none());
+        held.pop();
+        assert!(all.take(TenantId(8)).is_some());
+        assert!(all.take(TenantId(0)).is_none(), "it has all of its own");
     }
 }

@@ -7,8 +7,8 @@ use mote_trainer::{Settings, data::PromptTemplate, round_to_bf16};
 use serde_json::Value;
 
 use super::{
-    DataSource, JobSpec, PolicySource, TrainRequest, Training, TrainingConfig, UNLIMITED,
-    prepare::{build_described, check_sizes, inline_bytes, prepare},
+    JobSpec, PolicySource, TrainRequest, Training, TrainingConfig, UNLIMITED,
+    prepare::{build_described, check_sizes, inline_data, prepare},
     report::{self, event},
     spec::{Checked, damaged_job, hyper_error},
     worker::Saved,
@@ -153,10 +153,14 @@ impl Service {
         let supported = training.inner.policies.supports(spec.method);
         supported.map_err(|words| Error::invalid("method", format!("'method': {words}.")))?;
         check_cheap(&spec, config)?;
+        // The form of what was sent is told before what is not there.
+        let TrainRequest { training: learnt, validation: measured, .. } = request;
+        let sent = inline_data(learnt.inline, "dataset", config.data)?;
+        let sent_too = inline_data(measured.inline, "validation", config.data)?;
         self.begin_from(caller, scheme.as_ref(), &mut spec)?;
-        let data = self.read_data(caller, request.training, "dataset", "training_file", config).await?;
+        let data = self.data_of(caller, sent, learnt.file, "training_file", config).await?;
         let data = data.ok_or_else(|| Error::invalid("dataset", "'dataset' is required."))?;
-        let held_out = self.read_data(caller, request.validation, "validation", "validation_file", config).await?;
+        let held_out = self.data_of(caller, sent_too, measured.file, "validation_file", config).await?;
 
         let at_once = data.len() + held_out.as_ref().map_or(0, Vec::len) <= config.checked_at_once;
         let mut parts = vec![(JobData::Training, data)];
@@ -202,25 +206,19 @@ impl Service {
         Ok(info(job))
     }
 
-    /// The bytes of a data set; None when there is none.
-    async fn read_data(
+    /// The bytes of a data set, if there is one: what was sent, else what is in the file that was named.
+    async fn data_of(
         &self,
         caller: &Caller,
-        source: DataSource,
-        inline: &str,
-        file: &str,
+        sent: Option<Vec<u8>>,
+        file: Option<String>,
+        param: &str,
         config: &TrainingConfig,
     ) -> Result<Option<Vec<u8>>, Error> {
-        let (name, bytes) = match (source.inline, source.file) {
-            (None | Some(Value::Null), None) => return Ok(None),
-            (Some(value), _) => (inline, inline_bytes(inline, value, config.data)?),
-            (None, Some(id)) => {
-                let data = self.file_data(caller, &id).await.map_err(|error| error.with_param(file))?;
-                (file, data)
-            }
-        };
-        check_sizes(name, &bytes, config.data)?;
-        Ok(Some(bytes))
+        let (None, Some(id)) = (&sent, file) else { return Ok(sent) };
+        let data = self.file_data(caller, &id).await.map_err(|error| error.with_param(param))?;
+        check_sizes(param, &data, config.data)?;
+        Ok(Some(data))
     }
 
     /// A job of the caller's.

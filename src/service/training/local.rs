@@ -78,6 +78,7 @@ impl Local {
         let spec = JobSpec {
             method: task.method,
             name_must_be_free: false,
+            by_admin: false,
             scheme: scheme.to_full_json(),
             fingerprint: self.base.fingerprint.to_string(),
             init_from: None,

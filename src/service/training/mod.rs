@@ -25,6 +25,7 @@ mod worker;
 pub use config::{TrainingConfig, UNLIMITED};
 pub use files::MAX_FILENAME;
 pub use graders::Graded;
+pub(super) use graders::GraderPlaces;
 pub use jobs::{CheckpointInfo, JobInfo, JobRetry};
 pub use local::{Local, LocalTask};
 pub use openai::FineTuningRequest;

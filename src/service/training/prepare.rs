@@ -121,14 +121,15 @@ pub(super) fn build_described(described: &Value, config: &TrainingConfig) -> Res
     })
 }
 
-/// Inline data as the bytes that are kept: a list stays a list, so that errors count its items.
+/// Inline data, if there is any, as the bytes that are kept: a list stays a list, so that errors count its items.
 ///
 /// # Errors
 /// 400 for anything but a list or a string, and for an item that is too large.
-pub(super) fn inline_bytes(name: &str, value: Value, limits: Limits) -> Result<Vec<u8>, Error> {
-    match value {
-        Value::String(lines) => Ok(lines.into_bytes()),
-        Value::Array(items) => {
+pub(super) fn inline_data(value: Option<Value>, name: &str, limits: Limits) -> Result<Option<Vec<u8>>, Error> {
+    let bytes = match value {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(lines)) => lines.into_bytes(),
+        Some(Value::Array(items)) => {
             let mut bytes = vec![b'['];
             for (index, item) in items.iter().enumerate() {
                 let text = item.to_string();
@@ -143,10 +144,14 @@ pub(super) fn inline_bytes(name: &str, value: Value, limits: Limits) -> Result<V
                 bytes.extend_from_slice(text.as_bytes());
             }
             bytes.push(b']');
-            Ok(bytes)
+            bytes
         }
-        _ => Err(Error::invalid(name, format!("'{name}' is a list of items, or a string of JSON lines."))),
-    }
+        Some(_) => {
+            return Err(Error::invalid(name, format!("'{name}' is a list of items, or a string of JSON lines.")));
+        }
+    };
+    check_sizes(name, &bytes, limits)?;
+    Ok(Some(bytes))
 }
 
 /// The sizes of data and of its lines: what can be said at once, however much it is.

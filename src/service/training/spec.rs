@@ -76,6 +76,9 @@ pub struct JobSpec {
     pub method: Method,
     /// Must the name be free when the adapter is published?
     pub name_must_be_free: bool,
+    /// May the result replace an adapter that is public by then? Only an admin's may.
+    #[serde(default)]
+    pub by_admin: bool,
     /// The scheme's full description.
     pub scheme: Value,
     /// The base that the numbers are for; another base cannot go on with them.
@@ -189,6 +192,7 @@ impl Service {
         let spec = JobSpec {
             method,
             name_must_be_free,
+            by_admin: caller.is_admin(),
             scheme: given.clone().unwrap_or_default().to_full_json(),
             fingerprint: self.base.fingerprint.to_string(),
             init_from: request.init_from.clone(),

@@ -394,10 +394,10 @@ impl Worker {
             origin: Origin::default(),
         };
         let conflict = if self.spec.name_must_be_free { OnConflict::Error } else { OnConflict::NewGeneration };
-        // Its place among the tenant's adapters was looked for when the job was made, and whether it may have that name.
+        // Its place among the tenant's adapters was looked for when the job was made.
         let adapter = NewAdapter {
             room: Room::default(),
-            may_change_public: true,
+            may_change_public: self.spec.by_admin,
             ..service.prepare(&caller, upload, Some(conflict))?
         };
         let result = json!({
@@ -416,9 +416,12 @@ impl Worker {
                 self.inner.metrics.train_jobs.get_or_create(&JobLabels { status: "succeeded" }).inc();
                 Ok(())
             }
-            Err(error @ (StoreError::NameTaken | StoreError::PublicNameTaken | StoreError::NameReserved)) => {
-                Err(Leave::Failed(crate::service::adapters::store_error(error, &self.job.name)))
-            }
+            Err(
+                error @ (StoreError::NameTaken
+                | StoreError::PublicNameTaken
+                | StoreError::NameReserved
+                | StoreError::PublicAdapter),
+            ) => Err(Leave::Failed(crate::service::adapters::store_error(error, &self.job.name))),
             Err(error) => Err(lost(error)),
         }
     }

@@ -303,6 +303,39 @@ async fn what_was_set_for_a_tenant_counts_for_its_jobs() {
 }
 
 #[tokio::test]
+async fn an_imported_frame_counts_with_every_generation_that_has_it() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let ann = store.create_tenant("ann").await.unwrap().id;
+        // 26 bytes of numbers, an object without fields, and the frame.
+        let with_frame = |name: &str, number, bytes| {
+            let mut upload = NewAdapter {
+                on_conflict: OnConflict::NewGeneration,
+                room: Room { adapters: None, bytes: Some(bytes) },
+                ..new(ann, name, number)
+            };
+            upload.contents.facts = Arc::new(Facts { frame: Some(vec![7; 1000]), ..facts() });
+            upload
+        };
+        let full = |stored: Result<Stored>| assert!(matches!(stored, Err(StoreError::BytesFull(_))), "{stored:?}");
+        full(store.put_adapter(with_frame("a", 1, 1027)).await);
+        written(store.put_adapter(with_frame("a", 1, 1028)).await);
+        full(store.put_adapter(with_frame("a", 2, 2053)).await);
+        written(store.put_adapter(with_frame("a", 2, 2054)).await);
+        written(store.put_adapter(with_frame("a", 1, 2054)).await);
+        // Counted anew by a process that starts, to the same sum.
+        store.close().await;
+        let store = database.open().await;
+        full(store.put_adapter(with_frame("b", 1, 3081)).await);
+        written(store.put_adapter(with_frame("b", 1, 3082)).await);
+        store.delete_adapter(ann, "a").await.unwrap();
+        full(store.put_adapter(with_frame("a", 3, 2055)).await);
+        written(store.put_adapter(with_frame("a", 3, 2056)).await);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
 async fn bytes_of_jobs_count_until_they_are_gone() {
     for database in Database::each().await {
         let store = database.open().await;

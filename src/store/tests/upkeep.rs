@@ -278,6 +278,10 @@ async fn a_full_disk_fails_writes_and_not_reads() {
 async fn what_cannot_be_written_is_told_from_other_failures() {
     assert_eq!(StoreError::NameTaken.unwritable(), None);
     assert_eq!(StoreError::Closed.unwritable(), None);
+    let gone = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(StoreError::from(sqlx::Error::Io(gone)).unwritable(), Some(Unwritable::Unreachable));
+    assert_eq!(StoreError::from(sqlx::Error::PoolTimedOut).unwritable(), Some(Unwritable::Unreachable));
+    assert_eq!(StoreError::from(sqlx::Error::RowNotFound).unwritable(), None);
     let database = Database::sqlite();
     let store = database.open().await;
     let refused = async |statement: &'static str| {

@@ -431,10 +431,52 @@ mod tests {
         assert!(Arc::ptr_eq(&shared[0].fields, &shared[127].fields));
     }
 
+    /// Data of every form that is read.
+    const FORMS: [&str; 6] = [
+        r#"{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "1"}]}], "answer": 3}"#,
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"1\"}, {\"role\": \"assistant\", \"content\": \"2\", \"weight\": 0}, \
+         {\"role\": \"user\", \"content\": \"3\"}, {\"role\": \"assistant\", \"content\": \"4\"}]}",
+        "{\"prompt\": \"a\\u00e9\", \"completion\": \"b\"}\n\n{\"prompt\": \"c\", \"completion\": \"d\"}\r\n",
+        r##"{"question": "3 and 4?", "answer": "3+4 = <<3+4=7>>7\n#### 7"}"##,
+        "[\n{\"ID\": \"x\", \"Body\": \"Each costs 7\", \"Question\": \"And two?\", \"Answer\": 14.0}, {\"q\": [1, {\"a\": null}]}]",
+        "\u{feff}{\"q\": \"1\", \"answer\": \"2\"}",
+    ];
+
     proptest! {
         #[test]
         fn any_bytes_are_read_or_refused(data in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = read_bytes(&data, &rl());
+        }
+
+        /// Data that is nearly right: bytes changed, pieces copied elsewhere, ends cut off.
+        #[test]
+        fn spoilt_data_is_read_or_refused(
+            forms in prop::collection::vec(any::<prop::sample::Index>(), 1..4),
+            bytes in prop::collection::vec((any::<prop::sample::Index>(), prop_oneof![any::<u8>(), Just(b'"'), Just(b'\\'), Just(b'{'), Just(b'['), Just(b'9')]), 0..4),
+            copy in any::<Option<(prop::sample::Index, prop::sample::Index, u8)>>(),
+            cut in any::<Option<prop::sample::Index>>(),
+            supervised: bool, template: bool,
+        ) {
+            let mut data = forms.iter().map(|form| *form.get(&FORMS)).collect::<Vec<_>>().join("\n").into_bytes();
+            for (at, byte) in bytes {
+                let at = at.index(data.len());
+                data[at] = byte;
+            }
+            if let Some((from, to, length)) = copy {
+                let from = from.index(data.len());
+                let piece = data[from..data.len().min(from + usize::from(length))].to_vec();
+                let to = to.index(data.len());
+                data.splice(to..to, piece);
+            }
+            if let Some(cut) = cut {
+                data.truncate(cut.index(data.len()));
+            }
+            let template = template.then(|| PromptTemplate::from_json(&json!("{{item.q}}?")).unwrap());
+            let options = ReadOptions { prompt: template.as_ref(), ..if supervised { sft() } else { rl() } };
+            match read_bytes(&data, &options) {
+                Ok(items) => prop_assert!(!items.is_empty() && items.iter().all(|item| !supervised || item.completion.is_some())),
+                Err(errors) => prop_assert!(!errors.0.is_empty() && errors.to_string().len() < 100_000),
+            }
         }
     }
 }
