@@ -50,7 +50,7 @@ class Mote:
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
         self.keys = {tenant: create("--tenant", tenant) for tenant in TENANTS}
-        self.admin = create("--role", "admin")
+        self.admin = create("--tenant", "operators", "--role", "admin")
         status, models = client.call(self.port, "/v1/models", key=self.keys["single"])
         if status != 200:
             raise SystemExit(f"/v1/models: {status}: {models[:300]!r}")
