@@ -64,6 +64,12 @@ def tiny():
     yield from serve("--model", str(GOLDEN / "llama/model"), "--model-id", "tiny", "--dtype", "f32")
 
 
+@pytest.fixture
+def fuzzed():
+    """A golden model for one test alone: whoever sends anything at all with an admin's key may also limit the tenant of the other tests."""
+    yield from serve("--model", str(GOLDEN / "llama/model"), "--model-id", "tiny", "--dtype", "f32")
+
+
 @pytest.fixture(scope="session")
 def real():
     """SmolLM2-135M-Instruct, without keys; in f32, where its text is that of transformers: in 8 bits close calls may fall otherwise."""

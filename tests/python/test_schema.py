@@ -8,9 +8,9 @@ import sys
 from conftest import ADMIN_KEY
 
 
-def test_no_server_errors(tiny):
+def test_no_server_errors(fuzzed):
     command = [
-        str(pathlib.Path(sys.executable).with_name("schemathesis")), "run", f"{tiny.url}/openapi.json",
+        str(pathlib.Path(sys.executable).with_name("schemathesis")), "run", f"{fuzzed.url}/openapi.json",
         "--header", f"Authorization: Bearer {ADMIN_KEY}",
         "--checks", "not_a_server_error",
         "--phases", "examples,coverage,fuzzing",
@@ -24,4 +24,4 @@ def test_no_server_errors(tiny):
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     print(result.stdout[-4000:])
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert tiny.process.poll() is None
+    assert fuzzed.process.poll() is None
