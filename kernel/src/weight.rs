@@ -157,3 +157,36 @@ fn half_split<T: Copy>(values: &[T], rows: usize, heads: usize) -> Vec<T> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::suite::Random;
+
+    /// candle's own reading of a format is the witness: bytes, nibbles and blocks are where it finds them.
+    #[test]
+    fn blocks_of_a_file_mean_what_candle_reads_in_them() {
+        let (rows, cols) = (6, 96);
+        let values = Tensor::from_vec(Random(5).units(rows * cols), (rows, cols), &Device::Cpu).unwrap();
+        for format in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0] {
+            let weight = Weight::from_quantized(Arc::new(QTensor::quantize(&values, format).unwrap())).unwrap();
+            for weight in [weight.clone(), weight.with_interleaved_heads(3)] {
+                let read: Vec<f32> = if format == GgmlDType::Q8_0 {
+                    let value = |block: &Q8Block, k: usize| block.scale.to_f32() * f32::from(block.ints[k]);
+                    weight.to_q8().unwrap().iter().flat_map(|block| (0..GROUP).map(|k| value(block, k))).collect()
+                } else {
+                    assert!(weight.is_four_bit());
+                    let value = |block: &Q4Block, k: usize| {
+                        block.scale.to_f32().mul_add(f32::from(block.ints[k]), block.min.to_f32())
+                    };
+                    weight.to_q4().unwrap().iter().flat_map(|block| (0..GROUP).map(|k| value(block, k))).collect()
+                };
+                let want = weight.to_f32().unwrap();
+                let furthest = read.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(read.len() == want.len() && furthest < 1e-6, "{format:?}: {furthest}");
+            }
+        }
+    }
+}

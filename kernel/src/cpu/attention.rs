@@ -293,6 +293,8 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
             values.push(key.add(kv.key_bytes));
         }
     };
+    // The next head of the same blocks follows, as a rule by the same thread: its keys and values lie just behind, and come meanwhile.
+    let ahead = if head + 1 < job.spec.kv_heads { kv.head_bytes } else { 0 };
     for first in (0..tokens).step_by(SPAN_TOKENS) {
         let seen = SPAN_TOKENS.min(tokens - first);
         let span = first / BLOCK_TOKENS..(first + seen).div_ceil(BLOCK_TOKENS);
@@ -304,7 +306,10 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
                 seen.min((start + row + 1).saturating_sub(first))
             };
             // SAFETY: the contract of this function; scratch was sized for these tiles.
-            unsafe { span_of::<T>(job, room.left(*tile), tile.place, count, seen, visible, scratch) };
+            unsafe {
+                let left = Left { ahead: if tile.number == 0 { ahead } else { 0 }, ..room.left(*tile) };
+                span_of::<T>(job, left, tile.place, count, seen, visible, scratch);
+            }
         }
     }
     for tile in &tiles {
@@ -363,6 +368,7 @@ unsafe fn span_of<T: Tiling>(
             blocks: &scratch.values,
             panels: job.spec.head_dim.div_ceil(LANES),
             panel_bytes: kv.value_panel,
+            ahead: left.ahead,
         };
         let sums = scratch.sums.as_mut_ptr().add(first * LANES);
         (job.kernels.accumulate(kv.layout))(values, Tiles { data: sums, panel_stride: places * LANES, add: true });

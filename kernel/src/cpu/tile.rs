@@ -322,6 +322,8 @@ pub(super) struct Values<'a> {
     pub(super) panels: usize,
     /// Bytes of each.
     pub(super) panel_bytes: usize,
+    /// As [`Left::ahead`].
+    pub(super) ahead: usize,
 }
 
 /// Adds to all panels of R rows the weighted values of all tokens, in their order.
@@ -344,7 +346,11 @@ unsafe fn accumulate_rows<L: Lanes, W: Words, const INPUTS: usize, const R: usiz
                     each!(panel < P: {
                         // A panel that is not there is the first once more, and its sums are nobody's.
                         let panel_of = first + if panel < present { panel } else { 0 };
-                        let weights = W::load::<L>(start.add(panel_of * values.panel_bytes), k);
+                        let start = start.add(panel_of * values.panel_bytes);
+                        if values.ahead > 0 {
+                            L::prefetch(start.wrapping_add(k * WORD_LINE + values.ahead));
+                        }
+                        let weights = W::load::<L>(start, k);
                         each!(row < R: { sums[row][panel] = W::dot(sums[row][panel], weights, *x.add(row * SPAN_TOKENS + k)) });
                     });
                 }
