@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     service::{Error, ErrorKind, Service},
-    tenant::{AuthError, Caller, KeyHash, Origin},
+    tenant::{AuthError, BUILT_IN_TENANT, Caller, KeyHash, Origin},
+    types::TenantId,
 };
 
 /// The authenticated caller. A handler that takes it needs a key; put it before the body, so that 401 comes before 415.
@@ -26,7 +27,19 @@ impl FromRequestParts<AppState> for Auth {
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
         let caller = caller(parts, state).await?;
         Span::current().record("tenant", caller.tenant.0);
+        parts.extensions.insert(OfTenant(caller.tenant));
         Ok(Self(caller))
+    }
+}
+
+/// Whose request it is, for what reads its body after [`Auth`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OfTenant(pub(super) TenantId);
+
+impl OfTenant {
+    /// The built-in tenant of a request that needs no key.
+    pub(super) fn of(parts: &Parts) -> TenantId {
+        parts.extensions.get().map_or(BUILT_IN_TENANT, |&Self(tenant)| tenant)
     }
 }
 

@@ -1,8 +1,8 @@
 //! `POST /adapters/batch`: a line in, a line out, in order, while both go on.
 //!
 //! Two tasks stand between the request and the answer. One cuts the body into lines and gathers groups; the other stores a
-//! group in one transaction and answers its lines after the commit. Memory is bounded: by the bytes of a group, and by the room for
-//! answers that are not read yet ([`super::unread`]). Before each group the key is asked about again: an upload may take long.
+//! group in one transaction and answers its lines after the commit. Memory is bounded: by the bytes of a line and of a group, by the room for
+//! bodies that are not small ([`super::incoming`]), and by that for answers that are not read yet ([`super::unread`]). Before each group the key is asked about again: an upload may take long.
 
 use std::sync::Arc;
 
@@ -23,6 +23,7 @@ use super::{
     auth::Shown,
     error::{ApiError, ApiResult, BodyErrors, CommonErrors, ErrorObject},
     extract::{parse_json, require_media_type, unreadable},
+    incoming::{BATCH, Incoming, Room},
     metered::Metered,
     state::AppState,
     unread::Answers,
@@ -31,13 +32,17 @@ use super::{
 use crate::{
     service::{Error, ErrorKind, Service, Upload},
     tenant::{Admission, Caller},
-    types::Generation,
+    types::{Generation, TenantId},
 };
 
 /// Lines of a group. A power of two, as the store's largest statement.
 const GROUP_LINES: usize = 1024;
 /// Bytes of a group.
 const GROUP_BYTES: usize = 4 << 20;
+/// Bytes of a line: more than any adapter's numbers take.
+const LINE_BYTES: usize = 4 << 20;
+/// Bytes of a body that may come before there is room for it.
+const SMALL: usize = 1 << 20;
 /// Of a name that is none, so much comes back.
 const ECHO: usize = 64;
 /// Of what is said of a line: a field of the wrong type is shown in it, whatever its length.
@@ -90,7 +95,15 @@ pub(super) async fn upload_batch(
     }
     let (groups, received) = mpsc::channel(1);
     let (answers, answered) = state.outgoing.unread.batch();
-    let reader = Reader { lines: Lines::new(limits.body), left: limits.batch, limit: limits.batch, groups };
+    let reader = Reader {
+        lines: Lines::new(limits.body.min(LINE_BYTES)),
+        left: limits.batch,
+        limit: limits.batch,
+        incoming: state.incoming,
+        tenant: caller.tenant,
+        room: Room::default(),
+        groups,
+    };
     tokio::spawn(reader.read(request.into_body().into_data_stream()).in_current_span());
     let writer = Writer { service: state.service, caller, shown, _place: place, answers };
     tokio::spawn(writer.write(received).in_current_span());
@@ -108,6 +121,9 @@ struct Reader {
     /// Bytes that the body may still have.
     left: usize,
     limit: usize,
+    incoming: Arc<Incoming>,
+    tenant: TenantId,
+    room: Room,
     groups: mpsc::Sender<Vec<Line>>,
 }
 
@@ -131,7 +147,7 @@ impl Reader {
                 Some(Ok(chunk)) if chunk.len() <= self.left => {
                     self.left -= chunk.len();
                     self.lines.push(&chunk);
-                    None
+                    self.make_room().await.err().map(Err)
                 }
                 Some(Ok(_)) => Some(Err(too_large("The request body", self.limit))),
                 Some(Err(error)) => Some(Err(unreadable(&error))),
@@ -139,7 +155,7 @@ impl Reader {
             };
             while let Some(line) = self.lines.next(last.is_some()) {
                 bytes += line.as_ref().map_or(0, |line| line.len());
-                group.extend(read_line(line));
+                group.extend(self.read_line(line).await);
                 if (group.len() >= GROUP_LINES || bytes >= GROUP_BYTES) && !self.flush(&mut group).await {
                     return;
                 }
@@ -152,6 +168,26 @@ impl Reader {
                 self.flush(&mut group).await;
                 return;
             }
+        }
+    }
+
+    /// Room for a body that is no longer small.
+    async fn make_room(&mut self) -> Result<(), Error> {
+        if self.limit - self.left <= SMALL {
+            return Ok(());
+        }
+        self.incoming.widen(&mut self.room, self.tenant, BATCH).await
+    }
+
+    /// None for an empty line.
+    async fn read_line(&self, line: Result<Bytes, Error>) -> Option<Line> {
+        let refused = |error| Some(Line { name: None, upload: Err(error) });
+        match line {
+            Ok(line) => {
+                let read = self.incoming.aside(self.tenant, line.len(), move || read_line(&line)).await;
+                read.unwrap_or_else(refused)
+            }
+            Err(error) => refused(error),
         }
     }
 
@@ -215,17 +251,13 @@ impl Lines {
 }
 
 /// None for an empty line.
-fn read_line(line: Result<Bytes, Error>) -> Option<Line> {
-    let line = match line {
-        Ok(line) => line,
-        Err(error) => return Some(Line { name: None, upload: Err(error) }),
-    };
+fn read_line(line: &[u8]) -> Option<Line> {
     if line.iter().all(u8::is_ascii_whitespace) {
         return None;
     }
-    Some(match parse_json::<AdapterUpload>(&line) {
+    Some(match parse_json::<AdapterUpload>(line) {
         Ok(body) => Line { name: body.name.as_deref().map(clip), upload: body.into_upload() },
-        Err(ApiError(error)) => Line { name: name_of(&line), upload: Err(error) },
+        Err(ApiError(error)) => Line { name: name_of(line), upload: Err(error) },
     })
 }
 

@@ -5,24 +5,29 @@ use axum::{
     extract::{FromRequest, FromRequestParts, Path, Query, Request},
     http::{HeaderMap, header, request::Parts},
 };
-use bytes::{Bytes, BytesMut};
-use futures::StreamExt as _;
 use serde::de::DeserializeOwned;
 
-use super::{drain::timed_out, error::ApiError, state::AppState};
+use super::{drain::timed_out, error::ApiError, incoming::Received, state::AppState};
 use crate::service::{Error, ErrorKind};
 
 /// A JSON body. Unknown fields are ignored; a field of the wrong type is a 400 that names it.
 pub struct ApiJson<T>(pub T);
 
-impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
+impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for ApiJson<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        require_media_type(request.headers(), is_json, "application/json")?;
-        let body = read_body(request, state.limits.body).await?;
-        Ok(Self(parse_json(&body)?))
+        let (_, body) = json_body(request, state).await?;
+        Ok(Self(state.incoming.json(&body).await?))
     }
+}
+
+/// The body of a request that shall be JSON, unread, with the rest of the request.
+pub(super) async fn json_body(request: Request, state: &AppState) -> Result<(Parts, Received), ApiError> {
+    require_media_type(request.headers(), is_json, "application/json")?;
+    let (parts, body) = request.into_parts();
+    let body = state.incoming.receive(&parts, body, state.limits.body).await?;
+    Ok((parts, body))
 }
 
 /// 415 unless the content type satisfies `accepts`; `expected` is what the message asks for.
@@ -53,28 +58,6 @@ fn is_json(essence: &str) -> bool {
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-/// The whole body, or 413 as soon as it is known to be longer than `limit` bytes.
-pub async fn read_body(request: Request, limit: usize) -> Result<Bytes, ApiError> {
-    let too_large = || {
-        let message = format!("The request body is larger than the limit of {limit} bytes.");
-        ApiError(Error::new(ErrorKind::TooLarge, message))
-    };
-    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    if announced.is_some_and(|length: u64| length > limit as u64) {
-        return Err(too_large());
-    }
-    let mut chunks = request.into_body().into_data_stream();
-    let mut body = BytesMut::new();
-    while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|error| unreadable(&error))?;
-        if body.len() + chunk.len() > limit {
-            return Err(too_large());
-        }
-        body.extend_from_slice(&chunk);
-    }
-    Ok(body.freeze())
-}
-
 /// Why a body ended before its end: 408 when the client was too slow.
 pub(super) fn unreadable(error: &axum::Error) -> Error {
     if timed_out(error) {
@@ -83,11 +66,34 @@ pub(super) fn unreadable(error: &axum::Error) -> Error {
     Error::new(ErrorKind::Invalid, "The request body could not be read to its end.")
 }
 
+/// Values of a document at most: read without knowing what they are, each takes some seventy bytes whatever it took in the text.
+const MOST_VALUES: usize = 2_000_000;
+
+/// How many values a document has, about: a key and its value are two.
+fn values(document: &[u8]) -> usize {
+    let (mut count, mut within, mut escaped) = (1, false, false);
+    for &byte in document {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if within => escaped = true,
+            b'"' => within = !within,
+            b',' | b':' | b'[' | b'{' if !within => count += 1,
+            _ => {}
+        }
+    }
+    count
+}
+
 /// JSON to a type. A malformed document has no `param`; a wrong type names the path of the field.
 pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let malformed = |error: serde_json::Error| {
         ApiError(Error::new(ErrorKind::Invalid, format!("The request body is not valid JSON: {error}.")))
     };
+    // A value takes two bytes or more.
+    if body.len() / 2 > MOST_VALUES && values(body) > MOST_VALUES {
+        let message = format!("The request body has more than {MOST_VALUES} values.");
+        return Err(Error::new(ErrorKind::TooLarge, message).into());
+    }
     // serde takes a list for a struct, field by field: a request is an object.
     if body.trim_ascii_start().first() == Some(&b'[') {
         serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(malformed)?;
@@ -195,6 +201,27 @@ mod tests {
         }
         assert_eq!(param("3"), None);
         assert_eq!(param(&"[".repeat(100_000)), None);
+    }
+
+    #[test]
+    fn values_are_counted_outside_of_strings() {
+        for (document, count) in
+            [("3", 1), ("[1,2,[3]]", 5), (r#"{"a":1,"b":[]}"#, 6), (r#"["a,b:[{","\\\",,","\\"]"#, 4)]
+        {
+            assert_eq!(values(document.as_bytes()), count, "{document}");
+        }
+    }
+
+    #[test]
+    fn a_document_of_very_many_values_is_too_large_whatever_they_are() {
+        let document = |item: &str, count: usize| format!("{{\"extra\": [{}0]}}", item.repeat(count));
+        assert!(parse_json::<Body>(document("0,", MOST_VALUES - 10).as_bytes()).is_ok());
+        for item in ["0,", "\"\",", "[],", "{\"\":0},"] {
+            let ApiError(error) = parse_json::<Body>(document(item, MOST_VALUES).as_bytes()).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::TooLarge, "{item}");
+        }
+        let text = format!("{{\"extra\": \"{}\"}}", ",".repeat(3 * MOST_VALUES));
+        assert!(parse_json::<Body>(text.as_bytes()).is_ok());
     }
 
     #[test]

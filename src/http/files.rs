@@ -13,7 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{
     auth::Auth,
     error::{ApiError, ApiResult, CommonErrors, ErrorBody},
-    extract::{ApiPath, ApiQuery, idempotency_key, read_body, require_media_type},
+    extract::{ApiPath, ApiQuery, idempotency_key, require_media_type},
     large::Large,
     metered::Metered,
     state::AppState,
@@ -135,12 +135,10 @@ pub(super) async fn upload_file(
     let limit = state.service.training()?.config().data.bytes + FORM_OVERHEAD;
     let key = idempotency_key(request.headers());
     let (parts, body) = request.into_parts();
-    let mut sized = Request::new(body);
-    *sized.headers_mut() = parts.headers.clone();
-    let body = read_body(sized, limit).await?;
+    let body = state.incoming.receive(&parts, body, limit).await?;
 
     let malformed = |words: String| ApiError(Error::invalid("body", format!("The form cannot be read: {words}.")));
-    let mut whole = Request::new(Body::from(body));
+    let mut whole = Request::new(Body::from(body.bytes.clone()));
     *whole.headers_mut() = parts.headers;
     *whole.extensions_mut() = parts.extensions;
     let mut form =

@@ -4,7 +4,7 @@ use std::{any::Any, time::Instant};
 
 use axum::{
     extract::{MatchedPath, Request, State},
-    http::{HeaderName, HeaderValue, Method},
+    http::{HeaderName, HeaderValue, Method, StatusCode},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -119,6 +119,17 @@ pub(super) fn panicked(payload: Box<dyn Any + Send + 'static>) -> Response {
 
 /// 404 for a path that no route has.
 pub(super) async fn not_found(request: Request) -> ApiError {
+    unknown_route(&request)
+}
+
+/// The pages of /docs answer a 404 without a body for what they do not have: the words are those of any other unknown path.
+pub(super) async fn known_page(request: Request, next: Next) -> Response {
+    let unknown = unknown_route(&request);
+    let response = next.run(request).await;
+    if response.status() == StatusCode::NOT_FOUND { unknown.into_response() } else { response }
+}
+
+fn unknown_route(request: &Request) -> ApiError {
     let message = format!("Unknown route: {} {}", request.method(), request.uri().path());
     Error::new(ErrorKind::NotFound, message).into()
 }
@@ -131,7 +142,50 @@ pub(super) async fn method_not_allowed(request: Request) -> ApiError {
 
 #[cfg(test)]
 mod tests {
+    use axum::{
+        Router,
+        body::{Body, to_bytes},
+        extract::Path,
+        routing::get,
+    };
+    use serde_json::{Value, json};
+    use tower::ServiceExt as _;
+    use tower_http::catch_panic::CatchPanicLayer;
+
     use super::*;
+
+    async fn broken(Path(kind): Path<String>) -> Response {
+        match kind.as_str() {
+            "literal" => panic!("words for the log"),
+            "formatted" => panic!("{kind} words for the log"),
+            _ => std::panic::panic_any(7),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_500_of_its_own_request_and_the_next_is_answered() {
+        let router: Router = Router::new()
+            .route("/broken/{kind}", get(broken))
+            .route("/fine", get(|| async { "fine" }))
+            .layer(CatchPanicLayer::custom(panicked));
+        let ask = async |path: &str| {
+            let request = axum::http::Request::get(path).body(Body::empty()).unwrap();
+            let response = router.clone().oneshot(request).await.unwrap();
+            let status = response.status();
+            (status, to_bytes(response.into_body(), usize::MAX).await.unwrap())
+        };
+        for path in ["/broken/literal", "/broken/formatted", "/broken/other"] {
+            let (status, body) = ask(path).await;
+            assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR, "{path}");
+            // What it panicked with is for the log.
+            let body: Value = serde_json::from_slice(&body).unwrap();
+            let words = "The server had an error while processing your request.";
+            let expected = json!({"error": {"message": words, "type": "api_error", "param": null, "code": null}});
+            assert_eq!(body, expected, "{path}");
+            let (status, body) = ask("/fine").await;
+            assert_eq!((status, &body[..]), (StatusCode::OK, &b"fine"[..]));
+        }
+    }
 
     #[test]
     fn an_id_is_taken_when_it_is_short_and_plain() {

@@ -20,6 +20,7 @@ mod files;
 mod fine_tuning;
 mod fine_tuning_objects;
 mod graders;
+mod incoming;
 mod job_events;
 mod job_objects;
 mod keys;
@@ -111,10 +112,12 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 pub fn router(state: AppState) -> Router {
     let (router, document) = routes().split_for_parts();
     let document = document::with_headers(document);
+    let pages = Router::<()>::from(SwaggerUi::new("/docs").url("/openapi.json", document));
+    let pages = pages.route_layer(from_fn(middleware::known_page));
     let cors = state.edge.cors();
     let router = router
         .with_state(state.clone())
-        .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
+        .merge(pages)
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)
         .layer(from_fn(metered::rate_headers))

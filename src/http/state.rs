@@ -7,7 +7,7 @@ use std::sync::{
 
 use axum::extract::FromRef;
 
-use super::{edge::Edge, large::LargeAnswers, unread::Unread};
+use super::{edge::Edge, incoming::Incoming, large::LargeAnswers, unread::Unread};
 use crate::service::Service;
 
 /// Sizes that a request may not exceed, in bytes.
@@ -65,6 +65,8 @@ pub struct AppState {
     pub lifecycle: Arc<Lifecycle>,
     /// Addresses, origins, patience.
     pub edge: Arc<Edge>,
+    /// What bodies on their way in may take.
+    pub incoming: Arc<Incoming>,
     /// What answers on their way may take.
     pub outgoing: Arc<Outgoing>,
 }
@@ -85,6 +87,7 @@ impl AppState {
             auth: AuthMode::Keys,
             lifecycle: Arc::default(),
             edge: Arc::default(),
+            incoming: Arc::default(),
             outgoing: Arc::default(),
         }
     }

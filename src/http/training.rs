@@ -13,7 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{
     auth::{Auth, Shown},
     error::{ApiResult, BodyErrors, CommonErrors, ErrorBody},
-    extract::{ApiPath, ApiQuery, idempotency_key, parse_json, read_body, require_media_type},
+    extract::{ApiPath, ApiQuery, idempotency_key, json_body},
     job_events,
     job_objects::{
         CheckpointList, CheckpointObject, EventList, EventObject, HyperparametersSchema, JobList, JobObject,
@@ -148,19 +148,15 @@ pub(super) fn page_size(limit: Option<u32>, default: u32) -> Result<u32, Error> 
 }
 
 /// A JSON body, and the client's key for it when it has one.
-pub(super) async fn body_and_retry<T: serde::de::DeserializeOwned>(
+pub(super) async fn body_and_retry<T: serde::de::DeserializeOwned + Send + 'static>(
     request: Request,
     state: &AppState,
     route: &'static str,
 ) -> ApiResult<(T, Option<JobRetry>)> {
-    let is_json = |essence: &str| {
-        essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
-    };
-    require_media_type(request.headers(), is_json, "application/json")?;
-    let key = idempotency_key(request.headers());
-    let body = read_body(request, state.limits.body).await?;
-    let parsed = parse_json(&body)?;
-    let retry = key?.map(|key| JobRetry { route, key, request_hash: *blake3::hash(&body).as_bytes() });
+    let (parts, body) = json_body(request, state).await?;
+    let parsed = state.incoming.json(&body).await?;
+    let key = idempotency_key(&parts.headers)?;
+    let retry = key.map(|key| JobRetry { route, key, request_hash: *blake3::hash(&body.bytes).as_bytes() });
     Ok((parsed, retry))
 }
 

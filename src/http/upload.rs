@@ -12,7 +12,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{
     error::{ApiError, ApiResult},
-    extract::{ApiQuery, media_type, parse_json, read_body, require_media_type},
+    extract::{ApiQuery, media_type, require_media_type},
     schemas,
     state::AppState,
 };
@@ -164,14 +164,11 @@ pub(super) async fn read_upload(request: Request, state: &AppState) -> ApiResult
         _ => state.limits.body,
     };
     let (mut parts, body) = request.into_parts();
-    let headers = parts.headers.clone();
-    let mut sized = Request::new(body);
-    *sized.headers_mut() = headers;
-    let body = read_body(sized, limit).await?;
+    let body = state.incoming.receive(&parts, body, limit).await?;
     let mut upload = match form.as_deref() {
-        Some(JSON) => parse_json::<AdapterUpload>(&body)?.into_upload()?,
-        Some(FORM) => read_form(&parts, body, state).await?,
-        _ => Upload { content: Some(Content::Raw(body)), ..empty() },
+        Some(JSON) => state.incoming.json::<AdapterUpload>(&body).await?.into_upload()?,
+        Some(FORM) => read_form(&parts, body.bytes.clone(), state).await?,
+        _ => Upload { content: Some(Content::Raw(body.bytes.clone())), ..empty() },
     };
     let ApiQuery(query) = ApiQuery::<UploadQuery>::from_request_parts(&mut parts, state).await?;
     query.fill(&mut upload)?;

@@ -107,6 +107,38 @@ async fn the_context_is_checked_before_any_work() {
     app.ok("/v1/completions", &json!({"model": "tiny", "prompt": long, "max_tokens": 4})).await;
 }
 
+/// Each would take some seventy bytes of memory, whatever it took of the body.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_of_millions_of_values_is_too_large_wherever_they_stand() {
+    let app = TestApp::tiny("llama").start().await;
+    let send = async |path: &str, kind: &str, body: String| {
+        let request = app.request(Method::POST, path).header(header::CONTENT_TYPE, kind).body(body);
+        parts(request.send().await.expect("an answer")).await
+    };
+    let many = format!("[{}0]", "0,".repeat(2_000_000));
+    for (path, start) in [
+        ("/v1/completions", r#"{"model": "tiny", "prompt": "a", "suffix": "#),
+        ("/v1/completions", r#"{"model": "tiny", "prompt": "a", "unknown": "#),
+        ("/v1/completions", r#"{"model": "tiny", "prompt": "#),
+        ("/v1/chat/completions", r#"{"model": "tiny", "messages": [], "tools": "#),
+        ("/adapters", r#"{"name": "a", "metadata": {"x": "#),
+        ("/adapters/train", r#"{"name": "a", "dataset": "#),
+    ] {
+        let end = if start.contains("metadata") { "}}" } else { "}" };
+        let refused = envelope(&send(path, "application/json", format!("{start}{many}{end}")).await);
+        assert_eq!((refused.0, refused.1.as_str()), (413, "invalid_request_error"), "{path} {start}");
+    }
+    // A line alone, the others are stored.
+    let good = json!({"name": "b", "numbers": vec![0.5; 13]});
+    let lines = format!("{{\"name\": \"a\", \"scheme\": {many}}}\n{good}\n");
+    let (status, answer) = send("/adapters/batch", "application/x-ndjson", lines).await;
+    let answers: Vec<Value> =
+        answer.as_str().expect("lines").lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!((status, answers.len()), (200, 2));
+    assert!(answers[0]["error"]["message"].as_str().is_some_and(|words| words.contains("values")), "{}", answers[0]);
+    assert!(answers[1]["generation"].is_string(), "{}", answers[1]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn transport_errors_come_in_order() {
     let app = TestApp::tiny("llama").args(["--max-body-mb", "1"]).start().await;
