@@ -154,7 +154,7 @@ def markdown(results: Results, warnings: list[str]) -> str:
             f"First: {warnings[0]}."
         )
     elif measured:
-        parts.append(f"The machine was idle during each of {measured} measurements.")
+        parts.append(f"The machine was idle before and during each of {measured} measurements.")
     parts.append(_targets_table(target_rows(results)))
     parts.append("The peer of a row is the fastest of all peers and formats measured, whatever its precision.")
     parts += [part for part in (_quality_table(results), _latency_table(results), _memory_table(results)) if part]

@@ -192,19 +192,24 @@ impl Connector {
 
     /// Brings the tables to the newest schema that this program knows.
     pub(super) async fn migrate(&self, connection: &mut AnyConnection) -> Result<()> {
+        self.migrate_to(None, connection).await
+    }
+
+    /// Brings the tables to a schema: as an older program left them, for tests. None: the newest.
+    pub(super) async fn migrate_to(&self, schema: Option<i64>, connection: &mut AnyConnection) -> Result<()> {
         if !self.is_sqlite() {
             // The migrator holds a lock of the session around one transaction a migration.
-            return self.run(&POSTGRES, connection).await;
+            return self.run(&POSTGRES, schema, connection).await;
         }
         // SQLite has no such lock: one transaction under the write lock, so that of two processes that open a new directory
         // one waits for the other.
         let mut tx = connection.begin_with(self.begin_statement()).await.map_err(|error| self.failed(error))?;
-        self.run(&SQLITE, &mut tx).await?;
+        self.run(&SQLITE, schema, &mut tx).await?;
         tx.commit().await.map_err(|error| self.failed(error))
     }
 
-    async fn run(&self, migrator: &Migrator, connection: &mut AnyConnection) -> Result<()> {
-        match migrator.run_direct(None, connection, false).await {
+    async fn run(&self, migrator: &Migrator, schema: Option<i64>, connection: &mut AnyConnection) -> Result<()> {
+        match migrator.run_direct(schema, connection, false).await {
             Ok(()) => Ok(()),
             Err(MigrateError::VersionMissing(found)) => {
                 let known = migrator.iter().map(|migration| migration.version).max().unwrap_or(0);

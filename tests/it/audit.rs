@@ -46,6 +46,19 @@ async fn what_was_done_is_there_with_who_when_and_where() {
     send(KEY, Method::PUT, "/adapters/mine", json!({"numbers": vec![0.25; 13]})).await;
     send(KEY, Method::POST, "/adapters/mine/rollback", json!({"generation": first["generation"]})).await;
     call(&app, KEY, Method::DELETE, "/adapters/mine", None).await;
+    let mut upload_of_file = request(KEY, Method::POST, "/v1/files", Some(json!(null)));
+    let item = json!({"messages": [{"role": "user", "content": "prompt-words"}], "answer": "c"});
+    let part = |head: &str, body: &str| format!("--edge\r\ncontent-disposition: form-data; {head}\r\n\r\n{body}\r\n");
+    let purpose = part("name=\"purpose\"", "fine-tune");
+    let contents = part("name=\"file\"; filename=\"a.jsonl\"", &item.to_string());
+    *upload_of_file.body_mut() = format!("{purpose}{contents}--edge--\r\n").into();
+    let form = "multipart/form-data; boundary=edge".parse().unwrap();
+    upload_of_file.headers_mut().insert("content-type", form);
+    let file = app.send(upload_of_file).await;
+    assert_eq!(file.status, 200, "{}", file.text);
+    let file = file.json()["id"].as_str().unwrap().to_owned();
+    let gone = call(&app, KEY, Method::DELETE, &format!("/v1/files/{file}"), None).await;
+    assert_eq!(gone.status, 200, "{}", gone.text);
     let mut job = letters("trained");
     job["dataset"][0]["messages"][0]["content"] = json!("prompt-words");
     let id = send(KEY, Method::POST, "/adapters/train", job).await.json()["id"].as_str().unwrap().to_owned();
@@ -76,13 +89,15 @@ async fn what_was_done_is_there_with_who_when_and_where() {
         ("acme", "adapter.replace", "mine"),
         ("acme", "adapter.rollback", "mine"),
         ("acme", "adapter.delete", "mine"),
+        ("acme", "file.upload", &file),
+        ("acme", "file.delete", &file),
         ("acme", "job.create", &id),
         ("acme", "adapter.publish", "trained"),
         ("default", "tenant.delete", "ann"),
     ];
     let expected = expected.map(|(who, what, target)| (who.to_owned(), what.to_owned(), target.to_owned()));
     assert_eq!(told, expected);
-    let published = entries.remove(10);
+    let published = entries.remove(12);
     assert_eq!((&published["via"], &published["detail"]), (&json!("training"), &json!({"job": id})));
     for entry in &entries {
         assert_eq!((&entry["via"], &entry["peer"]), (&json!("http"), &json!("10.9.8.7")), "{entry}");

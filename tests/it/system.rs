@@ -189,4 +189,6 @@ async fn the_documents_page_needs_no_network() {
         assert_eq!(get(&app, &format!("/docs/{asset}")).await.status, 200, "{asset}");
     }
     assert!(get(&app, "/docs").await.status.is_redirection());
+    let (status, kind, ..) = get(&app, "/docs/nothing.js").await.error();
+    assert_eq!((status, &*kind), (404, "invalid_request_error"));
 }

@@ -22,7 +22,10 @@ use tokenizers::{
     processors::template::TemplateProcessing,
 };
 
-use super::gguf::{Meta, integer};
+use super::{
+    gguf::{Meta, integer},
+    no_panic,
+};
 use crate::{model::ModelError, types::TokenId};
 
 // Kinds of `tokenizer.ggml.token_type`.
@@ -119,7 +122,7 @@ impl Parts {
     }
 
     pub(super) fn build(self) -> Result<Tokenizer, ModelError> {
-        self.try_build().map_err(|error| ModelError::Load(format!("the GGUF's tokenizer: {error}")))
+        no_panic(|| self.try_build()).map_err(|error| ModelError::Load(format!("the GGUF's tokenizer: {error}")))
     }
 
     fn try_build(self) -> Result<Tokenizer, tokenizers::Error> {

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::{LoadedModel, SpecialTokens, cannot_read, name_of, tensors::Tensors};
+use super::{LoadedModel, SpecialTokens, cannot_read, name_of, no_panic, tensors::Tensors};
 use crate::{
     adapter::SiteKind,
     model::{Architecture, LayerWeights, ModelError, ModelWeights, config::Config},
@@ -132,9 +132,7 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
 
 fn tokenizer(bytes: &[u8]) -> Result<Tokenizer, ModelError> {
     let bad = |error: tokenizers::Error| ModelError::Load(format!("tokenizer.json: {error}"));
-    // The library unwraps some of what it reads.
-    let read = std::panic::catch_unwind(|| Tokenizer::from_bytes(bytes));
-    let mut tokenizer = read.map_err(|_| bad("it cannot be read".into()))?.map_err(bad)?;
+    let mut tokenizer = no_panic(|| Tokenizer::from_bytes(bytes)).map_err(bad)?;
     // Settings for batches of a training script that would cut or pad a prompt.
     tokenizer.with_truncation(None).map_err(bad)?;
     tokenizer.with_padding(None);

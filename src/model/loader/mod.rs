@@ -5,7 +5,10 @@ mod gguf_tokenizer;
 mod huggingface;
 mod tensors;
 
-use std::path::{Path, PathBuf};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+};
 
 pub(super) use huggingface::ShardIndex;
 use tokenizers::Tokenizer;
@@ -65,6 +68,13 @@ pub(super) fn name_of(path: &Path) -> String {
 fn starts_with_bos(tokenizer: &Tokenizer, bos: Option<&str>) -> bool {
     let Some(bos) = bos.and_then(|bos| tokenizer.token_to_id(bos)) else { return false };
     tokenizer.encode("a", true).is_ok_and(|encoding| encoding.get_ids().first() == Some(&bos))
+}
+
+/// A tokenizer that the library makes of a file's words: it unwraps some of what it reads, and cuts slices by lengths that a
+/// broken file has wrong.
+fn no_panic(make: impl FnOnce() -> Result<Tokenizer, tokenizers::Error>) -> Result<Tokenizer, tokenizers::Error> {
+    // What was half made is gone with the closure.
+    catch_unwind(AssertUnwindSafe(make)).unwrap_or_else(|_| Err("it is broken and cannot be read".into()))
 }
 
 fn cannot_read(path: &Path, error: &dyn std::fmt::Display) -> ModelError {

@@ -161,6 +161,18 @@ fn sentence_piece_equals_sentencepiece() {
     assert_eq!(ids(&tokenizer, "</s>", false), [2]);
 }
 
+/// The library has room for the longest token of the vocabulary and no more, and puts both halves there unasked.
+#[test]
+fn merges_that_make_a_token_longer_than_any_are_refused_and_no_panic() {
+    for merge in ["<unused> a", "a <unused>"] {
+        let mut metadata = bytes_and_words("gpt-2");
+        metadata.retain(|(key, _)| *key != "tokenizer.ggml.merges");
+        metadata.push(("tokenizer.ggml.merges", strings([merge])));
+        let refusal = tokenizer_refusal(metadata);
+        assert!(refusal.contains("the GGUF's tokenizer: it is broken"), "{refusal}");
+    }
+}
+
 #[test]
 fn refusals_name_the_tokenizer() {
     let change = |key: &str, value: Option<Gguf>| {
