@@ -74,7 +74,7 @@ fn is_ndjson(essence: &str) -> bool {
 
 /// Upload many adapters
 ///
-/// A line of JSON each; a line of JSON back for each, in order, once it is stored. Both ways may stream. It takes no `Idempotency-Key`: lines that are sent again are answered `name_taken`, or with
+/// A line of JSON each; a line of JSON back for each, in order, once it is stored. Both ways may stream. A line has 4 MiB at most. It takes no `Idempotency-Key`: lines that are sent again are answered `name_taken`, or with
 /// `"on_conflict": "new_generation"` as the first time, since the same numbers are the same generation.
 #[utoipa::path(
     post, path = "/adapters/batch", tag = "adapters", extensions(("x-metered" = json!(true))),

@@ -149,7 +149,7 @@ pub enum BodyErrors {
     /// The body did not come in time (code `request_timeout`).
     #[response(status = 408)]
     TimedOut(ErrorBody),
-    /// The body is larger than the server takes (32 MiB unless configured).
+    /// The body is larger than the server takes (32 MiB unless configured), or has more than 2,000,000 JSON values.
     #[response(status = 413)]
     TooLarge(ErrorBody),
     /// The media type is not `application/json`.
