@@ -23,14 +23,14 @@ use super::{
     auth::Shown,
     error::{ApiError, ApiResult, BodyErrors, CommonErrors, ErrorObject},
     extract::{parse_json, require_media_type, unreadable},
-    incoming::{BATCH, Incoming, Room},
+    incoming::{BATCH, Incoming, PIECE, Room, refuse_announced, too_large},
     metered::Metered,
     state::AppState,
     unread::Answers,
     upload::AdapterUpload,
 };
 use crate::{
-    service::{Error, ErrorKind, Service, Upload},
+    service::{Error, Service, Upload},
     tenant::{Admission, Caller},
     types::{Generation, TenantId},
 };
@@ -41,8 +41,6 @@ const GROUP_LINES: usize = 1024;
 const GROUP_BYTES: usize = 4 << 20;
 /// Bytes of a line: more than any adapter's numbers take.
 const LINE_BYTES: usize = 4 << 20;
-/// Bytes of a body that may come before there is room for it.
-const SMALL: usize = 1 << 20;
 /// Of a name that is none, so much comes back.
 const ECHO: usize = 64;
 /// Of what is said of a line: a field of the wrong type is shown in it, whatever its length.
@@ -89,10 +87,7 @@ pub(super) async fn upload_batch(
 ) -> ApiResult<Response> {
     require_media_type(request.headers(), is_ndjson, "application/x-ndjson")?;
     let limits = state.limits;
-    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    if announced.is_some_and(|length: u64| length > limits.batch as u64) {
-        return Err(too_large("The request body", limits.batch).into());
-    }
+    refuse_announced(request.headers(), limits.batch)?;
     let (groups, received) = mpsc::channel(1);
     let (answers, answered) = state.outgoing.unread.batch();
     let reader = Reader {
@@ -109,10 +104,6 @@ pub(super) async fn upload_batch(
     tokio::spawn(writer.write(received).in_current_span());
     let body = Body::from_stream(answered.map(Ok::<_, std::convert::Infallible>));
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
-}
-
-fn too_large(what: &str, limit: usize) -> Error {
-    Error::new(ErrorKind::TooLarge, format!("{what} is larger than the limit of {limit} bytes."))
 }
 
 /// Cuts a body into groups of lines.
@@ -173,7 +164,7 @@ impl Reader {
 
     /// Room for a body that is no longer small.
     async fn make_room(&mut self) -> Result<(), Error> {
-        if self.limit - self.left <= SMALL {
+        if self.limit - self.left <= PIECE {
             return Ok(());
         }
         self.incoming.widen(&mut self.room, self.tenant, BATCH).await

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
-    http::{header, request::Parts},
+    http::{HeaderMap, header, request::Parts},
 };
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// What is counted at once; a body that is not larger is not counted.
-const PIECE: usize = 1 << 20;
+pub(super) const PIECE: usize = 1 << 20;
 /// Pieces of a tenant's bodies together.
 const OF_TENANT: usize = 128;
 /// Pieces of all bodies together.
@@ -80,20 +80,27 @@ pub(super) struct Received {
     _room: Room,
 }
 
+/// 413 for a body that says of itself that it is longer than `limit` bytes.
+pub(super) fn refuse_announced(headers: &HeaderMap, limit: usize) -> Result<(), Error> {
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    match announced.is_some_and(|length: u64| length > limit as u64) {
+        true => Err(too_large("The request body", limit)),
+        false => Ok(()),
+    }
+}
+
+/// 413 for a body or a line of one.
+pub(super) fn too_large(what: &str, limit: usize) -> Error {
+    Error::new(ErrorKind::TooLarge, format!("{what} is larger than the limit of {limit} bytes."))
+}
+
 impl Incoming {
     /// The whole body, or 413 as soon as it is known to be longer than `limit` bytes.
     ///
     /// # Errors
     /// That; 408 for a client that is too slow; 429 and 503 when a large body finds no room, its tenant's or everybody's.
     pub(super) async fn receive(&self, parts: &Parts, body: Body, limit: usize) -> Result<Received, ApiError> {
-        let too_large = || {
-            let message = format!("The request body is larger than the limit of {limit} bytes.");
-            ApiError(Error::new(ErrorKind::TooLarge, message))
-        };
-        let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        if announced.is_some_and(|length: u64| length > limit as u64) {
-            return Err(too_large());
-        }
+        refuse_announced(&parts.headers, limit)?;
         let tenant = OfTenant::of(parts);
         let mut chunks = body.into_data_stream();
         let (mut bytes, mut room) = (BytesMut::new(), Room::default());
@@ -101,7 +108,7 @@ impl Incoming {
             let chunk = chunk.map_err(|error| unreadable(&error))?;
             let length = bytes.len() + chunk.len();
             if length > limit {
-                return Err(too_large());
+                return Err(too_large("The request body", limit).into());
             }
             if length > PIECE {
                 self.widen(&mut room, tenant, length.div_ceil(PIECE)).await?;

@@ -13,6 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = os.environ.get("MOTE_BIN", str(ROOT / "target/debug/mote"))
 GOLDEN = ROOT / "tests/fixtures/golden"
+TINY = ("--model", str(GOLDEN / "llama/model"), "--model-id", "tiny", "--dtype", "f32")
 ADMIN_KEY = "admin-key-of-the-client-tests"
 
 
@@ -61,13 +62,13 @@ def serve(*args: str):
 @pytest.fixture(scope="session")
 def tiny():
     """The golden Llama model, with keys."""
-    yield from serve("--model", str(GOLDEN / "llama/model"), "--model-id", "tiny", "--dtype", "f32")
+    yield from serve(*TINY)
 
 
 @pytest.fixture
 def fuzzed():
     """A golden model for one test alone: whoever sends anything at all with an admin's key may also limit the tenant of the other tests."""
-    yield from serve("--model", str(GOLDEN / "llama/model"), "--model-id", "tiny", "--dtype", "f32")
+    yield from serve(*TINY)
 
 
 @pytest.fixture(scope="session")
