@@ -11,7 +11,7 @@ One server, two tenants. In turn, `--rounds` times:
 
 It reports the steps that the single client's requests waited for a place (`mote_engine_first_place_steps`: of sequences that came when their tenant had none; target: 1 at p99), the
 p50 of its latency beside the flood over that in a full batch of its own (target: at most 1.2), and each tenant's part of the tokens (a prompt token counts 1, a completion token
-2) over its part by weight (target: within 5 %).
+2) over its part by weight (target: within 5 %). `--weights 1,3` gives the tenants these weights.
 """
 
 import argparse
@@ -51,6 +51,9 @@ class Mote:
 
         self.keys = {tenant: create("--tenant", tenant) for tenant in TENANTS}
         self.admin = create("--tenant", "operators", "--role", "admin")
+        for tenant, weight in zip(TENANTS, args.weights):
+            subprocess.run([args.mote, "tenants", "limits", tenant, "--weight", str(weight), "--data-dir", data], check=True, capture_output=True)
+        time.sleep(1.5)  # the server honours them within a second
         status, models = client.call(self.port, "/v1/models", key=self.keys["single"])
         if status != 200:
             raise SystemExit(f"/v1/models: {status}: {models[:300]!r}")
@@ -188,7 +191,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40, help="of the single client in a round, one after another")
     parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer to the single client")
     parser.add_argument("--seconds", type=float, default=60, help="both saturating, after a quarter of that to warm up")
-    parser.add_argument("--weights", type=lambda text: [int(part) for part in text.split(",")], default=[1, 1], help="what the tenants flood and single have (only compared with)")
+    parser.add_argument("--weights", type=lambda text: [int(part) for part in text.split(",")], default=[1, 1], help="of the tenants flood and single")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flags", default="", help="more flags of mote serve")
     args = parser.parse_args()
@@ -208,7 +211,7 @@ def main() -> None:
     medians = {name: statistics.median(it[name] for it in all_figures) for name in all_figures[0]}
     print("medians: " + ", ".join(f"{name} {value:.3g}" for name, value in medians.items()))
     if args.out:
-        facts = {"machine": machine.describe(), "flood": args.flood, "tokens": args.tokens, "requests": args.requests, "rounds": all_figures, "medians": medians}
+        facts = {"machine": machine.describe(), "flood": args.flood, "tokens": args.tokens, "requests": args.requests, "weights": args.weights, "rounds": all_figures, "medians": medians}
         args.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 

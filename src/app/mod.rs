@@ -231,11 +231,12 @@ fn training_config(args: &TrainingArgs, no_auth: bool) -> TrainingConfig {
     }
 }
 
-/// For how long what is kept.
+/// For how long what is kept, and how much of it.
 fn retention(args: &RetentionArgs) -> Retention {
-    let kept = |days: u32| Some(days).filter(|days| *days > 0);
+    let kept = |most: u32| Some(most).filter(|most| *most > 0);
     Retention {
         audit: kept(args.audit_days),
+        audit_entries: kept(args.audit_entries),
         jobs: kept(args.job_days),
         keys: kept(args.key_days),
         usage: kept(args.usage_days),

@@ -2,6 +2,7 @@
 //!
 //! Nothing outside this folder knows a status code.
 
+mod adapter_objects;
 mod adapters;
 mod admin;
 mod answer;

@@ -13,11 +13,13 @@ const BETWEEN_PIECES: Duration = Duration::from_millis(100);
 const FIRST_STEP: i64 = 3600;
 const STEP: i64 = 24 * 3600;
 
-/// Days for which things are kept. None: for ever.
+/// For how long things are kept, and how many of some. None: for ever, and all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Retention {
     /// Entries of the audit log.
     pub audit: Option<u32>,
+    /// Entries of the audit log of each tenant: this many, the newest.
+    pub audit_entries: Option<u32>,
     /// Jobs, after their end.
     pub jobs: Option<u32>,
     /// Keys, after their end.
@@ -68,6 +70,24 @@ async fn look(store: &Store, retention: Retention, step: i64) -> Result<(), Stor
                     break;
                 }
             }
+        }
+    }
+    if let Some(most) = retention.audit_entries {
+        match drop_excess(store, most).await {
+            Err(error) if !matches!(error, StoreError::Closed) => {
+                tracing::error!(%error, "the audit log cannot be shortened");
+            }
+            done => done?,
+        }
+    }
+    Ok(())
+}
+
+/// Drops what tenants have in the audit log beyond their newest entries.
+async fn drop_excess(store: &Store, most: u32) -> Result<(), StoreError> {
+    for mut excess in store.excess(most).await? {
+        while store.drop_excess(&mut excess).await? {
+            tokio::time::sleep(BETWEEN_PIECES).await;
         }
     }
     Ok(())

@@ -37,7 +37,7 @@ pub use records::{
     AdapterRecord, Change, Contents, CorruptAdapter, Damaged, DamagedRow, Facts, GenerationRecord, Idempotency,
     LoadedAdapter, NewAdapter, Observer, OnConflict, Stored,
 };
-pub use retention::{Aged, Now};
+pub use retention::{Aged, Excess, Now};
 pub use training::{
     CheckpointRecord, EventLevel, EventRecord, FileRecord, JobData, JobKey, JobRecord, JobStatus, JobStored,
     NewCheckpoint, NewEvent, NewFile, NewJob, Progress, Publication, SamplesRecord, StartLimits, Turns,

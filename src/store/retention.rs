@@ -1,4 +1,8 @@
-//! What would grow without end is dropped when it is old: in pieces, so that uploads do not wait for it.
+//! What would grow without end is dropped when it is old, or when a tenant has too much of it: in pieces, so that uploads do not wait for it.
+
+use std::collections::HashMap;
+
+use sqlx::Row as _;
 
 use super::{Result, Store, ask::text, idempotency::KEEP, writer::Tx};
 use crate::{tenant::DAY, types::clock::unix_now};
@@ -7,6 +11,9 @@ use crate::{tenant::DAY, types::clock::unix_now};
 const DROPPED_AT_ONCE: i64 = 1000;
 /// Jobs, each of which may have thousands of events.
 const JOBS_AT_ONCE: i64 = 4;
+
+/// Entries of the audit log that are counted in one question: it sorts them by tenant.
+const COUNTED_AT_ONCE: i64 = 1 << 18;
 
 /// What is dropped when it is old.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +115,16 @@ impl Bounds {
     }
 }
 
+/// A tenant's oldest entries of the audit log, where it has too many.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Excess {
+    tenant: String,
+    /// Those with numbers up to this one are gone.
+    gone: i64,
+    /// The newest that has to go.
+    last: i64,
+}
+
 impl Tx<'_> {
     async fn drop_aged(&mut self, aged: Aged, bounds: Bounds) -> Result<u64> {
         let Bounds { before, after, most } = bounds;
@@ -156,5 +173,78 @@ impl Store {
             return Ok(false);
         }
         Ok(self.writer.job(move |tx| Box::pin(tx.drop_aged(aged, bounds))).await? > 0)
+    }
+
+    /// What each tenant has in the audit log beyond its `most` newest entries. Those without a tenant are the operator's, and not counted.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn excess(&self, most: u32) -> Result<Vec<Excess>> {
+        let ends = sqlx::query("SELECT (SELECT MIN(id) FROM audit), (SELECT MAX(id) FROM audit)");
+        let Some(ends) = self.row(ends).await? else { return Ok(Vec::new()) };
+        let (Some(first), Some(newest)) = (ends.try_get::<Option<i64>, _>(0)?, ends.try_get::<Option<i64>, _>(1)?)
+        else {
+            return Ok(Vec::new());
+        };
+        // There are no more entries than numbers.
+        if newest.saturating_sub(first) < i64::from(most) {
+            return Ok(Vec::new());
+        }
+        let mut excess = Vec::new();
+        for (tenant, _) in self.entries(first).await?.into_iter().filter(|&(_, entries)| entries > i64::from(most)) {
+            let query = sqlx::query("SELECT id FROM audit WHERE tenant = $1 ORDER BY id DESC LIMIT 1 OFFSET $2");
+            if let Some(row) = self.row(query.bind(&*tenant).bind(i64::from(most))).await? {
+                excess.push(Excess { last: row.try_get(0)?, gone: first.saturating_sub(1), tenant });
+            }
+        }
+        Ok(excess)
+    }
+
+    /// How many entries of the audit log each tenant has, of those from number `first` on.
+    async fn entries(&self, mut first: i64) -> Result<HashMap<String, i64>> {
+        let mut entries = HashMap::new();
+        loop {
+            let query = sqlx::query(
+                "SELECT tenant, COUNT(*), MAX(id) FROM (SELECT id, tenant FROM audit WHERE id >= $1 ORDER BY id LIMIT $2) piece GROUP BY tenant",
+            );
+            let mut seen = 0;
+            for row in self.rows(query.bind(first).bind(COUNTED_AT_ONCE)).await? {
+                let (count, newest): (i64, i64) = (row.try_get(1)?, row.try_get(2)?);
+                seen += count;
+                first = first.max(newest.saturating_add(1));
+                // A tenant that cannot be read is nobody's, as no tenant is.
+                if let Ok(tenant) = text(&row, 0) {
+                    *entries.entry(tenant.to_owned()).or_default() += count;
+                }
+            }
+            if seen < COUNTED_AT_ONCE {
+                return Ok(entries);
+            }
+        }
+    }
+
+    /// Drops some of a tenant's oldest entries of the audit log. True: there are more.
+    ///
+    /// # Errors
+    /// Only the database's.
+    pub async fn drop_excess(&self, excess: &mut Excess) -> Result<bool> {
+        let query = sqlx::query(
+            "SELECT MAX(id) FROM (SELECT id FROM audit WHERE tenant = $1 AND id > $2 AND id <= $3 ORDER BY id LIMIT $4) piece",
+        );
+        let query = query.bind(&*excess.tenant).bind(excess.gone).bind(excess.last).bind(DROPPED_AT_ONCE);
+        let last: Option<i64> = self.row(query).await?.map(|row| row.try_get(0)).transpose()?.flatten();
+        let Some(last) = last else { return Ok(false) };
+        let Excess { tenant, gone, .. } = excess.clone();
+        self.writer
+            .job(move |tx| {
+                Box::pin(async move {
+                    let query = sqlx::query("DELETE FROM audit WHERE tenant = $1 AND id > $2 AND id <= $3");
+                    query.bind(tenant).bind(gone).bind(last).execute(&mut *tx.connection).await?;
+                    Ok(())
+                })
+            })
+            .await?;
+        excess.gone = last;
+        Ok(last < excess.last)
     }
 }

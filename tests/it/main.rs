@@ -1,8 +1,10 @@
 //! The one integration binary: the router in-process over an engine whose model follows a script (`app`, `script`), and real servers over HTTP (`support`).
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod adapter_history;
 mod adapters;
 mod adapters_batch;
+mod admins;
 mod app;
 mod audit;
 mod bench;

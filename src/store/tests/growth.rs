@@ -234,6 +234,45 @@ async fn many(store: &Store, count: i64, table: &str, values: &str) {
 }
 
 #[tokio::test]
+async fn a_tenant_keeps_its_newest_entries_of_the_audit_log() {
+    for database in Database::each().await {
+        let store = database.open().await;
+        let columns = "audit (id, at, via, tenant, action, target)";
+        let values = |first: i64, tenant: &str| format!("{first} + 2 * i, {}, 'http', {tenant}, 'a', 'b'", unix_now());
+        // In turns, so that a tenant's oldest are among the others'; more than are counted or dropped at once.
+        many(&store, 5_000, columns, &values(1_000, "'ann'")).await;
+        many(&store, 300_000, columns, &values(1_001, "'ben'")).await;
+        many(&store, 3_000, columns, &values(20_000_000, "NULL")).await;
+        let left = async |tenant: &str| -> (i64, i64, i64) {
+            let sql = format!("SELECT COUNT(*), MIN(id), MAX(id) FROM audit WHERE tenant {tenant}");
+            let row = sqlx::query(sqlx::AssertSqlSafe(sql)).fetch_one(&store.pool).await.unwrap();
+            (sqlx::Row::get(&row, 0), sqlx::Row::get(&row, 1), sqlx::Row::get(&row, 2))
+        };
+        let shorten = async |most: u32| {
+            let mut pieces = 0;
+            for mut excess in store.excess(most).await.unwrap() {
+                pieces += 1;
+                while store.drop_excess(&mut excess).await.unwrap() {
+                    pieces += 1;
+                }
+            }
+            pieces
+        };
+        let newest_of_ben = 1_001 + 2 * 299_999;
+        assert_eq!(shorten(300_000).await, 0, "nobody has more");
+        assert_eq!(shorten(297_500).await, 3, "a thousand at once");
+        assert_eq!(left("= 'ben'").await, (297_500, newest_of_ben - 2 * 297_499, newest_of_ben));
+        assert_eq!(left("= 'ann'").await, (5_000, 1_000, 10_998), "another's stay");
+        assert!(shorten(2_999).await > 290);
+        assert_eq!(left("= 'ben'").await.0, 2_999);
+        assert_eq!(left("= 'ann'").await, (2_999, 10_998 - 2 * 2_998, 10_998));
+        assert_eq!(left("IS NULL").await.0, 3_000, "the operator's own");
+        assert_eq!(shorten(2_999).await, 0);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
 async fn a_tenant_keeps_its_newest_ended_jobs() {
     for database in Database::each().await {
         let store = database.open().await;
