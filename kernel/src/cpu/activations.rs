@@ -9,7 +9,7 @@ use super::{
     memory::Shared,
     tile::Left,
 };
-use crate::rounding::{GROUP, Layout};
+use crate::rounding::{GROUP, Layout, round_bf16};
 
 /// Rows of the largest tile of any instruction set.
 pub(super) const MAX_HEIGHT: usize = 12;
@@ -89,6 +89,8 @@ pub(super) struct Packed {
 pub(super) struct Room {
     layout: Layout,
     inputs: usize,
+    /// Words of a row.
+    pub(super) row_words: usize,
     words: Shared<u32>,
     scales: Shared<f32>,
     offsets: Shared<i32>,
@@ -96,9 +98,10 @@ pub(super) struct Room {
 }
 
 impl Packed {
-    /// Room for the rows of these tiles, of `inputs` numbers each.
-    pub(super) fn room(&mut self, layout: Layout, inputs: usize, tiles: &[Tile]) -> Room {
-        let words = extent(tiles, layout.padded(inputs) / layout.inputs_a_word());
+    /// Room for the rows of these tiles, of `inputs` numbers each; `pairs` as [`Lanes::PAIRS`].
+    pub(super) fn room(&mut self, layout: Layout, inputs: usize, pairs: bool, tiles: &[Tile]) -> Room {
+        let row_words = layout.activation_words(inputs, pairs);
+        let words = extent(tiles, row_words);
         let groups = extent(tiles, layout.groups(inputs));
         if self.words.len() < words {
             self.words.resize(words, 0);
@@ -111,6 +114,7 @@ impl Packed {
         Room {
             layout,
             inputs,
+            row_words,
             words: Shared(self.words.as_mut_ptr()),
             scales: Shared(self.scales.as_mut_ptr()),
             offsets: Shared(self.offsets.as_mut_ptr()),
@@ -122,10 +126,9 @@ impl Packed {
 impl Room {
     /// A tile that has been packed.
     pub(super) fn left(&self, tile: Tile) -> Left {
-        let words = self.layout.padded(self.inputs) / self.layout.inputs_a_word();
         let group = beginning(&tile, self.layout.groups(self.inputs));
         Left {
-            words: self.words.0.wrapping_add(beginning(&tile, words)),
+            words: self.words.0.wrapping_add(beginning(&tile, self.row_words)),
             height: tile.height,
             inputs: self.inputs,
             ahead: 0,
@@ -138,17 +141,18 @@ impl Room {
     /// Packs row `row` of a tile. The numbers behind `inputs`, up to [`Layout::padded`], are zeros.
     ///
     /// # Safety
-    /// The processor has the instructions of `L`; `x` is valid for the padded inputs; the tile lies in the room and is this thread's.
+    /// The processor has the instructions of `L`, for whose [`Lanes::PAIRS`] the room was made; `x` is valid for the padded inputs; the tile lies in the room and is this thread's.
     #[inline(always)]
     pub(super) unsafe fn pack<L: Lanes>(&self, tile: Tile, row: usize, x: *const f32) {
         let padded = self.layout.padded(self.inputs);
         let height = tile.height;
-        // SAFETY: word k of row `row` lies at k height + row of the tile; the tile has padded / inputs_a_word words a row.
+        // SAFETY: word k of row `row` lies at k height + row of the tile; the tile has `row_words` words a row.
         unsafe {
-            let words = self.words.0.add(beginning(&tile, padded / self.layout.inputs_a_word()) + row);
+            let words = self.words.0.add(beginning(&tile, self.row_words) + row);
             match self.layout {
                 Layout::F32 => (0..padded).for_each(|k| *words.add(k * height) = (*x.add(k)).to_bits()),
-                Layout::Bf16 => pack_bf16::<L>(x, padded, words, height),
+                Layout::Bf16 if L::PAIRS => pack_bf16::<L>(x, padded, words, height),
+                Layout::Bf16 => (0..padded).for_each(|k| *words.add(k * height) = round_bf16(*x.add(k)).to_bits()),
                 Layout::Q8 | Layout::Q4 => {
                     let place = beginning(&tile, padded / GROUP) + row;
                     for group in 0..padded / GROUP {

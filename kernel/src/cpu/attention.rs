@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::{
     activations::{MAX_HEIGHT, Packed, Tile, cut, pack_bf16, places},
     isa::{Kernels, Tiling},
-    lanes::{LANES, Lanes, exp, load_partial, store_partial, sum},
+    lanes::{LANES, Lanes, load_partial, store_partial, sum, weight},
     memory::{Lines, Shared},
     product::rms_norm,
     step::CpuStep,
@@ -266,7 +266,7 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
     cut(queries, job.kernels.heights, &mut scratch.tiles);
     let tiles = std::mem::take(&mut scratch.tiles);
     let count = places(&tiles);
-    let room = scratch.packed.room(job.kv.layout, head_dim, &tiles);
+    let room = scratch.packed.room(job.kv.layout, head_dim, T::Lanes::PAIRS, &tiles);
     for tile in &tiles {
         for row in 0..tile.rows {
             // SAFETY: these queries exist, and were written by this thread or in an earlier region; the room has these places.
@@ -345,21 +345,19 @@ unsafe fn span_of<T: Tiling>(
     // earlier one wrote (one more if they are odd in number, see `append`).
     unsafe {
         let scores = scratch.scores.as_mut_ptr();
+        let blocks = seen.div_ceil(BLOCK_TOKENS);
         let out = Tiles { data: scores, panel_stride: height * LANES, add: false };
         (job.kernels.multiply(kv.layout))(left, &scratch.keys, out);
         for row in 0..height {
             let place = first + row;
-            weigh::<T::Lanes>(
-                kv.layout,
-                scores.add(row * LANES),
-                height,
-                visible(row),
-                seen,
-                row,
-                place,
-                places,
-                scratch,
-            );
+            let visible = visible(row);
+            let (layout, scores) = (kv.layout, scores.add(row * LANES).cast_const());
+            // Called by name: through a pointer it would not be compiled for the instruction set.
+            if visible < blocks * BLOCK_TOKENS {
+                weigh::<T::Lanes, true>(layout, scores, height, visible, blocks, row, place, places, scratch);
+            } else {
+                weigh::<T::Lanes, false>(layout, scores, height, visible, blocks, row, place, places, scratch);
+            }
         }
         let values = Values {
             weights: scratch.weights.as_ptr(),
@@ -376,15 +374,15 @@ unsafe fn span_of<T: Tiling>(
 }
 
 /// Turns a query's scores of a span into weights relative to the running maximum, and brings its sums down to it. The scores of a
-/// block are `height` rows from those of the one before.
+/// block are `height` rows from those of the one before. MASKED: it does not see all of the span.
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
-unsafe fn weigh<L: Lanes>(
+unsafe fn weigh<L: Lanes, const MASKED: bool>(
     layout: Layout,
-    scores: *mut f32,
+    scores: *const f32,
     height: usize,
     visible: usize,
-    seen: usize,
+    blocks: usize,
     row: usize,
     place: usize,
     places: usize,
@@ -392,15 +390,10 @@ unsafe fn weigh<L: Lanes>(
 ) {
     // SAFETY: a query has sixteen scores a block and sixteen sums a panel; the weights have SPAN_TOKENS words for every row.
     unsafe {
-        let blocks = seen.div_ceil(BLOCK_TOKENS);
-        let count = |block: usize| visible.saturating_sub(block * BLOCK_TOKENS).min(BLOCK_TOKENS);
-        let nothing = L::splat(f32::NEG_INFINITY);
-        let mut largest = nothing;
+        let stride = height * LANES;
+        let mut largest = L::splat(f32::NEG_INFINITY);
         for block in 0..blocks {
-            let at = scores.add(block * height * LANES);
-            let masked = L::load(at).first(count(block), nothing);
-            masked.store(at);
-            largest = masked.at_least(largest);
+            largest = scores_of::<L, MASKED>(scores.add(block * stride), visible, block).at_least(largest);
         }
         let running = &mut scratch.running[place];
         let before = running.0;
@@ -408,7 +401,7 @@ unsafe fn weigh<L: Lanes>(
         let total = running.1.as_mut_ptr();
         if maximum > before {
             running.0 = maximum;
-            let decay = exp(L::splat(before - maximum));
+            let decay = weight(L::splat(before - maximum));
             L::load(total).mul(decay).store(total);
             for panel in scratch.sums.chunks_exact_mut(places * LANES) {
                 let sums = panel[place * LANES..(place + 1) * LANES].as_mut_ptr();
@@ -418,15 +411,33 @@ unsafe fn weigh<L: Lanes>(
         let mut sum = L::load(total);
         let weights = scratch.weights.as_mut_ptr().add(row * SPAN_TOKENS);
         for block in 0..blocks {
-            let score = L::load(scores.add(block * height * LANES));
-            let weight = exp(score.sub(L::splat(maximum))).first(count(block), L::splat(0.0));
+            // What is not seen is infinitely far below the maximum, and weighs nothing.
+            let scores = scores_of::<L, MASKED>(scores.add(block * stride), visible, block);
+            let weight = weight(scores.sub(L::splat(maximum)));
             sum = sum.add(weight);
-            if layout == Layout::F32 {
-                weight.store(weights.add(block * BLOCK_TOKENS).cast());
-            } else {
+            if layout == Layout::Bf16 && L::PAIRS {
                 weight.store_bf16(weights.add(block * BLOCK_TOKENS / 2).cast());
+            } else {
+                weight.store(weights.add(block * BLOCK_TOKENS).cast());
             }
         }
         sum.store(total);
+    }
+}
+
+/// A query's scores of the tokens of a block of a span, minus infinity for those that it does not see: it sees `visible` of the span.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+unsafe fn scores_of<L: Lanes, const MASKED: bool>(scores: *const f32, visible: usize, block: usize) -> L {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let scores = L::load(scores);
+        if !MASKED {
+            return scores;
+        }
+        let count = visible.saturating_sub(block * BLOCK_TOKENS).min(BLOCK_TOKENS);
+        scores.first(count, L::splat(f32::NEG_INFINITY))
     }
 }

@@ -1,6 +1,7 @@
 //! How a panel lies in memory: sixteen outputs (or tokens, or columns) side by side, input after input.
 //!
-//! Inputs come in *words* of 32 bits, of weights and of activations alike: one f32, two bfloat16, or four bytes.
+//! Inputs come in *words* of 32 bits, of weights and of activations alike: one f32, two bfloat16, or four bytes. But for activations of bfloat16 on
+//! processors without an instruction for pairs of them: those have a word each, an f32 that was rounded like the others.
 //!
 //! | layout | a panel of K inputs |
 //! |---|---|
@@ -41,6 +42,12 @@ impl Layout {
             Self::Bf16 => inputs.next_multiple_of(2),
             Self::Q8 | Self::Q4 => inputs.next_multiple_of(GROUP),
         }
+    }
+
+    /// Words of a row of activations; `pairs` as [`Lanes::PAIRS`].
+    pub(super) fn activation_words(self, inputs: usize, pairs: bool) -> usize {
+        let inputs_a_word = if self == Self::Bf16 && !pairs { 1 } else { self.inputs_a_word() };
+        self.padded(inputs) / inputs_a_word
     }
 
     /// Groups with a scale in a row of activations.
@@ -133,11 +140,20 @@ pub(super) trait Words {
     /// The processor has the instructions of `L`; the panel has word `k`.
     unsafe fn load<L: Lanes>(panel: *const u8, k: usize) -> Self::Weights<L>;
 
-    /// Adds the products with one word of activations.
+    /// Words of a row of activations that a word of weights takes.
+    fn taken<L: Lanes>() -> usize;
+
+    /// Adds the products with so many words of a row of activations, `stride` apart.
     ///
     /// # Safety
-    /// The processor has the instructions of `L`.
-    unsafe fn dot<L: Lanes>(sums: L, weights: Self::Weights<L>, x: u32) -> L;
+    /// The processor has the instructions of `L`; these words are there.
+    unsafe fn dot<L: Lanes>(sums: L, weights: Self::Weights<L>, x: *const u32, stride: usize) -> L;
+
+    /// The same with one output's word of weights, and the words of sixteen rows side by side.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; sixteen words are there, or twice as many.
+    unsafe fn dot_rows<L: Lanes>(sums: L, weight: u32, x: *const u32, stride: usize) -> L;
 }
 
 impl Words for F32 {
@@ -150,9 +166,20 @@ impl Words for F32 {
     }
 
     #[inline(always)]
-    unsafe fn dot<L: Lanes>(sums: L, weights: L, x: u32) -> L {
-        // SAFETY: the instruction set, by contract.
-        unsafe { L::splat(f32::from_bits(x)).fma(weights, sums) }
+    fn taken<L: Lanes>() -> usize {
+        1
+    }
+
+    #[inline(always)]
+    unsafe fn dot<L: Lanes>(sums: L, weights: L, x: *const u32, _: usize) -> L {
+        // SAFETY: the instruction set and the word, by contract.
+        unsafe { L::splat(x.cast::<f32>().read()).fma(weights, sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_rows<L: Lanes>(sums: L, weight: u32, x: *const u32, _: usize) -> L {
+        // SAFETY: the instruction set and the words, by contract.
+        unsafe { L::splat(f32::from_bits(weight)).fma(L::load(x.cast()), sums) }
     }
 }
 
@@ -166,9 +193,34 @@ impl Words for Bf16 {
     }
 
     #[inline(always)]
-    unsafe fn dot<L: Lanes>(sums: L, weights: L::Pairs, x: u32) -> L {
-        // SAFETY: the instruction set, by contract.
-        unsafe { sums.dot_pairs(weights, x) }
+    fn taken<L: Lanes>() -> usize {
+        if L::PAIRS { 1 } else { 2 }
+    }
+
+    #[inline(always)]
+    unsafe fn dot<L: Lanes>(sums: L, weights: L::Pairs, x: *const u32, stride: usize) -> L {
+        // SAFETY: the instruction set and the words, by contract.
+        unsafe {
+            if L::PAIRS {
+                return sums.dot_pairs(weights, x.read());
+            }
+            let (first, second) = L::halves(weights);
+            let sums = first.fma(L::splat(x.cast::<f32>().read()), sums);
+            second.fma(L::splat(x.add(stride).cast::<f32>().read()), sums)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_rows<L: Lanes>(sums: L, weight: u32, x: *const u32, stride: usize) -> L {
+        // SAFETY: the instruction set and the words, by contract. Both factors of a product are of one kind, so that they may change places.
+        unsafe {
+            if L::PAIRS {
+                return sums.dot_pairs(L::load_pairs(x.cast()), weight);
+            }
+            let (first, second) = (f32::from_bits(weight << 16), f32::from_bits(weight & 0xffff_0000));
+            let sums = L::splat(first).fma(L::load(x.cast()), sums);
+            L::splat(second).fma(L::load(x.add(stride).cast()), sums)
+        }
     }
 }
 

@@ -22,6 +22,8 @@ pub(super) trait Lanes: Copy {
     type Bytes: Copy;
     /// Sixteen 32-bit sums.
     type Ints: Copy;
+    /// Pairs of bfloat16 are multiplied by one instruction. Where there is none, activations of pairs are f32, a word each.
+    const PAIRS: bool;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -38,6 +40,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn at_most(self, ceiling: Self) -> Self;
     /// The first `count <= 16` lanes, and those of `rest` behind them.
     unsafe fn first(self, count: usize, rest: Self) -> Self;
+    /// Zero where a lane is less than `floor`; NaN stays NaN.
+    unsafe fn zero_below(self, floor: Self) -> Self;
     /// The largest lane, if none is NaN.
     unsafe fn largest(self) -> f32;
     /// The largest magnitude of both, or NaN if one of them is.
@@ -57,8 +61,12 @@ pub(super) trait Lanes: Copy {
     unsafe fn widen_f16(from: *const u16) -> Self;
 
     unsafe fn load_pairs(from: *const u16) -> Self::Pairs;
-    /// `self + first * x.first + second * x.second`, where x is one pair of bfloat16.
-    unsafe fn dot_pairs(self, weights: Self::Pairs, x: u32) -> Self;
+    /// `self + first * x.first + second * x.second`, where x is one pair of bfloat16. Only with [`Lanes::PAIRS`].
+    unsafe fn dot_pairs(self, _weights: Self::Pairs, _x: u32) -> Self {
+        unreachable!("no instruction for pairs")
+    }
+    /// The first and the second numbers of pairs.
+    unsafe fn halves(pairs: Self::Pairs) -> (Self, Self);
 
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
     /// The low and the high halves of sixty-four bytes.
@@ -102,6 +110,17 @@ pub(super) unsafe fn exp<L: Lanes>(x: L) -> L {
         let y = y.fma(r.mul(r), r).add(L::splat(1.0));
         y.mul(shifted.power_of_two())
     }
+}
+
+/// The weight of a score that is `x <= 0` more than the largest: e^x, and zero below 1e-26, which no sum that has the largest in it would show. So small a
+/// weight times a value can be a number without its leading bit, and sums of those take a hundred times as long on some processors.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+pub(super) unsafe fn weight<L: Lanes>(x: L) -> L {
+    // SAFETY: only lane arithmetic; the caller vouches for the instruction set.
+    unsafe { exp(x).zero_below(L::splat(1e-26)) }
 }
 
 /// `x / (1 + e^-x)`

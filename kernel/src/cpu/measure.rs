@@ -1,6 +1,6 @@
 //! A rough measurement of the whole step on synthetic weights of SmolLM2-135M's shapes; by hand only:
 //! `cargo nextest run --workspace --run-ignored only --no-capture cpu::measure`
-//! (narrowed by the variables ISA, PRECISION, RANK, THREADS; with PARTS also what each kind of region takes;
+//! (narrowed by the variables ISA, PRECISION, RANK, THREADS, CASE; with PARTS also what each kind of region takes;
 //! with `CARGO_PROFILE_DEV_DEBUG_ASSERTIONS=false CARGO_PROFILE_DEV_OVERFLOW_CHECKS=false` for what a release build reaches).
 
 use std::{sync::Arc, time::Instant};
@@ -207,7 +207,10 @@ fn tokens_a_second() {
                     ("64", 64, 64, 1),
                     ("32@512", 32, 512, 1),
                     ("pp512", 1, 0, 512),
-                ] {
+                ]
+                .into_iter()
+                .filter(|(name, ..)| !wanted("CASE", (*name).to_owned()))
+                {
                     let (wall, cpu) = rate(&mut model, &batch(sequences, start, rows, &cores));
                     print!("  {name} {wall:.0}/{cpu:.0}");
                 }

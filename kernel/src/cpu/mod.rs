@@ -267,7 +267,7 @@ impl Backend for CpuBackend {
         let few = count <= FEW_ROWS;
         let rooms = |thread: &mut Thread| {
             grow(&mut thread.mixed, if adapted { count * linear.down_rows } else { 0 });
-            let room = thread.packed.room(linear.layout, inputs, &self.tiles);
+            let room = thread.packed.room(linear.layout, inputs, self.kernels.pairs, &self.tiles);
             (room, Shared(thread.mixed.as_mut_ptr()))
         };
         let out = Shared(out.data.as_mut_ptr());

@@ -292,7 +292,7 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
     let weights = &job.linear.weights;
     let multiply = job.kernels.multiply(weights.layout);
     let at_once = job.units_at_once();
-    let row_bytes = weights.layout.padded(job.linear.inputs) / weights.layout.inputs_a_word() * 4;
+    let row_bytes = job.room.row_words * 4;
     let block = (BLOCK_BYTES / (row_bytes * MAX_HEIGHT)).max(1);
     let mut tile_out = [0f32; MAX_PANELS * MAX_HEIGHT * LANES];
     let mut pointers = [std::ptr::null(); MAX_PANELS];

@@ -68,14 +68,14 @@ unsafe fn words<L: Lanes, W: Words, const R: usize, const P: usize>(
     // SAFETY: the contract of `multiply`, of which this is a part.
     unsafe {
         for k in 0..count {
-            let x = left.words.add(k * R);
+            let x = left.words.add(k * W::taken::<L>() * R);
             let mut weights = [W::load::<L>(panels[0], k); P];
             each!(panel < P: { if panel > 0 { weights[panel] = W::load::<L>(panels[panel], k) } });
             if left.ahead > 0 {
                 each!(panel < P: { L::prefetch(panels[panel].wrapping_add(k * WORD_LINE + left.ahead)) });
             }
             each!(row < R: { each!(panel < P: {
-                sums[row][panel] = W::dot(sums[row][panel], weights[panel], *x.add(row));
+                sums[row][panel] = W::dot(sums[row][panel], weights[panel], x.add(row), R);
             }) });
         }
         sums
@@ -224,12 +224,11 @@ impl<W: Words, const INPUTS: usize> Turned for ByWords<W, INPUTS> {
         unsafe {
             let mut sums = [L::splat(0.0); C];
             for k in 0..left.inputs.div_ceil(INPUTS) {
-                let x = W::load::<L>(left.words.add(k * left.height).cast(), 0);
+                let x = left.words.add(k * W::taken::<L>() * left.height);
                 each!(column < C: {
                     let Column { panel, lane } = columns[column];
                     let weight = panel.add(k * WORD_LINE + 4 * lane).cast::<u32>().read();
-                    // Both factors of a product are of one kind, so that they may change places.
-                    sums[column] = W::dot(sums[column], x, weight);
+                    sums[column] = W::dot_rows(sums[column], weight, x, left.height);
                 });
             }
             sums
@@ -310,7 +309,7 @@ unsafe fn turned_chunk<L: Lanes, K: Turned, const C: usize>(left: Left, columns:
 /// Weights of tokens, and the panels of their values: what the second product of attention takes.
 #[derive(Clone, Copy)]
 pub(super) struct Values<'a> {
-    /// `[height][SPAN_TOKENS]`
+    /// `[height][SPAN_TOKENS]`, of which pairs take half
     pub(super) weights: *const u32,
     /// Rows of the tile: one of [`Tiling::HEIGHTS`].
     pub(super) height: usize,
@@ -341,17 +340,20 @@ unsafe fn accumulate_rows<L: Lanes, W: Words, const INPUTS: usize, const R: usiz
             each!(panel < P: { if panel < present { each!(row < R: { sums[row][panel] = L::load(place(row, panel)) }) } });
             for (block, &start) in values.blocks.iter().enumerate() {
                 let tokens = LANES.min(values.tokens - block * LANES);
-                let x = values.weights.add(block * LANES / INPUTS);
+                let x = values.weights.add(block * LANES / INPUTS * W::taken::<L>());
+                // A panel that is not there is the first once more, and its sums are nobody's.
+                let mut panels = [start.add(first * values.panel_bytes); P];
+                each!(panel < P: { if panel < present { panels[panel] = start.add((first + panel) * values.panel_bytes) } });
                 for k in 0..tokens.div_ceil(INPUTS) {
-                    each!(panel < P: {
-                        // A panel that is not there is the first once more, and its sums are nobody's.
-                        let panel_of = first + if panel < present { panel } else { 0 };
-                        let start = start.add(panel_of * values.panel_bytes);
-                        if values.ahead > 0 {
-                            L::prefetch(start.wrapping_add(k * WORD_LINE + values.ahead));
-                        }
-                        let weights = W::load::<L>(start, k);
-                        each!(row < R: { sums[row][panel] = W::dot(sums[row][panel], weights, *x.add(row * SPAN_TOKENS + k)) });
+                    if values.ahead > 0 {
+                        each!(panel < P: { L::prefetch(panels[panel].wrapping_add(k * WORD_LINE + values.ahead)) });
+                    }
+                    let mut weights = [W::load::<L>(panels[0], k); P];
+                    each!(panel < P: { if panel > 0 { weights[panel] = W::load::<L>(panels[panel], k) } });
+                    // Row by row: a factor is read once for all panels, and forgotten.
+                    each!(row < R: {
+                        let x = x.add(row * SPAN_TOKENS + k * W::taken::<L>());
+                        each!(panel < P: { sums[row][panel] = W::dot(sums[row][panel], weights[panel], x, 1) });
                     });
                 }
             }

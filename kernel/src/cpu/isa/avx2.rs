@@ -51,6 +51,7 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     type Pairs = Halves;
     type Bytes = Halves;
     type Ints = Halves;
+    const PAIRS: bool = false;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -118,6 +119,14 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
             let low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             let high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
             Self(half(self.0, rest.0, low), half(self.1, rest.1, high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(self, floor: Self) -> Self {
+        // SAFETY: AVX by contract.
+        unsafe {
+            let half = |x: __m256, floor: __m256| _mm256_and_ps(x, _mm256_cmp_ps::<_CMP_NLT_UQ>(x, floor));
+            Self(half(self.0, floor.0), half(self.1, floor.1))
         }
     }
     #[inline(always)]
@@ -191,17 +200,13 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         unsafe { Self::load_bytes(from.cast()) }
     }
     #[inline(always)]
-    unsafe fn dot_pairs(self, weights: Halves, x: u32) -> Self {
-        // SAFETY: AVX2 and FMA by contract.
+    unsafe fn halves(pairs: Halves) -> (Self, Self) {
+        // SAFETY: AVX2 by contract.
         unsafe {
             let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-            let (x, y) = (_mm256_set1_ps(f32::from_bits(x << 16)), _mm256_set1_ps(f32::from_bits(x & 0xffff_0000)));
-            let half = |sums: __m256, pairs: __m256i| {
-                let first = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
-                let second = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
-                _mm256_fmadd_ps(second, y, _mm256_fmadd_ps(first, x, sums))
-            };
-            Self(half(self.0, weights.0), half(self.1, weights.1))
+            let first = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+            let second = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+            (Self(first(pairs.0), first(pairs.1)), Self(second(pairs.0), second(pairs.1)))
         }
     }
     #[inline(always)]

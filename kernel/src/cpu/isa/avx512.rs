@@ -3,9 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
-
-use crate::cpu::lanes::{LANES, Lanes};
+use crate::cpu::lanes::Lanes;
 
 /// Sixteen f32 in one 512-bit register; with or without dot products of bfloat16.
 #[derive(Clone, Copy)]
@@ -16,6 +14,7 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     type Pairs = __m512i;
     type Bytes = __m512i;
     type Ints = __m512i;
+    const PAIRS: bool = BF16;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -74,6 +73,11 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         Self(unsafe { _mm512_mask_mov_ps(rest.0, ((1u32 << count) - 1) as u16, self.0) })
     }
     #[inline(always)]
+    unsafe fn zero_below(self, floor: Self) -> Self {
+        // SAFETY: AVX-512 F by contract.
+        unsafe { Self(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, floor.0), self.0)) }
+    }
+    #[inline(always)]
     unsafe fn largest(self) -> f32 {
         // SAFETY: AVX-512 F by contract.
         unsafe { _mm512_reduce_max_ps(self.0) }
@@ -110,16 +114,18 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     unsafe fn store_bf16(self, to: *mut u16) {
         // SAFETY: AVX-512 F, BF16 if we say so, and sixteen numbers by contract.
         unsafe {
-            if BF16 {
-                let narrow = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
-                _mm256_storeu_si256(to.cast(), narrow);
+            let narrow = if BF16 {
+                std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0))
             } else {
-                let mut lanes = [0f32; LANES];
-                self.store(lanes.as_mut_ptr());
-                for (i, lane) in lanes.iter().enumerate() {
-                    to.add(i).write_unaligned(bf16::from_f32(*lane).to_bits());
-                }
-            }
+                // Half of the last bit that stays, less one where that bit is even; a NaN would overflow, and is made quiet instead.
+                let bits = _mm512_castps_si512(self.0);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+                let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
+                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded))
+            };
+            _mm256_storeu_si256(to.cast(), narrow);
         }
     }
     #[inline(always)]
@@ -134,18 +140,19 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     }
     #[inline(always)]
     unsafe fn dot_pairs(self, weights: __m512i, x: u32) -> Self {
-        // SAFETY: AVX-512 F, and BF16 if we say so, by contract.
+        // SAFETY: AVX-512 BF16 by contract: it is only called if we say so.
         unsafe {
-            if BF16 {
-                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x.cast_signed()));
-                let weights = std::mem::transmute::<__m512i, __m512bh>(weights);
-                return Self(_mm512_dpbf16_ps(self.0, weights, x));
-            }
-            let first = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(weights));
-            let second = _mm512_and_si512(weights, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
-            let sums = _mm512_fmadd_ps(first, _mm512_set1_ps(f32::from_bits(x << 16)), self.0);
-            let x = _mm512_set1_ps(f32::from_bits(x & 0xffff_0000));
-            Self(_mm512_fmadd_ps(_mm512_castsi512_ps(second), x, sums))
+            let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x.cast_signed()));
+            let weights = std::mem::transmute::<__m512i, __m512bh>(weights);
+            Self(_mm512_dpbf16_ps(self.0, weights, x))
+        }
+    }
+    #[inline(always)]
+    unsafe fn halves(pairs: __m512i) -> (Self, Self) {
+        // SAFETY: AVX-512 F by contract.
+        unsafe {
+            let second = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+            (Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))), Self(_mm512_castsi512_ps(second)))
         }
     }
     #[inline(always)]

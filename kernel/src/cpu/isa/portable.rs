@@ -31,6 +31,7 @@ impl Lanes for Portable {
     type Pairs = [u32; LANES];
     type Bytes = [u8; 4 * LANES];
     type Ints = [i32; LANES];
+    const PAIRS: bool = false;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -83,6 +84,10 @@ impl Lanes for Portable {
         Self(std::array::from_fn(|i| if i < count { self.0[i] } else { rest.0[i] }))
     }
     #[inline(always)]
+    unsafe fn zero_below(self, floor: Self) -> Self {
+        self.zip(floor, |x, floor| if x < floor { 0.0 } else { x })
+    }
+    #[inline(always)]
     unsafe fn largest(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, |largest, x| if x > largest { x } else { largest })
     }
@@ -122,14 +127,8 @@ impl Lanes for Portable {
         pairs.map(|[first, second]| u32::from(first) | u32::from(second) << 16)
     }
     #[inline(always)]
-    unsafe fn dot_pairs(self, weights: [u32; LANES], x: u32) -> Self {
-        let (first, second) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
-        let mut out = self;
-        for (sum, pair) in out.0.iter_mut().zip(weights) {
-            let one = multiply_add(f32::from_bits(pair << 16), first, *sum);
-            *sum = multiply_add(f32::from_bits(pair & 0xffff_0000), second, one);
-        }
-        out
+    unsafe fn halves(pairs: [u32; LANES]) -> (Self, Self) {
+        (Self(pairs.map(|pair| f32::from_bits(pair << 16))), Self(pairs.map(|pair| f32::from_bits(pair & 0xffff_0000))))
     }
     #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> [u8; 4 * LANES] {
