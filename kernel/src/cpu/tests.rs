@@ -2,7 +2,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use super::*;
+use super::{
+    isa::lanes_for_tests::{self, Functions},
+    *,
+};
 use crate::suite::{self, AttentionCase, Group, Random, bits, cores, groups, mixed_rows, rows_batch, run_product};
 use crate::{BASE_SLOT, reference::ReferenceBackend};
 
@@ -207,10 +210,63 @@ fn all_sets_with_fused_arithmetic_give_the_same_bits() {
 }
 
 #[test]
+fn weights_are_powers_of_e_or_zero_and_never_subnormal() {
+    for Functions { isa, exp, weight, .. } in lanes_for_tests::each() {
+        let xs = [
+            0.0,
+            -0.5,
+            -1.0,
+            -20.0,
+            -59.0,
+            -59.8,
+            -59.9,
+            -60.0,
+            -86.0,
+            -87.0,
+            -88.0,
+            -104.0,
+            -1e9,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            -3.0,
+        ];
+        for ((x, weight), exp) in xs.into_iter().zip(weight(xs)).zip(exp(xs)) {
+            if x.is_nan() {
+                assert!(weight.is_nan(), "{isa}");
+            } else {
+                assert_eq!(weight, if x > -59.85 { exp } else { 0.0 }, "{isa}: {x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn numbers_become_bfloat16_alike_everywhere() {
+    let mut numbers: Vec<f32> = Random(5).units(1600).into_iter().map(|x| x * 1e3).collect();
+    // Ties to even, up and down; what rounds to infinity; what has no number.
+    numbers.extend(
+        [0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001, 0xbf81_8000, 0x7f7f_ffff, 0xff7f_ffff, 0x7f80_0000]
+            .map(f32::from_bits),
+    );
+    numbers.extend(
+        [0x7f80_0001, 0xffff_ffff, 0x7fff_8000, 0x7fc0_0000, 0x8000_0000, 0, 0x0080_0000, 0x7f7f_7fff]
+            .map(f32::from_bits),
+    );
+    for Functions { isa, narrow, .. } in lanes_for_tests::each() {
+        for chunk in numbers.chunks_exact(16) {
+            for (x, got) in chunk.iter().zip(narrow(chunk.try_into().unwrap())) {
+                let want = half::bf16::from_f32(*x);
+                let same = got == want.to_bits() || (x.is_nan() && half::bf16::from_bits(got).is_nan());
+                assert!(same, "{isa}: {x:e} ({:#x}) becomes {got:#x}, not {want}", x.to_bits());
+            }
+        }
+    }
+}
+
+#[test]
 fn exp_is_within_two_ulp_and_keeps_nan() {
-    use super::isa::lanes_for_tests::each_exp;
     let xs: Vec<f32> = (0..16_000).map(|i| -86.9 + i as f32 * 0.0109).collect();
-    for (isa, exp) in each_exp() {
+    for Functions { isa, exp, .. } in lanes_for_tests::each() {
         for chunk in xs.chunks_exact(16) {
             for (x, got) in chunk.iter().zip(exp(chunk.try_into().unwrap())) {
                 let want = f64::from(*x).exp();

@@ -269,29 +269,47 @@ macro_rules! compile {
 
 use {compile, kernels};
 
-/// exp on every instruction set of this machine.
+/// Functions of lanes on every instruction set of this machine.
 #[cfg(test)]
 pub(super) mod lanes_for_tests {
     use super::*;
+    use crate::cpu::lanes;
 
-    type Exp = fn([f32; 16]) -> [f32; 16];
+    /// Of one set.
+    pub(in crate::cpu) struct Functions {
+        pub(in crate::cpu) isa: Isa,
+        pub(in crate::cpu) exp: fn([f32; 16]) -> [f32; 16],
+        pub(in crate::cpu) weight: fn([f32; 16]) -> [f32; 16],
+        pub(in crate::cpu) narrow: fn([f32; 16]) -> [u16; 16],
+    }
 
-    fn exp<L: Lanes>(x: [f32; 16]) -> [f32; 16] {
-        let mut out = [0f32; 16];
-        // SAFETY: only called for instruction sets that are available; both arrays hold sixteen numbers.
-        unsafe { crate::cpu::lanes::exp(L::load(x.as_ptr())).store(out.as_mut_ptr()) };
-        out
+    fn functions<L: Lanes>(isa: Isa) -> Functions {
+        fn map<L: Lanes>(x: [f32; 16], f: unsafe fn(L) -> L) -> [f32; 16] {
+            let mut out = [0f32; 16];
+            // SAFETY: only called for instruction sets that are available; both arrays hold sixteen numbers.
+            unsafe { f(L::load(x.as_ptr())).store(out.as_mut_ptr()) };
+            out
+        }
+        fn narrow<L: Lanes>(x: [f32; 16]) -> [u16; 16] {
+            let mut out = [0u16; 16];
+            // SAFETY: as above.
+            unsafe { L::load(x.as_ptr()).store_bf16(out.as_mut_ptr()) };
+            out
+        }
+        Functions { isa, exp: |x| map::<L>(x, lanes::exp), weight: |x| map::<L>(x, lanes::weight), narrow: narrow::<L> }
     }
 
     /// One a set.
-    pub(in crate::cpu) fn each_exp() -> Vec<(Isa, Exp)> {
+    pub(in crate::cpu) fn each() -> Vec<Functions> {
         let of = |isa| match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 | Isa::Avx512 => exp::<avx512::Avx512<true>> as Exp,
+            Isa::Avx512Bf16 => functions::<avx512::Avx512<true>>(isa),
             #[cfg(target_arch = "x86_64")]
-            Isa::AvxVnni | Isa::Avx2 => exp::<avx2::Avx2<true>> as Exp,
-            _ => exp::<portable::Portable> as Exp,
+            Isa::Avx512 => functions::<avx512::Avx512<false>>(isa),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni | Isa::Avx2 => functions::<avx2::Avx2<true>>(isa),
+            _ => functions::<portable::Portable>(isa),
         };
-        Isa::available().into_iter().map(|isa| (isa, of(isa))).collect()
+        Isa::available().into_iter().map(of).collect()
     }
 }
