@@ -46,6 +46,52 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return medians[100], medians[-101]
 
 
+def start(args, line: str, at: Path) -> servers.MoteServer:
+    """A server that has its adapters, asleep."""
+    program, *flags = shlex.split(line)
+    server = servers.MoteServer(line, Path(program), args.model, flags, args.clients, args.threads, at, at.with_suffix(".log"))
+    server.start()
+    with server:
+        server.upload_batch(0, args.clients, 1e-3)
+    return server
+
+
+def measure(args, running: list[servers.MoteServer]) -> list[list[float]]:
+    """Tokens a second of each server in each round, after a load that is not counted."""
+    texts = iter(prompts.short(11, (args.rounds + 1) * len(running) * args.clients * args.per_client))
+    options = {"stream": True, "stream_options": {"include_usage": True}} if args.streamed else {}
+
+    def load(server) -> float:
+        def request(adapter: int) -> bytes:
+            body = {"prompt": next(texts), "max_tokens": args.tokens, "temperature": 0, "ignore_eos": True}
+            return client.request("/v1/completions", body | options | server.extras(adapter))
+
+        work = [[request(adapter) for _ in range(args.per_client)] for adapter in range(args.clients)]
+        with server:
+            return client.load(server.port, work, stream=args.streamed, expect=args.tokens).rate
+
+    for server in running:
+        load(server)
+    rates = [[] for _ in running]
+    for number in range(args.rounds):
+        for place in range(len(running)):
+            turn = (number + place) % len(running)
+            rates[turn].append(load(running[turn]))
+    return rates
+
+
+def compare(names: list[str], rates: list[list[float]]) -> list[dict]:
+    """Prints and gives each server's rate and its ratios to the first."""
+    table = []
+    for name, values in zip(names, rates):
+        ratios = [value / base for value, base in zip(values, rates[0])]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        it = {"server": name, "tokens_a_second": statistics.median(values), "ratio": statistics.median(ratios), "quartiles": [low, high], "interval": interval(ratios)}
+        print(f"{it['tokens_a_second']:8.1f} tokens/s  {it['ratio']:.3f} (quartiles {low:.3f} to {high:.3f}, 95 % {it['interval'][0]:.3f} to {it['interval'][1]:.3f})  {name}")
+        table.append(it)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -58,48 +104,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    texts = iter(prompts.short(11, (args.rounds + 1) * len(args.server) * args.clients * args.per_client))
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
     with tempfile.TemporaryDirectory() as folder, ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
         running = []
         try:
             for number, line in enumerate(args.server):
-                program, *flags = shlex.split(line.replace("{collector}", str(collector.server_port)))
-                at = Path(folder) / str(number)
-                server = servers.MoteServer(line, Path(program), args.model, flags, args.clients, args.threads, at, at.with_suffix(".log"))
-                server.start()
-                running.append(server)
-                with server:
-                    server.upload_batch(0, args.clients, 1e-3)
-
-            def load(server) -> float:
-                def request(adapter: int) -> bytes:
-                    body = {"prompt": next(texts), "max_tokens": args.tokens, "temperature": 0, "ignore_eos": True, "stream": args.streamed} | server.extras(adapter)
-                    return client.request("/v1/completions", body | ({"stream_options": {"include_usage": True}} if args.streamed else {}))
-
-                work = [[request(adapter) for _ in range(args.per_client)] for adapter in range(args.clients)]
-                with server:
-                    return client.load(server.port, work, stream=args.streamed, expect=args.tokens).rate
-
-            for server in running:
-                load(server)
-            rates: dict[str, list[float]] = {server.name: [] for server in running}
-            for number in range(args.rounds):
-                for place in range(len(running)):
-                    server = running[(number + place) % len(running)]
-                    rates[server.name].append(load(server))
+                running.append(start(args, line.replace("{collector}", str(collector.server_port)), Path(folder) / str(number)))
+            rates = measure(args, running)
         finally:
             for server in running:
                 server.stop()
             collector.shutdown()
-    first = rates[args.server[0]]
-    table = {}
-    for name, values in rates.items():
-        ratios = [value / base for value, base in zip(values, first)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        table[name] = {"tokens_a_second": statistics.median(values), "ratio": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]], "interval": interval(ratios)}
-        it = table[name]
-        print(f"{it['tokens_a_second']:8.1f} tokens/s  {it['ratio']:.3f} (quartiles {it['quartiles'][0]:.3f} to {it['quartiles'][1]:.3f}, 95 % {it['interval'][0]:.3f} to {it['interval'][1]:.3f})  {name}")
+    table = compare(args.server, rates)
     print(f"{Collector.taken} bytes of spans")
     if args.out:
         args.out.write_text(json.dumps({"machine": machine.describe(), "settings": {"clients": args.clients, "tokens": args.tokens, "streamed": args.streamed}, "rates": rates, "table": table}, indent=1) + "\n")

@@ -232,7 +232,7 @@ pub(super) struct Scratch {
     packed: Packed,
     /// `[SPAN_BLOCKS][height, 16]`
     scores: Vec<f32>,
-    /// `[height][SPAN_WORDS]`
+    /// `[height][SPAN_TOKENS]`, of which pairs take half
     weights: Vec<u32>,
     /// `[head_dim / 16][places, 16]`
     sums: Vec<f32>,

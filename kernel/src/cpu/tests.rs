@@ -29,7 +29,7 @@ fn products_equal_the_reference() {
 #[test]
 fn attention_equals_the_reference() {
     for isa in Isa::available() {
-        // Keys, values, queries and weights are bfloat16 beside weights that are not f32: eight bits.
+        // Keys, values and queries are bfloat16 beside weights that are not f32, and so are the tokens' weights where pairs are multiplied: eight bits.
         let tolerance = |precision| if precision == Precision::F32 { 4e-6 } else { 4e-3 };
         suite::attention_equals_reference(backend(isa, 2), tolerance);
     }
