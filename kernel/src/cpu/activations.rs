@@ -5,14 +5,26 @@ use half::bf16;
 
 use super::{
     format::GROUP_WORDS,
+    isa::Tiling,
     lanes::{LANES, Lanes, quantize},
-    memory::Shared,
+    memory::{Lines, Shared},
     tile::Left,
 };
 use crate::rounding::{GROUP, Layout, round_bf16};
 
 /// Rows of the largest tile of any instruction set.
-pub(super) const MAX_HEIGHT: usize = 12;
+pub(super) const MAX_HEIGHT: usize = 32;
+
+/// How activations lie that are not f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Word by word, the rows of a word side by side: four bytes, or one bfloat16 that is widened to an f32.
+    Singles,
+    /// The same, but two bfloat16 a word.
+    Pairs,
+    /// `[inputs / 32][rows][32]` bfloat16, beside weights of any layout but f32.
+    Tiles,
+}
 
 /// Consecutive rows that are multiplied together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +90,7 @@ fn extent(tiles: &[Tile], each: usize) -> usize {
 /// Room for packed rows; grows to the largest product.
 #[derive(Default)]
 pub(super) struct Packed {
-    words: Vec<u32>,
+    words: Lines,
     scales: Vec<f32>,
     offsets: Vec<i32>,
     sums: Vec<f32>,
@@ -98,14 +110,11 @@ pub(super) struct Room {
 }
 
 impl Packed {
-    /// Room for the rows of these tiles, of `inputs` numbers each; `pairs` as [`Lanes::PAIRS`].
-    pub(super) fn room(&mut self, layout: Layout, inputs: usize, pairs: bool, tiles: &[Tile]) -> Room {
-        let row_words = layout.activation_words(inputs, pairs);
-        let words = extent(tiles, row_words);
-        let groups = extent(tiles, layout.groups(inputs));
-        if self.words.len() < words {
-            self.words.resize(words, 0);
-        }
+    /// Room for the rows of these tiles, of `inputs` numbers each.
+    pub(super) fn room(&mut self, layout: Layout, inputs: usize, form: Form, tiles: &[Tile]) -> Room {
+        let row_words = layout.activation_words(inputs, form);
+        let words = self.words.at_least(extent(tiles, row_words) * size_of::<u32>());
+        let groups = if form == Form::Tiles { 0 } else { extent(tiles, layout.groups(inputs)) };
         if self.scales.len() < groups {
             self.scales.resize(groups, 0.0);
             self.offsets.resize(groups, 0);
@@ -115,7 +124,7 @@ impl Packed {
             layout,
             inputs,
             row_words,
-            words: Shared(self.words.as_mut_ptr()),
+            words: Shared(words.cast()),
             scales: Shared(self.scales.as_mut_ptr()),
             offsets: Shared(self.offsets.as_mut_ptr()),
             sums: Shared(self.sums.as_mut_ptr()),
@@ -130,20 +139,26 @@ impl Room {
         Left {
             words: self.words.0.wrapping_add(beginning(&tile, self.row_words)),
             height: tile.height,
+            rows: tile.rows,
             inputs: self.inputs,
             ahead: 0,
             scales: self.scales.0.wrapping_add(group),
             offsets: self.offsets.0.wrapping_add(group),
             sums: self.sums.0.wrapping_add(group),
+            widened: std::ptr::null_mut(),
         }
     }
 
     /// Packs row `row` of a tile. The numbers behind `inputs`, up to [`Layout::padded`], are zeros.
     ///
     /// # Safety
-    /// The processor has the instructions of `L`, for whose [`Lanes::PAIRS`] the room was made; `x` is valid for the padded inputs; the tile lies in the room and is this thread's.
+    /// The processor has the instructions of `T`, for whose [`Tiling::FORM`] the room was made; `x` is valid for the padded inputs; the tile lies in the room and is this thread's.
     #[inline(always)]
-    pub(super) unsafe fn pack<L: Lanes>(&self, tile: Tile, row: usize, x: *const f32) {
+    pub(super) unsafe fn pack<T: Tiling>(&self, tile: Tile, row: usize, x: *const f32) {
+        if T::FORM == Form::Tiles {
+            // SAFETY: the caller's contract.
+            return unsafe { self.pack_tile::<T>(tile, row, x) };
+        }
         let padded = self.layout.padded(self.inputs);
         let height = tile.height;
         // SAFETY: word k of row `row` lies at k height + row of the tile; the tile has `row_words` words a row.
@@ -151,13 +166,13 @@ impl Room {
             let words = self.words.0.add(beginning(&tile, self.row_words) + row);
             match self.layout {
                 Layout::F32 => (0..padded).for_each(|k| *words.add(k * height) = (*x.add(k)).to_bits()),
-                Layout::Bf16 if L::PAIRS => pack_bf16::<L>(x, padded, words, height),
+                Layout::Bf16 if T::FORM == Form::Pairs => pack_bf16::<T::Lanes>(x, padded, words, height),
                 Layout::Bf16 => (0..padded).for_each(|k| *words.add(k * height) = round_bf16(*x.add(k)).to_bits()),
                 Layout::Q8 | Layout::Q4 => {
                     let place = beginning(&tile, padded / GROUP) + row;
                     for group in 0..padded / GROUP {
                         let mut bytes = [0u32; GROUP_WORDS];
-                        let (scale, sum) = quantize::<L>(x.add(group * GROUP), bytes.as_mut_ptr().cast());
+                        let (scale, sum) = quantize::<T::Lanes>(x.add(group * GROUP), bytes.as_mut_ptr().cast());
                         let words = words.add(group * GROUP_WORDS * height);
                         for (k, word) in bytes.into_iter().enumerate() {
                             *words.add(k * height) = word;
@@ -167,6 +182,28 @@ impl Room {
                         *self.offsets.0.add(at) = -128 * sum as i32;
                         *self.sums.0.add(at) = scale * sum;
                     }
+                }
+            }
+        }
+    }
+}
+
+impl Room {
+    /// [`Self::pack`] where activations lie in tiles: a row's groups of thirty-two, with zeros behind the last input.
+    #[inline(always)]
+    unsafe fn pack_tile<T: Tiling>(&self, tile: Tile, row: usize, x: *const f32) {
+        // SAFETY: group g of row `row` is line g height + row of the tile; the caller vouches for `x`.
+        unsafe {
+            let lines = self.words.0.add(beginning(&tile, self.row_words) + row * LANES);
+            for group in 0..self.inputs.div_ceil(GROUP) {
+                let line = lines.add(group * tile.height * LANES);
+                let (from, left) = (x.add(group * GROUP), self.inputs - group * GROUP);
+                if left >= GROUP {
+                    T::pack_line(self.layout, from, line);
+                } else {
+                    let mut last = [0f32; GROUP];
+                    std::ptr::copy_nonoverlapping(from, last.as_mut_ptr(), left);
+                    T::pack_line(self.layout, last.as_ptr(), line);
                 }
             }
         }

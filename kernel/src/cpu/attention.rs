@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{
     activations::{MAX_HEIGHT, Packed, Tile, cut, pack_bf16, places},
-    isa::{Kernels, Tiling},
+    isa::{Kernels, Region, Tiling},
     lanes::{LANES, Lanes, load_partial, store_partial, sum, weight},
     memory::{Lines, Shared},
     product::rms_norm,
@@ -31,7 +31,7 @@ pub(super) const SPAN_TOKENS: usize = SPAN_BLOCKS * BLOCK_TOKENS;
 /// What one item of attention reads of a block lies together, and so does what its neighbours read.
 pub struct CpuKv {
     pub(super) shape: KvShape,
-    layout: Layout,
+    pub(super) layout: Layout,
     pub(super) data: Lines,
     /// Bytes of a head's keys in a block.
     key_bytes: usize,
@@ -231,11 +231,11 @@ pub(super) struct Scratch {
     tiles: Vec<Tile>,
     packed: Packed,
     /// `[SPAN_BLOCKS][height, 16]`
-    scores: Vec<f32>,
-    /// `[height][SPAN_TOKENS]`, of which pairs take half
-    weights: Vec<u32>,
+    scores: Lines,
+    /// `[height][SPAN_TOKENS]` words, of which bfloat16 take half
+    weights: Lines,
     /// `[head_dim / 16][places, 16]`
-    sums: Vec<f32>,
+    sums: Lines,
     /// Largest score so far of each query, and the weights relative to it, summed in sixteen chains.
     running: Vec<(f32, [f32; LANES])>,
     /// Panels of keys, then of values, of the blocks of a span.
@@ -246,13 +246,26 @@ pub(super) struct Scratch {
 // SAFETY: the pointers are only read inside the call that wrote them.
 unsafe impl Send for Scratch {}
 
-/// Attention of one item. Its queries are the rows of the chunk times the query heads that share the key/value head.
+/// Attention of some items.
 ///
 /// # Safety
-/// The processor has the instructions of `T`; the step was checked against the cache; the item's part of `out` (and of what is appended) is
+/// The processor has the instructions of `T`; the step was checked against the cache; the items' parts of `out` (and of what is appended) are
 /// this thread's.
 #[inline(always)]
-pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch: &mut Scratch) {
+pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, items: Range<usize>, scratch: &mut Scratch) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        T::begin(Region::Attention);
+        for item in items {
+            attend_item::<T>(job, item, scratch);
+        }
+        T::end();
+    }
+}
+
+/// Attention of one item. Its queries are the rows of the chunk times the query heads that share the key/value head.
+#[inline(always)]
+unsafe fn attend_item<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch: &mut Scratch) {
     let (chunk, head) = (&job.step.chunks[item / job.spec.kv_heads], item % job.spec.kv_heads);
     let (head_dim, group) = (job.spec.head_dim, job.spec.heads / job.spec.kv_heads);
     let width = job.spec.heads * head_dim;
@@ -266,17 +279,19 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
     cut(queries, job.kernels.heights, &mut scratch.tiles);
     let tiles = std::mem::take(&mut scratch.tiles);
     let count = places(&tiles);
-    let room = scratch.packed.room(job.kv.layout, head_dim, T::Lanes::PAIRS, &tiles);
+    let room = scratch.packed.room(job.kv.layout, head_dim, T::FORM, &tiles);
     for tile in &tiles {
         for row in 0..tile.rows {
             // SAFETY: these queries exist, and were written by this thread or in an earlier region; the room has these places.
-            unsafe { room.pack::<T::Lanes>(*tile, row, job.queries.get(at(tile.first + row))) };
+            unsafe { room.pack::<T>(*tile, row, job.queries.get(at(tile.first + row))) };
         }
     }
-    scratch.scores.resize(SPAN_BLOCKS * MAX_HEIGHT * LANES, 0.0);
-    scratch.weights.resize(MAX_HEIGHT * SPAN_TOKENS, 0);
-    scratch.sums.clear();
-    scratch.sums.resize(head_dim.div_ceil(LANES) * count * LANES, 0.0);
+    scratch.scores.at_least(SPAN_BLOCKS * MAX_HEIGHT * LANES * size_of::<f32>());
+    scratch.weights.at_least(MAX_HEIGHT * SPAN_TOKENS * size_of::<u32>());
+    let numbers = head_dim.div_ceil(LANES) * count * LANES;
+    let sums = scratch.sums.at_least(numbers * size_of::<f32>()).cast::<f32>();
+    // SAFETY: so many numbers are there.
+    unsafe { sums.write_bytes(0, numbers) };
     scratch.running.clear();
     scratch.running.resize(count, (f32::NEG_INFINITY, [0.0; LANES]));
 
@@ -300,15 +315,15 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
         let span = first / BLOCK_TOKENS..(first + seen).div_ceil(BLOCK_TOKENS);
         panels_of(&blocks[span], &mut scratch.keys, &mut scratch.values);
         for tile in &tiles {
-            // How many of the span's tokens a row of the tile sees; rows of nobody see what the last one sees.
+            // How many of the span's tokens a row of the tile sees.
             let visible = |row: usize| {
-                let row = (tile.first + row.min(tile.rows - 1)) / group;
+                let row = (tile.first + row) / group;
                 seen.min((start + row + 1).saturating_sub(first))
             };
             // SAFETY: the contract of this function; scratch was sized for these tiles.
             unsafe {
                 let left = Left { ahead: if tile.number == 0 { ahead } else { 0 }, ..room.left(*tile) };
-                span_of::<T>(job, left, tile.place, count, seen, visible, scratch);
+                span_of::<T>(job, left, *tile, count, seen, visible, scratch);
             }
         }
     }
@@ -320,7 +335,7 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
                 let total = T::Lanes::splat(1.0 / sum(T::Lanes::load(scratch.running[place].1.as_ptr())));
                 let out = job.out.get(at(tile.first + row));
                 for d in (0..head_dim).step_by(LANES) {
-                    let sums = scratch.sums[(d / LANES * count + place) * LANES..][..LANES].as_ptr();
+                    let sums = sums.add((d / LANES * count + place) * LANES);
                     store_partial(T::Lanes::load(sums).mul(total), out.add(d), LANES.min(head_dim - d));
                 }
             }
@@ -329,68 +344,84 @@ pub(super) unsafe fn attend<T: Tiling>(job: &AttendJob<'_>, item: usize, scratch
     scratch.tiles = tiles;
 }
 
-/// The queries of one tile, whose places begin at `first`, meet the `seen` tokens of a span.
+/// The queries of one tile meet the `seen` tokens of a span. Rows of nobody have weights of nobody.
 #[inline(always)]
 unsafe fn span_of<T: Tiling>(
     job: &AttendJob<'_>,
     left: Left,
-    first: usize,
+    tile: Tile,
     places: usize,
     seen: usize,
     visible: impl Fn(usize) -> usize,
     scratch: &mut Scratch,
 ) {
-    let (kv, height) = (job.kv, left.height);
+    let (kv, height, panels) = (job.kv, left.height, job.spec.head_dim.div_ceil(LANES));
     // SAFETY: scratch holds a span's scores and weights of a tile, and all panels of sums; of values only tokens are read that this step or an
     // earlier one wrote (one more if they are odd in number, see `append`).
     unsafe {
-        let scores = scratch.scores.as_mut_ptr();
+        let scores = scratch.scores.as_mut_ptr().cast::<f32>();
         let blocks = seen.div_ceil(BLOCK_TOKENS);
         let out = Tiles { data: scores, panel_stride: height * LANES, add: false };
-        (job.kernels.multiply(kv.layout))(left, &scratch.keys, out);
-        for row in 0..height {
-            let place = first + row;
-            let visible = visible(row);
-            let (layout, scores) = (kv.layout, scores.add(row * LANES).cast_const());
+        (job.kernels.scores(kv.layout))(left, &scratch.keys, out);
+        for row in 0..tile.rows {
+            let query = Query {
+                layout: kv.layout,
+                scores: scores.add(row * LANES),
+                stride: height * LANES,
+                blocks,
+                visible: visible(row),
+                row,
+                place: tile.place + row,
+                places,
+                panels,
+            };
             // Called by name: through a pointer it would not be compiled for the instruction set.
-            if visible < blocks * BLOCK_TOKENS {
-                weigh::<T::Lanes, true>(layout, scores, height, visible, blocks, row, place, places, scratch);
+            if query.visible < blocks * BLOCK_TOKENS {
+                weigh::<T::Lanes, true>(query, scratch);
             } else {
-                weigh::<T::Lanes, false>(layout, scores, height, visible, blocks, row, place, places, scratch);
+                weigh::<T::Lanes, false>(query, scratch);
             }
         }
         let values = Values {
-            weights: scratch.weights.as_ptr(),
+            weights: scratch.weights.as_ptr().cast(),
             height,
             tokens: seen,
             blocks: &scratch.values,
-            panels: job.spec.head_dim.div_ceil(LANES),
+            panels,
             panel_bytes: kv.value_panel,
             ahead: left.ahead,
         };
-        let sums = scratch.sums.as_mut_ptr().add(first * LANES);
+        let sums = scratch.sums.as_mut_ptr().cast::<f32>().add(tile.place * LANES);
         (job.kernels.accumulate(kv.layout))(values, Tiles { data: sums, panel_stride: places * LANES, add: true });
     }
 }
 
-/// Turns a query's scores of a span into weights relative to the running maximum, and brings its sums down to it. The scores of a
-/// block are `height` rows from those of the one before. MASKED: it does not see all of the span.
-#[allow(clippy::too_many_arguments)]
-#[inline(always)]
-unsafe fn weigh<L: Lanes, const MASKED: bool>(
+/// A query whose scores of a span's tokens are known.
+struct Query {
     layout: Layout,
+    /// Those of the first block; those of the next lie `stride` numbers further.
     scores: *const f32,
-    height: usize,
-    visible: usize,
+    stride: usize,
+    /// Blocks of the span.
     blocks: usize,
+    /// Tokens of the span that it sees.
+    visible: usize,
+    /// Its row of the tile.
     row: usize,
+    /// Its place among those of all tiles, so many in all.
     place: usize,
     places: usize,
-    scratch: &mut Scratch,
-) {
+    /// Panels of sums.
+    panels: usize,
+}
+
+/// Turns a query's scores of a span into weights relative to the running maximum, and brings its sums down to it. MASKED: it does not see all of
+/// the span.
+#[inline(always)]
+unsafe fn weigh<L: Lanes, const MASKED: bool>(query: Query, scratch: &mut Scratch) {
+    let Query { layout, scores, stride, blocks, visible, row, place, places, panels } = query;
     // SAFETY: a query has sixteen scores a block and sixteen sums a panel; the weights have SPAN_TOKENS words for every row.
     unsafe {
-        let stride = height * LANES;
         let mut largest = L::splat(f32::NEG_INFINITY);
         for block in 0..blocks {
             largest = scores_of::<L, MASKED>(scores.add(block * stride), visible, block).at_least(largest);
@@ -403,13 +434,14 @@ unsafe fn weigh<L: Lanes, const MASKED: bool>(
             running.0 = maximum;
             let decay = weight(L::splat(before - maximum));
             L::load(total).mul(decay).store(total);
-            for panel in scratch.sums.chunks_exact_mut(places * LANES) {
-                let sums = panel[place * LANES..(place + 1) * LANES].as_mut_ptr();
+            let sums = scratch.sums.as_mut_ptr().cast::<f32>();
+            for panel in 0..panels {
+                let sums = sums.add((panel * places + place) * LANES);
                 L::load(sums).mul(decay).store(sums);
             }
         }
         let mut sum = L::load(total);
-        let weights = scratch.weights.as_mut_ptr().add(row * SPAN_TOKENS);
+        let weights = scratch.weights.as_mut_ptr().cast::<u32>().add(row * SPAN_TOKENS);
         for block in 0..blocks {
             // What is not seen is infinitely far below the maximum, and weighs nothing.
             let scores = scores_of::<L, MASKED>(scores.add(block * stride), visible, block);

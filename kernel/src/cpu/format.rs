@@ -17,7 +17,10 @@
 
 use half::bf16;
 
-use super::lanes::{LANES, Lanes};
+use super::{
+    activations::Form,
+    lanes::{LANES, Lanes},
+};
 use crate::rounding::{GROUP, Layout, Q4Block, Q8Block};
 
 /// Bytes of sixteen words.
@@ -44,10 +47,13 @@ impl Layout {
         }
     }
 
-    /// Words of a row of activations; `pairs` as [`Lanes::PAIRS`].
-    pub(super) fn activation_words(self, inputs: usize, pairs: bool) -> usize {
-        let inputs_a_word = if self == Self::Bf16 && !pairs { 1 } else { self.inputs_a_word() };
-        self.padded(inputs) / inputs_a_word
+    /// Words of a row of activations.
+    pub(super) fn activation_words(self, inputs: usize, form: Form) -> usize {
+        match (self, form) {
+            (_, Form::Tiles) => inputs.next_multiple_of(GROUP) / 2,
+            (Self::Bf16, Form::Singles) => self.padded(inputs),
+            _ => self.padded(inputs) / self.inputs_a_word(),
+        }
     }
 
     /// Groups with a scale in a row of activations.

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     Epilogue, KernelError, LinearPart, Precision, Weight,
     check::shape,
-    rounding::{GROUP, Layout, quantize_q8},
+    rounding::{GROUP, Layout, Q4Block, Q8Block, quantize_q8},
 };
 
 /// Panels of one matrix.
@@ -23,8 +23,8 @@ pub(super) struct Panels {
 /// A matrix in the numbers of its layout, row after row.
 enum Matrix {
     Floats(Vec<f32>),
-    Q8(Vec<crate::rounding::Q8Block>),
-    Q4(Vec<crate::rounding::Q4Block>),
+    Q8(Vec<Q8Block>),
+    Q4(Vec<Q4Block>),
 }
 
 impl Matrix {
@@ -34,6 +34,23 @@ impl Matrix {
             Layout::Q8 => Self::Q8(weight.to_q8()?),
             Layout::Q4 => Self::Q4(weight.to_q4()?),
         })
+    }
+}
+
+/// Up to this a number times 2^10 is an f16.
+const WIDE: f32 = 63.0;
+
+impl Matrix {
+    /// See [`CpuLinear::wide`].
+    fn is_wide(&self) -> bool {
+        match self {
+            Self::Floats(_) => false,
+            Self::Q8(blocks) => blocks.iter().any(|block| block.scale.to_f32() * 127.0 > WIDE),
+            Self::Q4(blocks) => blocks.iter().any(|Q4Block { scale, min, .. }| {
+                let (scale, min) = (scale.to_f32(), min.to_f32());
+                16.0 * scale > WIDE || (min - 16.0 * scale).abs() > WIDE || (min + 16.0 * scale).abs() > WIDE
+            }),
+        }
     }
 }
 
@@ -125,6 +142,8 @@ pub(super) struct PartInfo {
 /// A packed group of linears.
 pub struct CpuLinear {
     pub(super) layout: Layout,
+    /// Integers with scales that would not fit an f16 if they were 2^10 times as large.
+    pub(super) wide: bool,
     pub(super) inputs: usize,
     /// Outputs of each linear.
     pub(super) outputs: Vec<usize>,
@@ -156,6 +175,7 @@ impl CpuLinear {
         let matrices = parts.iter().map(|part| Matrix::of(part.weight, layout)).collect::<Result<Vec<_>, _>>()?;
         let mut linear = Self {
             layout,
+            wide: matrices.iter().any(Matrix::is_wide),
             inputs,
             outputs: parts.iter().map(|part| part.weight.rows).collect(),
             weights: Panels::pack(arena, &matrices, inputs, layout),
@@ -183,6 +203,7 @@ impl CpuLinear {
             Layout::Q8 => Matrix::Q8(quantize_q8(&down, inputs)),
             _ => Matrix::Floats(down),
         };
+        linear.wide |= down.is_wide();
         linear.down = Panels::pack(arena, &[down], inputs, layout.of_factors());
         Ok(linear)
     }

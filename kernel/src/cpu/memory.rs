@@ -17,6 +17,7 @@ const HUGE_PAGE: usize = 2 << 20;
 const CHUNK: usize = 32 << 20;
 
 /// Zeroed bytes on whole cache lines, and on huge pages where they fill some.
+#[derive(Default)]
 pub(super) struct Lines {
     /// A line more than asked for, so that some word starts on a line. Words of the allocator's own alignment: with a larger one it
     /// would zero the pages itself, and touch all of a large KV cache before it is used.
@@ -36,6 +37,14 @@ impl Lines {
         let start = words.as_ptr().addr().wrapping_neg() % LINE / WORD;
         huge_pages(words.as_ptr().cast(), words.len() * WORD);
         Self { words, start }
+    }
+
+    /// The first of at least so many bytes: if there are fewer, all are new and zero.
+    pub(super) fn at_least(&mut self, bytes: usize) -> *mut u8 {
+        if (self.words.len() - self.start) * WORD < bytes {
+            *self = Self::zeroed(bytes);
+        }
+        self.as_mut_ptr()
     }
 
     /// The first byte.

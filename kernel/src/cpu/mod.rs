@@ -2,7 +2,7 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | [`isa`] | run-time choice; one file an instruction set |
+//! | [`isa`] | run-time choice; one file an instruction set, and the products on tiles of AMX |
 //! | `lanes` | sixteen lanes: the words kernels are written in, and exp |
 //! | `format` | how panels of f32, bf16, 8-bit and 4-bit weights lie in memory |
 //! | `activations` | rows cut into tiles, rounded and packed as the kernels read them |
@@ -259,7 +259,8 @@ impl Backend for CpuBackend {
         if count == 0 {
             return Ok(());
         }
-        cut(count, self.kernels.heights, &mut self.tiles);
+        let kernels = self.kernels.of(linear.layout, linear.wide);
+        cut(count, kernels.heights, &mut self.tiles);
         let adapted = step.facts.adapted && !linear.parts.is_empty();
         if adapted {
             mark(&mut self.tiles, active);
@@ -267,11 +268,11 @@ impl Backend for CpuBackend {
         let few = count <= FEW_ROWS;
         let rooms = |thread: &mut Thread| {
             grow(&mut thread.mixed, if adapted { count * linear.down_rows } else { 0 });
-            let room = thread.packed.room(linear.layout, inputs, self.kernels.pairs, &self.tiles);
+            let room = thread.packed.room(linear.layout, inputs, kernels.form, &self.tiles);
             (room, Shared(thread.mixed.as_mut_ptr()))
         };
         let out = Shared(out.data.as_mut_ptr());
-        let (x, kernels, tiles, width) = (x.used(), self.kernels, &self.tiles[..], linear.width(epilogue));
+        let (x, tiles, width) = (x.used(), &self.tiles[..], linear.width(epilogue));
         let jobs = |(room, mixed)| {
             let norm = norm.map(|norm| (&norm.weight[..], norm.epsilon));
             let (mixing, slots) = (adapted.then_some(&step.mixing), &step.slots[..]);
@@ -294,7 +295,7 @@ impl Backend for CpuBackend {
                 // are written by the thread that has the unit.
                 unsafe {
                     (kernels.prepare)(&prepare, 0..tiles.len(), &mut state.rows);
-                    (kernels.product)(&product, piece(thread)..piece(thread + 1));
+                    (kernels.product)(&product, piece(thread)..piece(thread + 1), &mut state.rows);
                 }
             };
             self.pool.run(&region);
@@ -305,9 +306,9 @@ impl Backend for CpuBackend {
             // SAFETY: as above; only the scratch of the thread's state is used, and tiles are handed out once each.
             unsafe { (kernels.prepare)(&prepare, tiles, &mut (*states.get(thread)).rows) };
         });
-        self.pool.deal(units, units.div_ceil(threads * PIECES).next_multiple_of(at_once), &|_, units| {
+        self.pool.deal(units, units.div_ceil(threads * PIECES).next_multiple_of(at_once), &|thread, units| {
             // SAFETY: as above; units are handed out once each.
-            unsafe { (kernels.product)(&product, units) };
+            unsafe { (kernels.product)(&product, units, &mut (*states.get(thread)).rows) };
         });
         Ok(())
     }
@@ -325,7 +326,7 @@ impl Backend for CpuBackend {
         ensure(qkv.rows == step.rows(), || format!("attend: {} rows of a step of {}", qkv.rows, step.rows()))?;
         out.resize(step.rows());
         grow(&mut self.queries, step.rows() * out.width);
-        let kernels = self.kernels;
+        let kernels = self.kernels.of(kv.layout, false);
         let cache = Shared(kv.data.as_mut_ptr());
         let queries = Shared(self.queries.as_mut_ptr());
         let append = AppendJob { spec: attention, step, layer, qkv: qkv.used(), queries, kv, cache };
@@ -344,11 +345,9 @@ impl Backend for CpuBackend {
         // The heads of a chunk lie side by side in the cache and go to one thread, unless chunks are few.
         let piece = if step.chunks.len() >= PIECES * self.pool.threads() { attention.kv_heads } else { 1 };
         self.pool.deal(job.items(), piece, &|thread, items| {
-            for item in items {
-                // SAFETY: as above; one state a thread, and each thread has its own number; items are handed out once each, and no two share
-                // an element of the result or, where they append, a head of a slot.
-                unsafe { (kernels.attend)(&job, item, &mut (*states.get(thread)).attention) };
-            }
+            // SAFETY: as above; one state a thread, and each thread has its own number; items are handed out once each, and no two share
+            // an element of the result or, where they append, a head of a slot.
+            unsafe { (kernels.attend)(&job, items, &mut (*states.get(thread)).attention) };
         });
         Ok(())
     }

@@ -5,21 +5,23 @@
 use std::ops::Range;
 
 use super::{
-    activations::{MAX_HEIGHT, Room, Tile},
+    activations::{Form, MAX_HEIGHT, Room, Tile},
     format::WORD_LINE,
-    isa::{Kernels, Tiling},
+    isa::{Kernels, Region, Tiling},
     lanes::{LANES, Lanes, load_partial, silu, store_partial, sum},
     linear::{CpuLinear, PartInfo, UpRow},
-    memory::Shared,
+    memory::{Lines, Shared},
     step::Mixing,
     tile::{Column, Left, Tiles},
 };
-use crate::Epilogue;
+use crate::{Epilogue, rounding::Layout};
 
 /// Panels that are ever handled together: with few rows it takes several to keep the multipliers and the memory busy.
 const MAX_PANELS: usize = 4;
 /// Activations that are walked over again and again for panel after panel: they should stay in the second-level cache.
 const BLOCK_BYTES: usize = 384 << 10;
+/// The same where panels are widened first, which should not happen often: so much of a cache of two MiB.
+const TILED_BLOCK_BYTES: usize = 1 << 20;
 
 /// RMSNorm of a row, `x / sqrt(mean(x^2) + epsilon) * weight`: the squares are summed in sixteen chains, then in one tree.
 ///
@@ -45,17 +47,21 @@ pub(super) unsafe fn rms_norm<L: Lanes>(x: *const f32, weight: &[f32], epsilon: 
     }
 }
 
-/// What a thread needs to prepare rows, kept from step to step.
+/// What a thread needs to prepare rows and multiply them, kept from step to step.
 #[derive(Default)]
 pub(super) struct RowScratch {
     /// One row, normalised, with zeros behind it.
     row: Vec<f32>,
     /// `V^T x` of a tile; see [`Seen`].
-    products: Vec<f32>,
+    products: Lines,
     /// Panels of V^T.
     panels: Vec<*const u8>,
     /// Those of its rows that somebody looks through.
     columns: Vec<Column>,
+    /// `[MAX_PANELS][MAX_HEIGHT][16]`: products that have not been ended.
+    tile: Lines,
+    /// Where there are tiles: the panels at hand, widened.
+    widened: Lines,
 }
 
 // SAFETY: the pointers in `panels` and `columns` are only read inside the call that wrote them.
@@ -105,6 +111,8 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
     let padded = job.linear.layout.padded(width);
     scratch.row.clear();
     scratch.row.resize(padded, 0.0);
+    // SAFETY: the instruction set, by contract.
+    unsafe { T::begin(Region::Products) };
     if job.mixing.is_some() && !tiles.is_empty() {
         // V comes while the first rows are packed.
         let down = &job.linear.down;
@@ -131,7 +139,7 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
                         scratch.row.as_ptr()
                     }
                 };
-                job.room.pack::<T::Lanes>(tile, row, x);
+                job.room.pack::<T>(tile, row, x);
             }
         }
         if let Some(mixing) = job.mixing {
@@ -139,6 +147,8 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
             unsafe { look_down(job, mixing, tile, scratch) };
         }
     }
+    // SAFETY: as above.
+    unsafe { T::end() };
 }
 
 /// `C (V^T x)` of a tile's adapted rows.
@@ -149,7 +159,7 @@ unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, scratch: 
         return;
     };
     // SAFETY: the contract of `prepare`: the tile has been packed.
-    let seen = unsafe { see(job, tile, most, scratch) };
+    let (seen, products) = unsafe { see(job, tile, most, scratch) };
     let numbers = tile.rows * job.linear.down_rows;
     // SAFETY: the rows of this tile in `mixed` are this thread's, and have `down_rows` numbers each.
     let mixed = unsafe { std::slice::from_raw_parts_mut(job.mixed.get(tile.first * job.linear.down_rows), numbers) };
@@ -161,7 +171,8 @@ unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, scratch: 
                 break;
             }
             let (core, rank) = mixing.core(part.site, slot);
-            let seen_at = |j: usize| scratch.products[seen.place(number, part, j, row)];
+            // SAFETY: a place among those that `see` has written.
+            let seen_at = |j: usize| unsafe { *products.add(seen.place(number, part, j, row)) };
             if active == 2 && rank == 2 {
                 // Nearly every adapter: written out, since the loops below cost more than their products.
                 let ([a, b, c, d], [x, y]) = ([core[0], core[1], core[2], core[3]], [seen_at(0), seen_at(1)]);
@@ -200,16 +211,14 @@ impl Seen {
 /// `V^T x` of a tile, at least the first `most` numbers of every part. Either way computes the same bits; turned is faster where the numbers
 /// are fewer than the rows.
 #[inline(always)]
-unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowScratch) -> Seen {
+unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowScratch) -> (Seen, *const f32) {
     let down = &job.linear.down;
     let numbers = job.linear.parts.len() * most;
-    let turned = numbers < tile.height;
+    let turned = numbers < tile.height && job.kernels.form != Form::Tiles;
     let stride = tile.height * LANES;
     let room = if turned { numbers * LANES } else { down.len() * stride };
-    if scratch.products.len() < room {
-        scratch.products.resize(room, 0.0);
-    }
-    let (left, out) = (job.room.left(tile), scratch.products.as_mut_ptr());
+    let left = job.room.left(tile);
+    let out = scratch.products.at_least(room * size_of::<f32>()).cast::<f32>();
     // SAFETY: `products` has the room; behind every tile of the job's room lie sixteen numbers; the caller vouches for the rest.
     unsafe {
         if turned {
@@ -222,7 +231,7 @@ unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowSc
                     .map(|at| Column { panel: down.panel(at / LANES), lane: at % LANES }),
             );
             (job.kernels.turned(down.layout))(left, &scratch.columns, out);
-            Seen::Turned(most)
+            (Seen::Turned(most), out)
         } else {
             scratch.panels.clear();
             scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
@@ -231,7 +240,7 @@ unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowSc
                 &scratch.panels,
                 Tiles { data: out, panel_stride: stride, add: false },
             );
-            Seen::Panels(stride)
+            (Seen::Panels(stride), out)
         }
     }
 }
@@ -277,6 +286,7 @@ impl ProductJob<'_> {
         let panels = match self.tiles.first().map_or(0, |tile| tile.height) {
             0..=2 => MAX_PANELS,
             3..=6 => 2,
+            _ if self.kernels.form == Form::Tiles => 2,
             _ => 1,
         };
         (panels / self.panels_per_unit()).max(1)
@@ -288,13 +298,23 @@ impl ProductJob<'_> {
 /// # Safety
 /// The processor has the instructions of `T`; the rooms hold all tiles; the columns of these units in `out` are this thread's.
 #[inline(always)]
-pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize>) {
+pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize>, scratch: &mut RowScratch) {
     let weights = &job.linear.weights;
     let multiply = job.kernels.multiply(weights.layout);
     let at_once = job.units_at_once();
-    let row_bytes = job.room.row_words * 4;
-    let block = (BLOCK_BYTES / (row_bytes * MAX_HEIGHT)).max(1);
-    let mut tile_out = [0f32; MAX_PANELS * MAX_HEIGHT * LANES];
+    let tiled = T::FORM == Form::Tiles;
+    let tallest = job.kernels.heights.last().copied().unwrap_or(1);
+    let block_bytes = if tiled { TILED_BLOCK_BYTES } else { BLOCK_BYTES };
+    let block = (block_bytes / (job.room.row_words * 4 * tallest)).max(1);
+    let tile_out = scratch.tile.at_least(MAX_PANELS * MAX_HEIGHT * WORD_LINE).cast::<f32>();
+    // Panels of integers are widened for the first tile, and kept as panels of bfloat16 for the others.
+    let widens = tiled && weights.layout != Layout::Bf16;
+    let inputs = job.room.row_words * 2;
+    let widened_bytes = Layout::Bf16.panel_bytes(inputs);
+    let widened = if widens { scratch.widened.at_least(MAX_PANELS * widened_bytes) } else { std::ptr::null_mut() };
+    let again = job.kernels.multiply(if widens { Layout::Bf16 } else { weights.layout });
+    // SAFETY: the instruction set, by contract.
+    unsafe { T::begin(Region::Products) };
     let mut pointers = [std::ptr::null(); MAX_PANELS];
     // Half of what the adapters see was written by other threads: it comes while the first tile is multiplied, and so does the first U.
     if !job.active.is_empty() {
@@ -315,16 +335,30 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
                 ask_for_u::<T::Lanes>(job, first + at_once..units.end.min(first + 2 * at_once));
             }
             for (number, &tile) in tiles.iter().enumerate() {
-                let out = Tiles { data: tile_out.as_mut_ptr(), panel_stride: MAX_HEIGHT * LANES, add: false };
-                // SAFETY: at most four panels by twelve rows fit `tile_out`; the epilogue stays in these units' columns.
+                let out = Tiles { data: tile_out, panel_stride: MAX_HEIGHT * LANES, add: false };
+                let left = job.room.left(tile);
+                // SAFETY: all panels by the highest tile fit `tile_out`, and `widened` if there are any; the epilogue stays in these units' columns.
                 unsafe {
-                    let left = Left { ahead: if number == 0 { ahead } else { 0 }, ..job.room.left(tile) };
-                    multiply(left, &pointers[..count], out);
-                    end_tile::<T::Lanes>(job, first, count, tile, &tile_out);
+                    if number == 0 {
+                        let widened = if tiles.len() > 1 { widened } else { std::ptr::null_mut() };
+                        multiply(Left { ahead, widened, ..left }, &pointers[..count], out);
+                        if !widened.is_null() {
+                            for (i, pointer) in pointers[..count].iter_mut().enumerate() {
+                                *pointer = widened.add(i * widened_bytes);
+                            }
+                        }
+                    } else if widens {
+                        again(Left { inputs, ..left }, &pointers[..count], out);
+                    } else {
+                        multiply(left, &pointers[..count], out);
+                    }
+                    end_tile::<T::Lanes>(job, first, count, tile, tile_out);
                 }
             }
         }
     }
+    // SAFETY: as above.
+    unsafe { T::end() };
 }
 
 /// Asks for the rows of U that the ends of some units begin with.
@@ -343,14 +377,14 @@ unsafe fn end_tile<L: Lanes>(
     first_unit: usize,
     count: usize,
     tile: Tile,
-    products: &[f32; MAX_PANELS * MAX_HEIGHT * LANES],
+    products: *const f32,
 ) {
     for i in (0..count).step_by(job.panels_per_unit()) {
         // SAFETY: the contract of `product`: rows and columns of `out` exist and are this thread's; the tile has rows below MAX_HEIGHT.
         unsafe {
             let panel = job.panel(first_unit, i);
             let ending = Ending::<L>::of(job, panel);
-            let products = products.as_ptr().add(i * MAX_HEIGHT * LANES);
+            let products = products.add(i * MAX_HEIGHT * LANES);
             // What a row does not have to ask is written out: beside the products the question would be seen.
             match tile.active {
                 _ if !ending.adapted => end_panel::<L, NONE>(job, panel, &ending, tile, products),

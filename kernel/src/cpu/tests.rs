@@ -19,8 +19,11 @@ fn products_equal_the_reference() {
         // Sums of up to 257 terms in f32: weights and activations are rounded alike, so the error is that of the sums. Behind a norm an
         // activation may differ in its last f32 bit, and then fall on the other side of a rounding: one step of one term.
         suite::products_equal_reference(backend(isa, 2), |group| match (group.precision, group.norm) {
-            (Precision::F32, _) | (_, false) => 4e-6,
+            (Precision::F32, _) => 4e-6,
             (Precision::Bf16, true) => 1e-3,
+            // The reference rounds activations beside integers to eight bits, tiles do not: see `isa::amx` for tests of those numbers.
+            (Precision::Q8 | Precision::Q4, _) if isa == Isa::Amx => 3e-2,
+            (_, false) => 4e-6,
             (Precision::Q8 | Precision::Q4, true) => 2e-3,
         });
     }
@@ -195,7 +198,8 @@ fn stale_slots_of_a_block_are_never_read() {
 /// Sums of integers are exact, and what follows is one chain of multiply-adds.
 #[test]
 fn all_sets_with_fused_arithmetic_give_the_same_bits() {
-    let fused: Vec<Isa> = Isa::available().into_iter().filter(|isa| *isa != Isa::Portable).collect();
+    let fused: Vec<Isa> =
+        Isa::available().into_iter().filter(|isa| ![Isa::Portable, Isa::Amx].contains(isa)).collect();
     for precision in [Precision::F32, Precision::Q8, Precision::Q4] {
         let group = Group { precision, ..groups().remove(0) };
         let results = fused.iter().map(|&isa| {

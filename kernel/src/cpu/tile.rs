@@ -18,6 +18,8 @@ pub(super) struct Left {
     pub(super) words: *const u32,
     /// Rows of the tile: one of [`Tiling::HEIGHTS`].
     pub(super) height: usize,
+    /// Those of them that are somebody's.
+    pub(super) rows: usize,
     /// Inputs: numbers of a row that take part.
     pub(super) inputs: usize,
     /// Ask for what lies so many bytes ahead of a panel while it is read; 0: nothing.
@@ -28,6 +30,8 @@ pub(super) struct Left {
     pub(super) offsets: *const i32,
     /// `[groups][height]`, for integers: what their sum is worth.
     pub(super) sums: *const f32,
+    /// Where there are tiles: room for the widened weights of all panels, or null.
+    pub(super) widened: *mut u8,
 }
 
 /// Where results go: `[panel][row][16]`.

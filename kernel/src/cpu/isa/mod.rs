@@ -2,6 +2,8 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -10,6 +12,7 @@ mod portable;
 use std::{fmt, ops::Range};
 
 use super::{
+    activations::Form,
     attention::{AppendJob, AttendJob, Scratch},
     lanes::Lanes,
     product::{PrepareJob, ProductJob, RowScratch},
@@ -20,6 +23,8 @@ use crate::rounding::Layout;
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
+    /// x86-64 with AMX's tiles of bfloat16, AVX-512 BF16 and AVX-512 FP16. Weights of 4 and 8 bits are widened as they are multiplied, and meet bfloat16.
+    Amx,
     /// x86-64 with AVX-512 F, BW, VL, VNNI and BF16: dot products of bytes and of bfloat16. Not the best on Intel's processors, which take longer for the latter.
     Avx512Bf16,
     /// x86-64 with AVX-512 F, BW, VL and VNNI: dot products of bytes.
@@ -34,16 +39,18 @@ pub enum Isa {
 
 impl Isa {
     /// All there are, best first.
-    pub const ALL: [Self; 5] = [Self::Avx512Bf16, Self::Avx512, Self::AvxVnni, Self::Avx2, Self::Portable];
+    pub const ALL: [Self; 6] =
+        [Self::Amx, Self::Avx512Bf16, Self::Avx512, Self::AvxVnni, Self::Avx2, Self::Portable];
 
     /// The instruction sets that this processor has, best first.
     pub fn available() -> Vec<Self> {
         let mut all: Vec<Self> = Self::ALL.into_iter().filter(|isa| isa.is_available()).collect();
         if slow_pairs() {
             all.sort_by_key(|isa| match isa {
-                Self::Avx512 => 0,
-                Self::Avx512Bf16 => 1,
-                _ => 2,
+                Self::Amx => 0,
+                Self::Avx512 => 1,
+                Self::Avx512Bf16 => 2,
+                _ => 3,
             });
         }
         all
@@ -60,6 +67,12 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vnni")
         };
         match self {
+            Self::Amx => {
+                avx512()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512fp16")
+                    && amx::has_tiles()
+            }
             Self::Avx512Bf16 => avx512() && is_x86_feature_detected!("avx512bf16"),
             Self::Avx512 => avx512(),
             Self::AvxVnni => avx2() && is_x86_feature_detected!("avxvnni"),
@@ -77,6 +90,8 @@ impl Isa {
     pub(super) fn kernels(self) -> Option<&'static Kernels> {
         self.is_available().then_some(match self {
             #[cfg(target_arch = "x86_64")]
+            Self::Amx => &amx::KERNELS,
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => &avx512::with_bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => &avx512::vnni::KERNELS,
@@ -91,6 +106,7 @@ impl Isa {
     /// Its name, as a flag takes it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Amx => "amx",
             Self::Avx512Bf16 => "avx512-bf16",
             Self::Avx512 => "avx512",
             Self::AvxVnni => "avx-vnni",
@@ -123,6 +139,35 @@ pub(super) trait Tiling {
     type Lanes: Lanes;
     /// It has thirty-two registers of sixteen lanes; else sixteen of eight or fewer.
     const WIDE: bool;
+    /// How its activations lie.
+    const FORM: Form;
+
+    /// Where [`Self::FORM`] is [`Form::Tiles`]: writes thirty-two numbers as one line of a tile, in the order of a layout's weights.
+    ///
+    /// # Safety
+    /// The processor has the instruction set; `x` is valid for thirty-two numbers, `line` for sixteen words.
+    unsafe fn pack_line(_layout: Layout, _x: *const f32, _line: *mut u32) {
+        unreachable!("activations have no tiles")
+    }
+
+    /// Where there are tiles: makes them ready for the products of a region on this thread.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    unsafe fn begin(_region: Region) {}
+
+    /// Gives the tiles back.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    unsafe fn end() {}
+}
+
+/// What tiles are made ready for.
+#[derive(Clone, Copy)]
+pub(super) enum Region {
+    Products,
+    Attention,
 }
 
 /// Heights of tiles where registers abound.
@@ -146,21 +191,30 @@ pub(super) type Accumulate = unsafe fn(Values<'_>, Tiles);
 pub(super) struct Kernels {
     /// Heights of register tiles, ascending.
     pub(super) heights: &'static [usize],
-    /// As [`Lanes::PAIRS`].
-    pub(super) pairs: bool,
+    /// As [`Tiling::FORM`].
+    pub(super) form: Form,
+    /// What takes the linears and caches that these kernels do not: see [`Kernels::of`].
+    pub(super) plain: Option<&'static Kernels>,
     /// One a layout.
     pub(super) layouts: [Multiply; 4],
     /// Of f32, bfloat16 and 8 bits: what V may be in.
     pub(super) turned: [Turned; 3],
+    /// Of queries and keys: of f32 and of bfloat16.
+    pub(super) scores: [Multiply; 2],
     /// Of f32 and of bfloat16.
     pub(super) values: [Accumulate; 2],
     pub(super) prepare: unsafe fn(&PrepareJob<'_>, Range<usize>, &mut RowScratch),
-    pub(super) product: unsafe fn(&ProductJob<'_>, Range<usize>),
+    pub(super) product: unsafe fn(&ProductJob<'_>, Range<usize>, &mut RowScratch),
     pub(super) append: unsafe fn(&AppendJob<'_>, Range<usize>, Range<usize>, &mut Scratch),
-    pub(super) attend: unsafe fn(&AttendJob<'_>, usize, &mut Scratch),
+    pub(super) attend: unsafe fn(&AttendJob<'_>, Range<usize>, &mut Scratch),
 }
 
 impl Kernels {
+    /// The kernels for a linear or a cache of this layout: tiles take no f32, and no integers whose scales are `wide`.
+    pub(super) fn of(&'static self, layout: Layout, wide: bool) -> &'static Self {
+        self.plain.filter(|_| layout == Layout::F32 || wide).unwrap_or(self)
+    }
+
     /// The matrix product over panels of this layout.
     pub(super) fn multiply(&self, layout: Layout) -> Multiply {
         self.layouts[match layout {
@@ -180,6 +234,11 @@ impl Kernels {
         }]
     }
 
+    /// The product of queries and keys of this layout: f32, else bfloat16.
+    pub(super) fn scores(&self, layout: Layout) -> Multiply {
+        self.scores[usize::from(layout != Layout::F32)]
+    }
+
     /// The product of weights and values of this layout: f32, else bfloat16.
     pub(super) fn accumulate(&self, layout: Layout) -> Accumulate {
         self.values[usize::from(layout != Layout::F32)]
@@ -197,6 +256,11 @@ macro_rules! kernels {
         impl $crate::cpu::isa::Tiling for $lanes {
             type Lanes = Self;
             const WIDE: bool = $wide;
+            const FORM: $crate::cpu::activations::Form = if <Self as $crate::cpu::lanes::Lanes>::PAIRS {
+                $crate::cpu::activations::Form::Pairs
+            } else {
+                $crate::cpu::activations::Form::Singles
+            };
         }
 
         mod compiled {
@@ -227,18 +291,21 @@ macro_rules! kernels {
                 accumulate_bf16(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::Bf16, 2>;
                 prepare(job: &product::PrepareJob<'_>, tiles: Range<usize>, scratch: &mut product::RowScratch)
                     = product::prepare::<Lanes>;
-                product(job: &product::ProductJob<'_>, units: Range<usize>) = product::product::<Lanes>;
+                product(job: &product::ProductJob<'_>, units: Range<usize>, scratch: &mut product::RowScratch)
+                    = product::product::<Lanes>;
                 append(job: &attention::AppendJob<'_>, rows: Range<usize>, heads: Range<usize>, scratch: &mut attention::Scratch)
                     = attention::append::<Lanes>;
-                attend(job: &attention::AttendJob<'_>, item: usize, scratch: &mut attention::Scratch) = attention::attend::<Lanes>;
+                attend(job: &attention::AttendJob<'_>, items: Range<usize>, scratch: &mut attention::Scratch) = attention::attend::<Lanes>;
             );
         }
 
         pub(in $crate::cpu::isa) static KERNELS: $crate::cpu::isa::Kernels = $crate::cpu::isa::Kernels {
             heights: $crate::cpu::isa::Kernels::heights($wide),
-            pairs: <$lanes as $crate::cpu::lanes::Lanes>::PAIRS,
+            form: <$lanes as $crate::cpu::isa::Tiling>::FORM,
+            plain: None,
             layouts: [compiled::multiply_f32, compiled::multiply_bf16, compiled::multiply_q8, compiled::multiply_q4],
             turned: [compiled::turned_f32, compiled::turned_bf16, compiled::turned_q8],
+            scores: [compiled::multiply_f32, compiled::multiply_bf16],
             values: [compiled::accumulate_f32, compiled::accumulate_bf16],
             prepare: compiled::prepare,
             product: compiled::product,
@@ -303,7 +370,7 @@ pub(super) mod lanes_for_tests {
     pub(in crate::cpu) fn each() -> Vec<Functions> {
         let of = |isa| match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => functions::<avx512::Avx512<true>>(isa),
+            Isa::Amx | Isa::Avx512Bf16 => functions::<avx512::Avx512<true>>(isa),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => functions::<avx512::Avx512<false>>(isa),
             #[cfg(target_arch = "x86_64")]
