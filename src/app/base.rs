@@ -181,9 +181,10 @@ pub(super) fn precision(dtype: Dtype, weights: &ModelWeights) -> Precision {
     }
 }
 
-fn isa(choice: IsaChoice) -> Option<Isa> {
+fn isa(choice: IsaChoice, precision: Precision) -> Option<Isa> {
     match choice {
-        IsaChoice::Auto => None,
+        IsaChoice::Auto => Some(Isa::best_for(precision)),
+        IsaChoice::Amx => Some(Isa::Amx),
         IsaChoice::Avx512Bf16 => Some(Isa::Avx512Bf16),
         IsaChoice::Avx512 => Some(Isa::Avx512),
         IsaChoice::AvxVnni => Some(Isa::AvxVnni),
@@ -257,7 +258,7 @@ pub(super) fn pack(
         None => {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let threads = args.threads.map_or(cores, usize::from);
-            packed(CpuBackend::new(threads, isa(args.isa))?, spec, weights, basis, options, clock)
+            packed(CpuBackend::new(threads, isa(args.isa, options.precision))?, spec, weights, basis, options, clock)
         }
     }
 }

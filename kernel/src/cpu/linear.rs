@@ -2,7 +2,9 @@
 #![allow(unsafe_code)]
 
 use super::{
+    activations::Form,
     format::{pack_bf16, pack_f32, pack_q4, pack_q8},
+    isa::Kernels,
     lanes::LANES,
     memory::{Arena, Region},
 };
@@ -144,6 +146,8 @@ pub struct CpuLinear {
     pub(super) layout: Layout,
     /// Integers with scales that would not fit an f16 if they were 2^10 times as large.
     pub(super) wide: bool,
+    /// The integers are multiplied as tiles widen them: see [`super::isa`].
+    pub(super) widened: bool,
     pub(super) inputs: usize,
     /// Outputs of each linear.
     pub(super) outputs: Vec<usize>,
@@ -165,7 +169,12 @@ pub struct CpuLinear {
 
 impl CpuLinear {
     /// Packs a group; see [`crate::Backend::linear`].
-    pub(super) fn pack(arena: &Arena, parts: &[LinearPart<'_>], precision: Precision) -> Result<Self, KernelError> {
+    pub(super) fn pack(
+        arena: &Arena,
+        kernels: &'static Kernels,
+        parts: &[LinearPart<'_>],
+        precision: Precision,
+    ) -> Result<Self, KernelError> {
         let inputs = parts.first().map_or(0, |part| part.weight.cols);
         if inputs == 0 {
             return Err(shape("linear: a group without inputs"));
@@ -176,6 +185,7 @@ impl CpuLinear {
         let mut linear = Self {
             layout,
             wide: matrices.iter().any(Matrix::is_wide),
+            widened: false,
             inputs,
             outputs: parts.iter().map(|part| part.weight.rows).collect(),
             weights: Panels::pack(arena, &matrices, inputs, layout),
@@ -205,7 +215,13 @@ impl CpuLinear {
         };
         linear.wide |= down.is_wide();
         linear.down = Panels::pack(arena, &[down], inputs, layout.of_factors());
+        linear.widened = linear.kernels(kernels).form == Form::Tiles;
         Ok(linear)
+    }
+
+    /// Those of a backend's kernels that multiply it.
+    pub(super) fn kernels(&self, kernels: &'static Kernels) -> &'static Kernels {
+        kernels.of(self.layout, self.wide)
     }
 
     /// Columns of the result.

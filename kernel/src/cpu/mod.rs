@@ -173,7 +173,7 @@ impl Backend for CpuBackend {
     type Step = Arc<CpuStep>;
 
     fn linear(&self, parts: &[LinearPart<'_>], precision: Precision) -> Result<CpuLinear, KernelError> {
-        CpuLinear::pack(&self.arena, parts, precision)
+        CpuLinear::pack(&self.arena, self.kernels, parts, precision)
     }
 
     fn norm(&self, weight: &[f32], epsilon: f32) -> Result<CpuNorm, KernelError> {
@@ -259,7 +259,7 @@ impl Backend for CpuBackend {
         if count == 0 {
             return Ok(());
         }
-        let kernels = self.kernels.of(linear.layout, linear.wide);
+        let kernels = linear.kernels(self.kernels);
         cut(count, kernels.heights, &mut self.tiles);
         let adapted = step.facts.adapted && !linear.parts.is_empty();
         if adapted {

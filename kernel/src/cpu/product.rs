@@ -372,13 +372,7 @@ fn ask_for_u<L: Lanes>(job: &ProductJob<'_>, units: Range<usize>) {
 
 /// Bias, adapter and epilogue of a tile of `count` panels.
 #[inline(always)]
-unsafe fn end_tile<L: Lanes>(
-    job: &ProductJob<'_>,
-    first_unit: usize,
-    count: usize,
-    tile: Tile,
-    products: *const f32,
-) {
+unsafe fn end_tile<L: Lanes>(job: &ProductJob<'_>, first_unit: usize, count: usize, tile: Tile, products: *const f32) {
     for i in (0..count).step_by(job.panels_per_unit()) {
         // SAFETY: the contract of `product`: rows and columns of `out` exist and are this thread's; the tile has rows below MAX_HEIGHT.
         unsafe {

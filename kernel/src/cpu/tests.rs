@@ -29,6 +29,52 @@ fn products_equal_the_reference() {
     }
 }
 
+/// Beside tiles nothing is rounded but each factor, to bfloat16: [`super::unpack`]'s tests hold the weights to that, this one the sums.
+#[test]
+fn products_on_tiles_are_sums_of_products_of_bfloat16() {
+    if !Isa::available().contains(&Isa::Amx) {
+        return;
+    }
+    let groups = groups().into_iter().filter(|group| group.epilogue == Epilogue::Store);
+    for (group, precision) in groups.flat_map(|group| suite::PRECISIONS.map(|precision| (group.clone(), precision))) {
+        let group = Group { precision, rank: 0, bias: false, norm: false, ..group };
+        let mut backend = backend(Isa::Amx, 2);
+        let linear = group.pack(&backend, 5);
+        let weights = backend.dense(&linear, 0..group.width(), None).unwrap().to_vec2::<f32>().unwrap();
+        for rows in [1, 2, 3, 40] {
+            let batch = rows_batch(&mixed_rows(rows), vec![cores(7, 1, 3), cores(8, 1, 3)]);
+            let got = run_product(&mut backend, &group, &linear, &batch, Rows::All, 9, rows).unwrap();
+            let mut x = Random(9).units(rows * group.inputs);
+            if precision != Precision::F32 {
+                x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+            }
+            let dot = |w: &[f32], x: &[f32]| w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>();
+            let of_row = |x: &[f32]| weights.iter().map(|w| dot(w, x) as f32).collect::<Vec<_>>();
+            let want: Vec<f32> = x.chunks(group.inputs).flat_map(of_row).collect();
+            let error = suite::error(&got, &want);
+            assert!(error <= 2e-6, "{group:?}, {rows} rows: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn weights_that_an_f16_cannot_hold_are_multiplied_without_tiles() {
+    for (isa, precision) in Isa::available().into_iter().flat_map(|isa| suite::PRECISIONS.map(|p| (isa, p))) {
+        let weight: Vec<f32> = Random(2).units(40 * 64).into_iter().map(|w| 1e4 * w).collect();
+        let weight = Weight::from_f32(40, 64, weight).unwrap();
+        let part = LinearPart { weight: &weight, bias: None, factors: None };
+        let (mut backend, mut reference) = (backend(isa, 1), ReferenceBackend);
+        let group = Group { precision, outputs: vec![40], rank: 0, norm: false, ..groups().remove(0) };
+        let (linear, slow) =
+            (backend.linear(&[part], precision).unwrap(), reference.linear(&[part], precision).unwrap());
+        let batch = rows_batch(&[(0, BASE_SLOT), (1, BASE_SLOT), (2, BASE_SLOT)], Vec::new());
+        let got = run_product(&mut backend, &group, &linear, &batch, Rows::All, 1, 3).unwrap();
+        let want = run_product(&mut reference, &group, &slow, &batch, Rows::All, 1, 3).unwrap();
+        let error = suite::error(&got, &want);
+        assert!(error <= 4e-6, "{isa} {precision:?}: {error:e}");
+    }
+}
+
 #[test]
 fn attention_equals_the_reference() {
     for isa in Isa::available() {
@@ -198,8 +244,7 @@ fn stale_slots_of_a_block_are_never_read() {
 /// Sums of integers are exact, and what follows is one chain of multiply-adds.
 #[test]
 fn all_sets_with_fused_arithmetic_give_the_same_bits() {
-    let fused: Vec<Isa> =
-        Isa::available().into_iter().filter(|isa| ![Isa::Portable, Isa::Amx].contains(isa)).collect();
+    let fused: Vec<Isa> = Isa::available().into_iter().filter(|isa| ![Isa::Portable, Isa::Amx].contains(isa)).collect();
     for precision in [Precision::F32, Precision::Q8, Precision::Q4] {
         let group = Group { precision, ..groups().remove(0) };
         let results = fused.iter().map(|&isa| {

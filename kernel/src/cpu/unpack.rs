@@ -14,7 +14,7 @@ use super::{
 use crate::{
     Cores, DenseFactors, DensePart, KernelError,
     check::{add_update, check_dense},
-    rounding::{GROUP, Layout},
+    rounding::{GROUP, Layout, widened_q4, widened_q8},
 };
 
 /// A panel, the first of its outputs that are wanted, and where they go, row after row.
@@ -29,7 +29,7 @@ impl CpuLinear {
         let down = cores.map(|_| self.down_rows()).unwrap_or_default();
         let mut rows = vec![0f32; outputs.len() * inputs];
         let unpack = |(panel, lane, rows): Piece<'_>| {
-            unpack(&self.weights, panel, lane, inputs, rows);
+            unpack(&self.weights, self.widened, panel, lane, inputs, rows);
             let (info, Some(cores)) = (&self.info[panel], cores) else { return };
             let adapted = self.parts.iter().find(|part| info.rank > 0 && part.mixed == info.mixed);
             let Some(part) = adapted else { return };
@@ -82,7 +82,7 @@ impl CpuLinear {
     fn down_rows(&self) -> Vec<f32> {
         let mut rows = vec![0f32; self.down_rows * self.inputs];
         for (panel, rows) in rows.chunks_mut((LANES * self.inputs).max(1)).enumerate() {
-            unpack(&self.down, panel, 0, self.inputs, rows);
+            unpack(&self.down, self.widened, panel, 0, self.inputs, rows);
         }
         rows
     }
@@ -102,8 +102,8 @@ impl CpuLinear {
     }
 }
 
-/// Outputs `lane..` of a panel, as many as there is room for: the inverse of [`super::format`]'s packers.
-fn unpack(panels: &Panels, panel: usize, lane: usize, inputs: usize, rows: &mut [f32]) {
+/// Outputs `lane..` of a panel, as many as there is room for: the inverse of [`super::format`]'s packers. Integers as they are, or as tiles widen them.
+fn unpack(panels: &Panels, widened: bool, panel: usize, lane: usize, inputs: usize, rows: &mut [f32]) {
     let bytes = panels.bytes(panel);
     for (output, row) in (lane..).zip(rows.chunks_exact_mut(inputs)) {
         match panels.layout {
@@ -115,35 +115,41 @@ fn unpack(panels: &Panels, panel: usize, lane: usize, inputs: usize, rows: &mut 
                 let value = |at: usize| bf16::from_bits(u16_at(bytes, at)).to_f32();
                 row.iter_mut().enumerate().for_each(|(k, w)| *w = value(2 * ((k / 2 * LANES + output) * 2 + k % 2)));
             }
-            Layout::Q8 => unpack_q8(bytes, output, row),
-            Layout::Q4 => unpack_q4(bytes, output, row),
+            Layout::Q8 => unpack_q8(bytes, widened, output, row),
+            Layout::Q4 => unpack_q4(bytes, widened, output, row),
         }
     }
 }
 
 /// One output of a panel of 8-bit integers.
-fn unpack_q8(bytes: &[u8], output: usize, row: &mut [f32]) {
+fn unpack_q8(bytes: &[u8], widened: bool, output: usize, row: &mut [f32]) {
     let (scales, integers) = bytes.split_at(Q8::integers(row.len()));
     for (group, row) in row.chunks_mut(GROUP).enumerate() {
-        let scale = f16::from_bits(u16_at(scales, 2 * (group * LANES + output))).to_f32();
+        let scale = f16::from_bits(u16_at(scales, 2 * (group * LANES + output)));
         let words = &integers[group * GROUP_WORDS * WORD_LINE..][..GROUP_WORDS * WORD_LINE];
         for (word, fours) in row.chunks_mut(4).enumerate() {
             let ints = &words[word * WORD_LINE + 4 * output..][..4];
-            fours.iter_mut().zip(ints).for_each(|(w, int)| *w = scale * f32::from(i16::from(*int) - 128));
+            for (w, int) in fours.iter_mut().zip(ints) {
+                let int = int.wrapping_sub(128).cast_signed();
+                *w = if widened { widened_q8(scale, int) } else { scale.to_f32() * f32::from(int) };
+            }
         }
     }
 }
 
 /// One output of a panel of 4-bit integers.
-fn unpack_q4(bytes: &[u8], output: usize, row: &mut [f32]) {
+fn unpack_q4(bytes: &[u8], widened: bool, output: usize, row: &mut [f32]) {
     for (group, row) in row.chunks_mut(GROUP).enumerate() {
         let bytes = &bytes[group * Q4::GROUP_BYTES..][..Q4::GROUP_BYTES];
-        let scale = f16::from_bits(u16_at(bytes, 2 * output)).to_f32();
-        let min = f16::from_bits(u16_at(bytes, Q4::MINIMA + 2 * output)).to_f32();
+        let scale = f16::from_bits(u16_at(bytes, 2 * output));
+        let min = f16::from_bits(u16_at(bytes, Q4::MINIMA + 2 * output));
         for (word, fours) in row.chunks_mut(4).enumerate() {
             let ints = &bytes[Q4::INTEGERS + word / 2 * WORD_LINE + 4 * output..][..4];
             let shift = 4 * (word % 2);
-            fours.iter_mut().zip(ints).for_each(|(w, int)| *w = scale * f32::from(int >> shift & 15) + min);
+            for (w, int) in fours.iter_mut().zip(ints) {
+                let int = int >> shift & 15;
+                *w = if widened { widened_q4(scale, min, int) } else { scale.to_f32() * f32::from(int) + min.to_f32() };
+            }
         }
     }
 }
@@ -155,10 +161,10 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
 #[cfg(test)]
 mod tests {
     use crate::{
-        Backend, DensePart,
-        cpu::{CpuBackend, Isa},
+        BASE_SLOT, Backend, DensePart, Epilogue, Precision, Rows, Weight,
+        cpu::{CpuBackend, CpuLinear, Isa},
         reference::ReferenceBackend,
-        suite::{Group, PRECISIONS, cores, groups},
+        suite::{Group, PRECISIONS, cores, groups, rows_batch},
     };
 
     fn rows(tensor: &candle_core::Tensor) -> Vec<u32> {
@@ -197,6 +203,47 @@ mod tests {
                 let ours: Vec<_> = ours.iter().map(describe).collect();
                 assert_eq!(ours, theirs.iter().map(describe).collect::<Vec<_>>(), "{group:?}");
                 assert!(backend.dense(&linear, 0..all + 1, None).is_err());
+            }
+        }
+    }
+
+    /// The products of a linear with rows that are 1 in one place, so many at a time: its weights, input by input.
+    fn multiplied(backend: &mut CpuBackend, linear: &CpuLinear, width: usize, rows: usize) -> Vec<f32> {
+        let inputs = linear.inputs;
+        let identity = (0..inputs * inputs).map(|i| f32::from(i % (inputs + 1) == 0)).collect();
+        let table = backend.table(&Weight::from_f32(inputs, inputs, identity).unwrap(), Precision::F32).unwrap();
+        let [mut x, mut out] = [inputs, width].map(|width| backend.buffer(width).unwrap());
+        let all: Vec<_> = (0..inputs as u32).map(|input| (input, BASE_SLOT)).collect();
+        let product = |rows: &[(u32, u32)]| {
+            let step = backend.begin(&rows_batch(rows, Vec::new())).unwrap();
+            backend.embed(&step, &table, &mut x).unwrap();
+            backend.product(&step, linear, Rows::All, None, &x, Epilogue::Store, &mut out).unwrap();
+            let mut values = Vec::new();
+            backend.read(&mut out, &mut values).unwrap();
+            values
+        };
+        all.chunks(rows).flat_map(product).collect()
+    }
+
+    #[test]
+    fn panels_come_back_as_the_numbers_that_are_multiplied_with_in_few_rows_and_in_many() {
+        for (isa, precision) in
+            Isa::available().into_iter().flat_map(|isa| PRECISIONS.map(|precision| (isa, precision)))
+        {
+            for (number, group) in groups().into_iter().enumerate() {
+                let group = Group { precision, rank: 0, bias: false, epilogue: Epilogue::Store, ..group };
+                let mut backend = CpuBackend::new(1, Some(isa)).unwrap();
+                let linear = group.pack(&backend, number as u64);
+                let dense = backend.dense(&linear, 0..group.width(), None).unwrap();
+                let dense = dense.t().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                // But for tiles, integers meet the 1 as 127 with a scale.
+                let exact = isa == Isa::Amx || matches!(precision, Precision::F32 | Precision::Bf16);
+                let most = if exact { 0.0 } else { 1e-6 };
+                for rows in [1, 2, 3, 16, 17, 300] {
+                    let got = multiplied(&mut backend, &linear, group.width(), rows);
+                    let worst = got.iter().zip(&dense).fold(0f32, |worst, (got, want)| worst.max((got - want).abs()));
+                    assert!(got.len() == dense.len() && worst <= most, "{isa} {group:?}, {rows} rows: {worst}");
+                }
             }
         }
     }

@@ -177,10 +177,7 @@ macro_rules! store {
 
 macro_rules! dot {
     ($sums:literal, $rows:literal, $weights:literal) => {
-        asm!(
-            concat!("tdpbf16ps tmm", $sums, ", tmm", $rows, ", tmm", $weights),
-            options(nostack, preserves_flags)
-        )
+        asm!(concat!("tdpbf16ps tmm", $sums, ", tmm", $rows, ", tmm", $weights), options(nostack, preserves_flags))
     };
 }
 

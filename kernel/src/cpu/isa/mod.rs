@@ -18,7 +18,7 @@ use super::{
     product::{PrepareJob, ProductJob, RowScratch},
     tile::{Column, Left, Tiles, Values},
 };
-use crate::rounding::Layout;
+use crate::{Precision, rounding::Layout};
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +39,7 @@ pub enum Isa {
 
 impl Isa {
     /// All there are, best first.
-    pub const ALL: [Self; 6] =
-        [Self::Amx, Self::Avx512Bf16, Self::Avx512, Self::AvxVnni, Self::Avx2, Self::Portable];
+    pub const ALL: [Self; 6] = [Self::Amx, Self::Avx512Bf16, Self::Avx512, Self::AvxVnni, Self::Avx2, Self::Portable];
 
     /// The instruction sets that this processor has, best first.
     pub fn available() -> Vec<Self> {
@@ -54,6 +53,12 @@ impl Isa {
             });
         }
         all
+    }
+
+    /// The best that this processor has for weights of a precision. Of 4 bits that of a few rows, where bytes count: tiles have to widen them first.
+    pub fn best_for(precision: Precision) -> Self {
+        let tiles = precision != Precision::Q4;
+        Self::available().into_iter().find(|isa| tiles || *isa != Self::Amx).unwrap_or(Self::Portable)
     }
 
     #[cfg(target_arch = "x86_64")]
