@@ -38,8 +38,8 @@ const ROWS: usize = 16;
 const TILE: usize = ROWS * WORD_LINE;
 /// Heights of what is multiplied at a time.
 const HEIGHTS: [usize; 2] = [ROWS, 2 * ROWS];
-/// Groups that are widened before they are multiplied, so that their lines have reached the cache.
-const EARLY: usize = 2;
+/// Groups that are widened before they are multiplied, so that their lines have reached the cache; two took longer.
+const EARLY: usize = 1;
 /// So few rows are multiplied without tiles.
 const FEW: usize = 2;
 /// Widened groups of a panel that nobody keeps.
