@@ -105,34 +105,6 @@ pub(super) fn from_q4(blocks: &[Q4Block], inputs: usize) -> Vec<f32> {
     rows_of(blocks, inputs).flat_map(values).collect()
 }
 
-/// The nearest f16, ties to even: by way of an f32 that was rounded to odd, since `f16::from_f64` may round twice.
-fn round_f16(value: f64) -> f16 {
-    let nearest = value as f32;
-    if f64::from(nearest) == value {
-        return f16::from_f32(nearest);
-    }
-    let too_large = f64::from(nearest).abs() > value.abs();
-    f16::from_f32(f32::from_bits((nearest.to_bits() - u32::from(too_large)) | 1))
-}
-
-/// What tiles take for an f16 that is 2^10 times a weight: the nearest bfloat16, ties away from zero.
-fn widened(large: f16) -> f32 {
-    let bits = (large.to_bits().wrapping_add(4).cast_signed() >> 3).cast_unsigned() & 0x8fff;
-    // Its exponent counts from 15, a bfloat16's from 127: 2^-112 times as large; and back by 2^10.
-    bf16::from_bits(bits).to_f32() * f32::from_bits((127 + 112 - 10) << 23)
-}
-
-/// What tiles multiply with in place of `scale int`.
-pub(super) fn widened_q8(scale: f16, int: i8) -> f32 {
-    widened(round_f16(scale.to_f64() * 1024.0 * f64::from(int)))
-}
-
-/// What tiles multiply with in place of `scale int + min`.
-pub(super) fn widened_q4(scale: f16, min: f16, int: u8) -> f32 {
-    let below = round_f16(min.to_f64() - 16.0 * scale.to_f64());
-    widened(round_f16(1024.0 * (f64::from(16 + int) * scale.to_f64() + below.to_f64())))
-}
-
 /// Every block with the inputs that it has.
 fn rows_of<T>(blocks: &[T], inputs: usize) -> impl Iterator<Item = (&T, usize)> {
     let counts = move |(i, block)| (block, GROUP.min(inputs - i * GROUP));
@@ -220,29 +192,6 @@ mod tests {
                 assert!((w - r).abs() <= 0.502 * (high - low) / 15.0 + low.abs() / 2048.0, "{w} became {r}");
             }
         }
-    }
-
-    #[test]
-    fn what_tiles_multiply_with_is_the_nearest_bfloat16_but_for_the_last_bit_of_an_f16() {
-        for i in 0..4000u16 {
-            let scale = f16::from_bits(1 + 13 * (i % 1000)); // below a quarter: a panel of larger ones is not for tiles
-            let min = f16::from_f32(-scale.to_f32() * f32::from(i % 17));
-            let (int, nibble) = ((i % 255) as u8 as i8, (i % 16) as u8);
-            let q8 = scale.to_f32() * f32::from(int);
-            let q4 = scale.to_f32() * f32::from(nibble) + min.to_f32();
-            // Half of a bfloat16's last bit and half of an f16's; of q4 what the minimum lost, whose factor is up to 32.
-            assert!((widened_q8(scale, int) - q8).abs() <= q8.abs() * (1.0 / 256.0 + 1.0 / 2048.0), "{scale} {int}");
-            let error = (widened_q4(scale, min, nibble) - q4).abs();
-            assert!(
-                error <= q4.abs() * (1.0 / 256.0 + 1.0 / 2048.0) + 33.0 * scale.to_f32() / 2048.0,
-                "{scale} {min} {nibble}"
-            );
-        }
-        assert_eq!(
-            (widened_q8(f16::ONE, 0), widened_q8(f16::ZERO, 5), widened_q4(f16::ZERO, f16::ZERO, 9)),
-            (0.0, 0.0, 0.0)
-        );
-        assert_eq!((widened_q8(f16::ONE, -3), widened_q4(f16::ONE, f16::from_f32(-8.0), 3)), (-3.0, -5.0));
     }
 
     #[test]

@@ -2,9 +2,8 @@
 #![allow(unsafe_code)]
 
 use super::{
-    activations::Form,
     format::{pack_bf16, pack_f32, pack_q4, pack_q8},
-    isa::Kernels,
+    isa::{Kernels, Widen},
     lanes::LANES,
     memory::{Arena, Region},
 };
@@ -146,8 +145,8 @@ pub struct CpuLinear {
     pub(super) layout: Layout,
     /// Integers with scales that would not fit an f16 if they were 2^10 times as large.
     pub(super) wide: bool,
-    /// The integers are multiplied as tiles widen them: see [`super::isa`].
-    pub(super) widened: bool,
+    /// What its integers become as they are multiplied, if they are widened.
+    pub(super) widen: Option<Widen>,
     pub(super) inputs: usize,
     /// Outputs of each linear.
     pub(super) outputs: Vec<usize>,
@@ -185,7 +184,7 @@ impl CpuLinear {
         let mut linear = Self {
             layout,
             wide: matrices.iter().any(Matrix::is_wide),
-            widened: false,
+            widen: None,
             inputs,
             outputs: parts.iter().map(|part| part.weight.rows).collect(),
             weights: Panels::pack(arena, &matrices, inputs, layout),
@@ -215,7 +214,7 @@ impl CpuLinear {
         };
         linear.wide |= down.is_wide();
         linear.down = Panels::pack(arena, &[down], inputs, layout.of_factors());
-        linear.widened = linear.kernels(kernels).form == Form::Tiles;
+        linear.widen = linear.kernels(kernels).widen;
         Ok(linear)
     }
 

@@ -1,4 +1,5 @@
 //! Panels back to rows: what the kernels multiply with, exactly, for the gradient.
+#![allow(unsafe_code)]
 
 use std::ops::Range;
 
@@ -8,13 +9,14 @@ use rayon::prelude::*;
 
 use super::{
     format::{GROUP_WORDS, Q4, Q8, WORD_LINE},
+    isa::{Widen, WidenedGroup},
     lanes::LANES,
     linear::{CpuLinear, Panels},
 };
 use crate::{
     Cores, DenseFactors, DensePart, KernelError,
     check::{add_update, check_dense},
-    rounding::{GROUP, Layout, widened_q4, widened_q8},
+    rounding::{GROUP, Layout},
 };
 
 /// A panel, the first of its outputs that are wanted, and where they go, row after row.
@@ -29,7 +31,7 @@ impl CpuLinear {
         let down = cores.map(|_| self.down_rows()).unwrap_or_default();
         let mut rows = vec![0f32; outputs.len() * inputs];
         let unpack = |(panel, lane, rows): Piece<'_>| {
-            unpack(&self.weights, self.widened, panel, lane, inputs, rows);
+            unpack(&self.weights, self.widen, panel, lane, inputs, rows);
             let (info, Some(cores)) = (&self.info[panel], cores) else { return };
             let adapted = self.parts.iter().find(|part| info.rank > 0 && part.mixed == info.mixed);
             let Some(part) = adapted else { return };
@@ -82,7 +84,7 @@ impl CpuLinear {
     fn down_rows(&self) -> Vec<f32> {
         let mut rows = vec![0f32; self.down_rows * self.inputs];
         for (panel, rows) in rows.chunks_mut((LANES * self.inputs).max(1)).enumerate() {
-            unpack(&self.down, self.widened, panel, 0, self.inputs, rows);
+            unpack(&self.down, self.widen, panel, 0, self.inputs, rows);
         }
         rows
     }
@@ -103,8 +105,11 @@ impl CpuLinear {
 }
 
 /// Outputs `lane..` of a panel, as many as there is room for: the inverse of [`super::format`]'s packers. Integers as they are, or as tiles widen them.
-fn unpack(panels: &Panels, widened: bool, panel: usize, lane: usize, inputs: usize, rows: &mut [f32]) {
+fn unpack(panels: &Panels, widen: Option<Widen>, panel: usize, lane: usize, inputs: usize, rows: &mut [f32]) {
     let bytes = panels.bytes(panel);
+    if let (Layout::Q8 | Layout::Q4, Some(widen)) = (panels.layout, widen) {
+        return unpack_widened(panels.layout, widen, bytes, lane, inputs, rows);
+    }
     for (output, row) in (lane..).zip(rows.chunks_exact_mut(inputs)) {
         match panels.layout {
             Layout::F32 => {
@@ -115,41 +120,49 @@ fn unpack(panels: &Panels, widened: bool, panel: usize, lane: usize, inputs: usi
                 let value = |at: usize| bf16::from_bits(u16_at(bytes, at)).to_f32();
                 row.iter_mut().enumerate().for_each(|(k, w)| *w = value(2 * ((k / 2 * LANES + output) * 2 + k % 2)));
             }
-            Layout::Q8 => unpack_q8(bytes, widened, output, row),
-            Layout::Q4 => unpack_q4(bytes, widened, output, row),
+            Layout::Q8 => unpack_q8(bytes, output, row),
+            Layout::Q4 => unpack_q4(bytes, output, row),
+        }
+    }
+}
+
+/// The same of integers that tiles widen: group by group, all sixteen outputs at once.
+fn unpack_widened(layout: Layout, widen: Widen, bytes: &[u8], lane: usize, inputs: usize, rows: &mut [f32]) {
+    let mut lines = WidenedGroup::default();
+    for first in (0..inputs).step_by(GROUP) {
+        // SAFETY: the function is of the kernels that multiply this panel, which has the group.
+        unsafe { widen(layout, bytes.as_ptr(), inputs, first / GROUP, &mut lines) };
+        for (output, row) in (lane..).zip(rows.chunks_exact_mut(inputs)) {
+            for (k, w) in row[first..].iter_mut().take(GROUP).enumerate() {
+                *w = lines.weight(output, k);
+            }
         }
     }
 }
 
 /// One output of a panel of 8-bit integers.
-fn unpack_q8(bytes: &[u8], widened: bool, output: usize, row: &mut [f32]) {
+fn unpack_q8(bytes: &[u8], output: usize, row: &mut [f32]) {
     let (scales, integers) = bytes.split_at(Q8::integers(row.len()));
     for (group, row) in row.chunks_mut(GROUP).enumerate() {
-        let scale = f16::from_bits(u16_at(scales, 2 * (group * LANES + output)));
+        let scale = f16::from_bits(u16_at(scales, 2 * (group * LANES + output))).to_f32();
         let words = &integers[group * GROUP_WORDS * WORD_LINE..][..GROUP_WORDS * WORD_LINE];
         for (word, fours) in row.chunks_mut(4).enumerate() {
             let ints = &words[word * WORD_LINE + 4 * output..][..4];
-            for (w, int) in fours.iter_mut().zip(ints) {
-                let int = int.wrapping_sub(128).cast_signed();
-                *w = if widened { widened_q8(scale, int) } else { scale.to_f32() * f32::from(int) };
-            }
+            fours.iter_mut().zip(ints).for_each(|(w, int)| *w = scale * f32::from(i16::from(*int) - 128));
         }
     }
 }
 
 /// One output of a panel of 4-bit integers.
-fn unpack_q4(bytes: &[u8], widened: bool, output: usize, row: &mut [f32]) {
+fn unpack_q4(bytes: &[u8], output: usize, row: &mut [f32]) {
     for (group, row) in row.chunks_mut(GROUP).enumerate() {
         let bytes = &bytes[group * Q4::GROUP_BYTES..][..Q4::GROUP_BYTES];
-        let scale = f16::from_bits(u16_at(bytes, 2 * output));
-        let min = f16::from_bits(u16_at(bytes, Q4::MINIMA + 2 * output));
+        let scale = f16::from_bits(u16_at(bytes, 2 * output)).to_f32();
+        let min = f16::from_bits(u16_at(bytes, Q4::MINIMA + 2 * output)).to_f32();
         for (word, fours) in row.chunks_mut(4).enumerate() {
             let ints = &bytes[Q4::INTEGERS + word / 2 * WORD_LINE + 4 * output..][..4];
             let shift = 4 * (word % 2);
-            for (w, int) in fours.iter_mut().zip(ints) {
-                let int = int >> shift & 15;
-                *w = if widened { widened_q4(scale, min, int) } else { scale.to_f32() * f32::from(int) + min.to_f32() };
-            }
+            fours.iter_mut().zip(ints).for_each(|(w, int)| *w = scale * f32::from(int >> shift & 15) + min);
         }
     }
 }

@@ -20,7 +20,7 @@ use std::{
 
 use half::f16;
 
-use super::{Kernels, Region, Tiling, avx512::Avx512, compile};
+use super::{Kernels, Region, Tiling, WidenedGroup, avx512::Avx512, compile};
 use crate::{
     cpu::{
         activations::Form,
@@ -435,6 +435,20 @@ unsafe fn widen<S: Source, const P: usize>(
     }
 }
 
+/// See [`super::Widen`].
+#[inline(always)]
+unsafe fn widen_group(layout: Layout, panel: *const u8, inputs: usize, group: usize, to: &mut WidenedGroup) {
+    let to = std::ptr::from_mut(to).cast::<u8>();
+    // SAFETY: the caller's contract; `to` is a tile on a cache line.
+    unsafe {
+        if layout == Layout::Q4 {
+            widen::<Q4, 1>(inputs, [panel], group, to, 0);
+        } else {
+            widen::<Q8, 1>(inputs, [panel], group, to, 0);
+        }
+    }
+}
+
 /// The lines of a group of bfloat16 that is the last and not whole: something else begins behind it.
 #[inline(always)]
 unsafe fn tail<'a>(panel: *const u8, inputs: usize, room: &'a mut Room<1>) -> *const u8 {
@@ -703,8 +717,11 @@ unsafe fn accumulate_panels<const P: usize>(values: Values<'_>, first: usize, ou
 mod compiled {
     use std::ops::Range;
 
-    use super::{Amx, Left, Tiles, Values};
-    use crate::cpu::{attention, product};
+    use super::{Amx, Left, Tiles, Values, WidenedGroup};
+    use crate::{
+        cpu::{attention, product},
+        rounding::Layout,
+    };
 
     type Panels<'a> = &'a [*const u8];
 
@@ -712,6 +729,7 @@ mod compiled {
         multiply_bf16(left: Left, panels: Panels<'_>, out: Tiles) = super::multiply::<super::Bf16>;
         multiply_q8(left: Left, panels: Panels<'_>, out: Tiles) = super::multiply::<super::Q8>;
         multiply_q4(left: Left, panels: Panels<'_>, out: Tiles) = super::multiply::<super::Q4>;
+        widen(layout: Layout, panel: *const u8, inputs: usize, group: usize, to: &mut WidenedGroup) = super::widen_group;
         scores(left: Left, panels: Panels<'_>, out: Tiles) = super::scores;
         accumulate(values: Values<'_>, out: Tiles) = super::accumulate;
         prepare(job: &product::PrepareJob<'_>, tiles: Range<usize>, scratch: &mut product::RowScratch)
@@ -745,6 +763,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     heights: &HEIGHTS,
     form: Form::Tiles,
     plain: Some(&super::avx512::vnni::KERNELS),
+    widen: Some(compiled::widen),
     layouts: [plain::multiply, compiled::multiply_bf16, compiled::multiply_q8, compiled::multiply_q4],
     turned: [plain::turned; 3],
     scores: [plain::multiply, compiled::scores],
@@ -754,3 +773,105 @@ pub(super) static KERNELS: Kernels = Kernels {
     append: compiled::append,
     attend: compiled::attend,
 };
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::{
+        cpu::{
+            Isa,
+            format::{pack_q4, pack_q8},
+        },
+        rounding::{Q4Block, Q8Block},
+        suite::Random,
+    };
+
+    /// The nearest f16, ties to even: by way of an f32 that was rounded to odd, since `f16::from_f64` may round twice.
+    fn round_f16(value: f64) -> f16 {
+        let nearest = value as f32;
+        if f64::from(nearest) == value {
+            return f16::from_f32(nearest);
+        }
+        let too_large = f64::from(nearest).abs() > value.abs();
+        f16::from_f32(f32::from_bits((nearest.to_bits() - u32::from(too_large)) | 1))
+    }
+
+    /// The weight of an f16 that is 2^10 times as large: the nearest bfloat16, ties away from zero.
+    fn nearest(large: f16) -> f32 {
+        let bits = (u32::from(large.to_bits() & 0x7fff) + 4) >> 3 | u32::from(large.to_bits() >> 15) << 15;
+        bf16::from_bits(bits as u16).to_f32() * f32::from_bits((127 + 112 - 10) << 23)
+    }
+
+    fn widened(layout: Layout, panel: &[u8], inputs: usize) -> Vec<f32> {
+        let mut group = WidenedGroup::default();
+        let mut weights = vec![0f32; LANES * inputs];
+        for first in (0..inputs).step_by(GROUP) {
+            // SAFETY: this processor has tiles; the panel was packed with so many inputs.
+            unsafe { (KERNELS.widen.unwrap())(layout, panel.as_ptr(), inputs, first / GROUP, &mut group) };
+            for (output, row) in weights.chunks_mut(inputs).enumerate() {
+                (0..GROUP).for_each(|k| row[first + k] = group.weight(output, k));
+            }
+        }
+        weights
+    }
+
+    /// Scales from the smallest f16 to a quarter.
+    fn scale(random: &mut Random) -> f16 {
+        f16::from_bits(1 + random.below(13_000) as u16)
+    }
+
+    #[test]
+    fn integers_become_the_nearest_bfloat16_of_an_f16() {
+        if !Isa::available().contains(&Isa::Amx) {
+            return;
+        }
+        let (mut random, inputs) = (Random(1), 64);
+        for _ in 0..200 {
+            let blocks: Vec<Q8Block> = (0..LANES * inputs / GROUP)
+                .map(|_| Q8Block { scale: scale(&mut random), ints: std::array::from_fn(|_| random.below(255) as i8) })
+                .map(|block| Q8Block { ints: block.ints.map(|int| int.max(-127)), ..block })
+                .collect();
+            let mut panel = vec![0; Layout::Q8.panel_bytes(inputs)];
+            pack_q8(&blocks, inputs, &mut panel);
+            let got = widened(Layout::Q8, &panel, inputs);
+            for (i, got) in got.iter().enumerate() {
+                let (block, k) = (&blocks[i / GROUP], i % GROUP);
+                let exact = block.scale.to_f64() * f64::from(block.ints[k]);
+                assert_eq!(*got, nearest(round_f16(1024.0 * exact)), "{block:?} {k}");
+                assert!((f64::from(*got) - exact).abs() <= exact.abs() * (1.0 / 256.0 + 1.0 / 2048.0), "{block:?} {k}");
+            }
+        }
+    }
+
+    #[test]
+    fn nibbles_become_the_nearest_bfloat16_of_an_f16() {
+        if !Isa::available().contains(&Isa::Amx) {
+            return;
+        }
+        let (mut random, inputs) = (Random(2), 64);
+        for _ in 0..200 {
+            let block = |random: &mut Random| {
+                let scale = scale(random);
+                let min = f16::from_f32(scale.to_f32() * 17.0 * random.unit());
+                Q4Block { scale, min, ints: std::array::from_fn(|_| random.below(16) as u8) }
+            };
+            let blocks: Vec<Q4Block> = (0..LANES * inputs / GROUP).map(|_| block(&mut random)).collect();
+            let mut panel = vec![0; Layout::Q4.panel_bytes(inputs)];
+            pack_q4(&blocks, inputs, &mut panel);
+            let got = widened(Layout::Q4, &panel, inputs);
+            for (i, got) in got.iter().enumerate() {
+                let (Q4Block { scale, min, ints }, k) = (&blocks[i / GROUP], i % GROUP);
+                let (scale, min, int) = (scale.to_f64(), min.to_f64(), f64::from(ints[k]));
+                let below = round_f16(min - 16.0 * scale).to_f64();
+                let want = nearest(round_f16(1024.0 * ((16.0 + int) * scale + below)));
+                assert_eq!(*got, want, "{scale} {min} {int}");
+                // Half of a bfloat16's last bit and half of an f16's, and what the minimum lost, whose factor is up to 33.
+                let exact = scale * int + min;
+                let most = exact.abs() * (1.0 / 256.0 + 1.0 / 2048.0) + 33.0 * scale / 2048.0;
+                assert!((f64::from(*got) - exact).abs() <= most, "{scale} {min} {int}: {got}");
+            }
+        }
+    }
+}

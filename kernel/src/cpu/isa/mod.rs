@@ -14,11 +14,14 @@ use std::{fmt, ops::Range};
 use super::{
     activations::Form,
     attention::{AppendJob, AttendJob, Scratch},
-    lanes::Lanes,
+    lanes::{LANES, Lanes},
     product::{PrepareJob, ProductJob, RowScratch},
     tile::{Column, Left, Tiles, Values},
 };
-use crate::{Precision, rounding::Layout};
+use crate::{
+    Precision,
+    rounding::{GROUP, Layout},
+};
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -189,6 +192,33 @@ pub(super) type Turned = unsafe fn(Left, &[Column], *mut f32);
 /// See [`super::tile::accumulate`].
 pub(super) type Accumulate = unsafe fn(Values<'_>, Tiles);
 
+/// A group of integers of a panel as tiles take it.
+///
+/// # Safety
+/// The processor has the instruction set; the panel has this layout, so many inputs and the group.
+pub(super) type Widen = unsafe fn(Layout, *const u8, inputs: usize, group: usize, &mut WidenedGroup);
+
+/// Thirty-two inputs of sixteen outputs, as bfloat16 with exponents that count from another number.
+#[derive(Clone)]
+#[repr(align(64))]
+pub(super) struct WidenedGroup([u16; GROUP * LANES]);
+
+impl Default for WidenedGroup {
+    fn default() -> Self {
+        Self([0; GROUP * LANES])
+    }
+}
+
+impl WidenedGroup {
+    /// The weight of an output for input `k`.
+    pub(super) fn weight(&self, output: usize, k: usize) -> f32 {
+        // Of eight inputs the even ones come first; two are neighbours.
+        let place = k / 8 * 8 + k % 2 * 4 + k % 8 / 2;
+        let bits = self.0[(place / 2 * LANES + output) * 2 + place % 2];
+        f32::from_bits(u32::from(bits) << 16) * f32::from_bits((127 + 102) << 23)
+    }
+}
+
 /// What a thread runs inside a region of a step. The products of all others go through `multiply`, compiled once a layout.
 ///
 /// # Safety
@@ -200,6 +230,8 @@ pub(super) struct Kernels {
     pub(super) form: Form,
     /// What takes the linears and caches that these kernels do not: see [`Kernels::of`].
     pub(super) plain: Option<&'static Kernels>,
+    /// Where there are tiles.
+    pub(super) widen: Option<Widen>,
     /// One a layout.
     pub(super) layouts: [Multiply; 4],
     /// Of f32, bfloat16 and 8 bits: what V may be in.
@@ -308,6 +340,7 @@ macro_rules! kernels {
             heights: $crate::cpu::isa::Kernels::heights($wide),
             form: <$lanes as $crate::cpu::isa::Tiling>::FORM,
             plain: None,
+            widen: None,
             layouts: [compiled::multiply_f32, compiled::multiply_bf16, compiled::multiply_q8, compiled::multiply_q4],
             turned: [compiled::turned_f32, compiled::turned_bf16, compiled::turned_q8],
             scores: [compiled::multiply_f32, compiled::multiply_bf16],
