@@ -12,7 +12,7 @@ use super::{
     isa::{Kernels, Region, Tiling},
     lanes::{LANES, Lanes, load_partial, store_partial, sum, weight},
     memory::{Lines, Shared},
-    product::rms_norm,
+    prepare::rms_norm,
     step::CpuStep,
     tile::{Left, Tiles, Values},
 };

@@ -7,7 +7,7 @@
 //! | `format` | how panels of f32, bf16, 8-bit and 4-bit weights lie in memory |
 //! | `activations` | rows cut into tiles, rounded and packed as the kernels read them |
 //! | `tile` | the register tile: one chain of additions an output |
-//! | `linear`, `product` | packing; norm, product, adapter and epilogue |
+//! | `linear`, `prepare`, `product` | packing; norm and what adapters see; product, adapter and epilogue |
 //! | `attention` | the paged cache and the walk over it |
 //! | `unpack` | panels back to rows, for the gradient |
 //! | `memory`, `pool` | huge pages for weights; threads |
@@ -23,6 +23,7 @@ mod linear;
 mod measure;
 mod memory;
 mod pool;
+mod prepare;
 mod product;
 mod step;
 #[cfg(test)]
@@ -41,7 +42,8 @@ use self::{
     isa::Kernels,
     memory::{Arena, Shared},
     pool::Pool,
-    product::{PrepareJob, ProductJob, RowScratch},
+    prepare::{PrepareJob, RowScratch},
+    product::ProductJob,
 };
 pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
 use super::{

@@ -1,5 +1,4 @@
-//! A product: `prepare` gathers, normalises and packs the rows and mixes what their adapters see of them, `product` multiplies
-//! and ends each tile while it is in the cache.
+//! A product: [`super::prepare`] has made its rows ready; each tile is multiplied, and ended while it is in the cache.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -8,11 +7,11 @@ use super::{
     activations::{Form, MAX_HEIGHT, Room, Tile},
     format::WORD_LINE,
     isa::{Kernels, Region, Tiling},
-    lanes::{LANES, Lanes, load_partial, silu, store_partial, sum},
-    linear::{CpuLinear, PartInfo, UpRow},
-    memory::{Lines, Shared},
-    step::Mixing,
-    tile::{Column, Left, Tiles},
+    lanes::{LANES, Lanes, load_partial, silu, store_partial},
+    linear::{CpuLinear, UpRow},
+    memory::Shared,
+    prepare::RowScratch,
+    tile::{Left, Tiles},
 };
 use crate::{Epilogue, rounding::Layout};
 
@@ -22,228 +21,6 @@ const MAX_PANELS: usize = 4;
 const BLOCK_BYTES: usize = 384 << 10;
 /// The same where panels are widened first, which should not happen often: so much of a cache of two MiB.
 const TILED_BLOCK_BYTES: usize = 1 << 20;
-
-/// RMSNorm of a row, `x / sqrt(mean(x^2) + epsilon) * weight`: the squares are summed in sixteen chains, then in one tree.
-///
-/// # Safety
-/// As for [`Lanes`]; `x` and `out` are valid for the weight's length, and may be the same.
-#[inline(always)]
-pub(super) unsafe fn rms_norm<L: Lanes>(x: *const f32, weight: &[f32], epsilon: f32, out: *mut f32) {
-    let width = weight.len();
-    // SAFETY: every access is to `width` numbers of each; the caller vouches for the rest.
-    unsafe {
-        let mut squares = L::splat(0.0);
-        for k in (0..width).step_by(LANES) {
-            let x = load_partial::<L>(x.add(k), LANES.min(width - k));
-            squares = x.fma(x, squares);
-        }
-        let scale = L::splat(1.0 / (sum(squares) / width as f32 + epsilon).sqrt());
-        for k in (0..width).step_by(LANES) {
-            let count = LANES.min(width - k);
-            let x = load_partial::<L>(x.add(k), count);
-            let weight = load_partial::<L>(weight.as_ptr().add(k), count);
-            store_partial(x.mul(scale).mul(weight), out.add(k), count);
-        }
-    }
-}
-
-/// What a thread needs to prepare rows and multiply them, kept from step to step.
-#[derive(Default)]
-pub(super) struct RowScratch {
-    /// One row, normalised, with zeros behind it.
-    row: Vec<f32>,
-    /// `V^T x` of a tile; see [`Seen`].
-    products: Lines,
-    /// Panels of V^T.
-    panels: Vec<*const u8>,
-    /// Those of its rows that somebody looks through.
-    columns: Vec<Column>,
-    /// `[MAX_PANELS][MAX_HEIGHT][16]`: products that have not been ended.
-    tile: Lines,
-    /// Where there are tiles: the panels at hand, widened.
-    widened: Lines,
-}
-
-// SAFETY: the pointers in `panels` and `columns` are only read inside the call that wrote them.
-unsafe impl Send for RowScratch {}
-
-/// The rows of a product, ready to be multiplied: see [`prepare`].
-pub(super) struct PrepareJob<'a> {
-    pub(super) kernels: &'a Kernels,
-    pub(super) linear: &'a CpuLinear,
-    /// All rows of the step, each `linear.inputs` wide.
-    pub(super) x: &'a [f32],
-    /// Rows of the step that take part; None: all.
-    pub(super) chosen: Option<&'a [u32]>,
-    /// Weight and epsilon.
-    pub(super) norm: Option<(&'a [f32], f32)>,
-    /// The rows, cut.
-    pub(super) tiles: &'a [Tile],
-    /// Where they are packed. Each tile belongs to one thread.
-    pub(super) room: Room,
-    /// The cores of the step; None when no row has an adapter, or the linear none.
-    pub(super) mixing: Option<&'a Mixing>,
-    /// Slot of every row of the step.
-    pub(super) slots: &'a [u32],
-    /// How many numbers of each part of `mixed` a row has (see [`crate::Cores::active`]), 0 on the base; empty when no row has any.
-    pub(super) active: &'a [u32],
-    /// `[rows, linear.down_rows]`: `C V^T x` of the adapted rows. Each row belongs to one thread.
-    pub(super) mixed: Shared<f32>,
-}
-
-impl PrepareJob<'_> {
-    fn row_of_step(&self, row: usize) -> usize {
-        self.chosen.map_or(row, |chosen| chosen[row] as usize)
-    }
-
-    fn slot(&self, row: usize) -> u32 {
-        self.slots[self.row_of_step(row)]
-    }
-}
-
-/// Gathers, normalises, packs and mixes the rows of some tiles.
-///
-/// # Safety
-/// The processor has the instructions of `T`; the job's pointers are valid for all tiles in range, which no other thread touches.
-#[inline(always)]
-pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize>, scratch: &mut RowScratch) {
-    let width = job.linear.inputs;
-    let padded = job.linear.layout.padded(width);
-    scratch.row.clear();
-    scratch.row.resize(padded, 0.0);
-    // SAFETY: the instruction set, by contract.
-    unsafe { T::begin(Region::Products) };
-    if job.mixing.is_some() && !tiles.is_empty() {
-        // V comes while the first rows are packed.
-        let down = &job.linear.down;
-        for panel in 0..down.len() {
-            let lines = down.panel(panel);
-            let bytes = down.panel_bytes().min(V_AHEAD);
-            (0..bytes).step_by(WORD_LINE).for_each(|at| T::Lanes::prefetch(lines.wrapping_add(at)));
-        }
-    }
-    for &tile in &job.tiles[tiles] {
-        for row in 0..tile.rows {
-            let from = &job.x[job.row_of_step(tile.first + row) * width..][..width];
-            // SAFETY: `from` was sliced to `width` and the scratch has `padded` numbers; the tile of the room is this thread's.
-            unsafe {
-                let x = match job.norm {
-                    Some((weight, epsilon)) => {
-                        let to = scratch.row.as_mut_ptr();
-                        rms_norm::<T::Lanes>(from.as_ptr(), &weight[..width], epsilon, to);
-                        to.cast_const()
-                    }
-                    None if padded == width => from.as_ptr(),
-                    None => {
-                        scratch.row[..width].copy_from_slice(from);
-                        scratch.row.as_ptr()
-                    }
-                };
-                job.room.pack::<T>(tile, row, x);
-            }
-        }
-        if let Some(mixing) = job.mixing {
-            // SAFETY: the tile was packed just now; its rows of `mixed` are this thread's.
-            unsafe { look_down(job, mixing, tile, scratch) };
-        }
-    }
-    // SAFETY: as above.
-    unsafe { T::end() };
-}
-
-/// `C (V^T x)` of a tile's adapted rows.
-#[inline(always)]
-unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, scratch: &mut RowScratch) {
-    let active = &job.active[tile.first..][..tile.rows];
-    let Some(most) = active.iter().max().map(|&active| active as usize).filter(|&active| active > 0) else {
-        return;
-    };
-    // SAFETY: the contract of `prepare`: the tile has been packed.
-    let (seen, products) = unsafe { see(job, tile, most, scratch) };
-    let numbers = tile.rows * job.linear.down_rows;
-    // SAFETY: the rows of this tile in `mixed` are this thread's, and have `down_rows` numbers each.
-    let mixed = unsafe { std::slice::from_raw_parts_mut(job.mixed.get(tile.first * job.linear.down_rows), numbers) };
-    for (row, &active) in active.iter().enumerate() {
-        let (slot, active) = (job.slot(tile.first + row), active as usize);
-        let mixed = &mut mixed[row * job.linear.down_rows..];
-        for (number, part) in job.linear.parts.iter().enumerate() {
-            if active == 0 {
-                break;
-            }
-            let (core, rank) = mixing.core(part.site, slot);
-            // SAFETY: a place among those that `see` has written.
-            let seen_at = |j: usize| unsafe { *products.add(seen.place(number, part, j, row)) };
-            if active == 2 && rank == 2 {
-                // Nearly every adapter: written out, since the loops below cost more than their products.
-                let ([a, b, c, d], [x, y]) = ([core[0], core[1], core[2], core[3]], [seen_at(0), seen_at(1)]);
-                mixed[part.mixed..part.mixed + 2].copy_from_slice(&[0.0 + a * x + b * y, 0.0 + c * x + d * y]);
-                continue;
-            }
-            for (mixed, core) in mixed[part.mixed..].iter_mut().zip(core.chunks_exact(rank)).take(active) {
-                *mixed = (0..active).fold(0.0, |sum, j| sum + core[j] * seen_at(j));
-            }
-        }
-    }
-}
-
-/// Where a tile's V^T x lie in the scratch.
-enum Seen {
-    /// All of V, panel by panel: `[panel][height][16]`, with so many numbers a panel.
-    Panels(usize),
-    /// So many numbers of each part: `[part][number][16]`, with the rows in the lanes.
-    Turned(usize),
-}
-
-impl Seen {
-    /// Of number `j` of part `number`, for a row of the tile.
-    #[inline(always)]
-    fn place(&self, number: usize, part: &PartInfo, j: usize, row: usize) -> usize {
-        match self {
-            Self::Panels(stride) => {
-                let at = part.mixed + j;
-                at / LANES * stride + row * LANES + at % LANES
-            }
-            Self::Turned(most) => (number * most + j) * LANES + row,
-        }
-    }
-}
-
-/// `V^T x` of a tile, at least the first `most` numbers of every part. Either way computes the same bits; turned is faster where the numbers
-/// are fewer than the rows.
-#[inline(always)]
-unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowScratch) -> (Seen, *const f32) {
-    let down = &job.linear.down;
-    let numbers = job.linear.parts.len() * most;
-    let turned = numbers < tile.height && job.kernels.form != Form::Tiles;
-    let stride = tile.height * LANES;
-    let room = if turned { numbers * LANES } else { down.len() * stride };
-    let left = job.room.left(tile);
-    let out = scratch.products.at_least(room * size_of::<f32>()).cast::<f32>();
-    // SAFETY: `products` has the room; behind every tile of the job's room lie sixteen numbers; the caller vouches for the rest.
-    unsafe {
-        if turned {
-            scratch.columns.clear();
-            scratch.columns.extend(
-                job.linear
-                    .parts
-                    .iter()
-                    .flat_map(|part| part.mixed..part.mixed + most)
-                    .map(|at| Column { panel: down.panel(at / LANES), lane: at % LANES }),
-            );
-            (job.kernels.turned(down.layout))(left, &scratch.columns, out);
-            (Seen::Turned(most), out)
-        } else {
-            scratch.panels.clear();
-            scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
-            (job.kernels.multiply(down.layout))(
-                left,
-                &scratch.panels,
-                Tiles { data: out, panel_stride: stride, add: false },
-            );
-            (Seen::Panels(stride), out)
-        }
-    }
-}
 
 /// A product whose rows are ready: see [`product`].
 pub(super) struct ProductJob<'a> {
@@ -255,7 +32,7 @@ pub(super) struct ProductJob<'a> {
     pub(super) room: Room,
     /// `[rows, down_rows]`; read for adapted rows only.
     pub(super) mixed: Shared<f32>,
-    /// As in [`PrepareJob::active`].
+    /// As in [`super::prepare::PrepareJob::active`].
     pub(super) active: &'a [u32],
     pub(super) epilogue: Epilogue,
     /// `[rows, width]`. Each unit's columns belong to one thread.
@@ -443,9 +220,6 @@ unsafe fn end_panel<L: Lanes, const ACTIVE: usize>(
         }
     }
 }
-
-/// Bytes of a panel of V that are asked for at once: those of 576 inputs, in a cache of 32 kB or more.
-const V_AHEAD: usize = 10 << 10;
 
 /// Numbers of the mixed V x that are asked for at once: those of 170 rows of q|k|v at rank 2.
 const MIXED_AHEAD: usize = 1024;

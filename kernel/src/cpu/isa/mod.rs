@@ -15,7 +15,8 @@ use super::{
     activations::Form,
     attention::{AppendJob, AttendJob, Scratch},
     lanes::{LANES, Lanes},
-    product::{PrepareJob, ProductJob, RowScratch},
+    prepare::{PrepareJob, RowScratch},
+    product::ProductJob,
     tile::{Column, Left, Tiles, Values},
 };
 use crate::{
@@ -302,7 +303,7 @@ macro_rules! kernels {
 
         mod compiled {
             use std::ops::Range;
-            use $crate::cpu::{attention, format, product, tile};
+            use $crate::cpu::{attention, format, prepare, product, tile};
 
             #[allow(unused_imports)]
             use super::*;
@@ -326,9 +327,9 @@ macro_rules! kernels {
                     = tile::turned::<Lanes, tile::ByGroups<format::Q8>>;
                 accumulate_f32(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::F32, 1>;
                 accumulate_bf16(values: tile::Values<'_>, out: tile::Tiles) = tile::accumulate::<Lanes, format::Bf16, 2>;
-                prepare(job: &product::PrepareJob<'_>, tiles: Range<usize>, scratch: &mut product::RowScratch)
-                    = product::prepare::<Lanes>;
-                product(job: &product::ProductJob<'_>, units: Range<usize>, scratch: &mut product::RowScratch)
+                prepare(job: &prepare::PrepareJob<'_>, tiles: Range<usize>, scratch: &mut prepare::RowScratch)
+                    = prepare::prepare::<Lanes>;
+                product(job: &product::ProductJob<'_>, units: Range<usize>, scratch: &mut prepare::RowScratch)
                     = product::product::<Lanes>;
                 append(job: &attention::AppendJob<'_>, rows: Range<usize>, heads: Range<usize>, scratch: &mut attention::Scratch)
                     = attention::append::<Lanes>;
