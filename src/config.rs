@@ -293,7 +293,7 @@ pub enum Dtype {
 /// `--isa`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum IsaChoice {
-    /// The best that the processor has for this `--dtype`: AMX where there is one, but not for q4, which is there for small batches.
+    /// The best that the processor has: AMX where there is one, but not for small batches, that is, with `--dtype q4` or a `--max-batch` of 8 or less.
     Auto,
     /// AMX with bfloat16, AVX-512 with BF16 and FP16: the fastest from 20 rows at a time on; a few sequences decode faster without.
     Amx,

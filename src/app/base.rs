@@ -86,7 +86,7 @@ pub fn start(model: &ModelArgs, engine: &EngineArgs) -> Result<Base, AppError> {
     let blocks = blocks(&spec, precision, max_model_len, engine)?;
     let options = TransformerOptions { precision, max_positions: max_model_len, kv_blocks: blocks };
     let (vocab, eos) = (spec.vocab, spec.eos.clone());
-    let transformer = pack(model, spec, weights, &basis, options, None)?;
+    let transformer = pack(model, usize::from(engine.max_batch), spec, weights, &basis, options, None)?;
     let handle = Engine::start(
         transformer,
         EngineConfig {
@@ -181,9 +181,9 @@ pub(super) fn precision(dtype: Dtype, weights: &ModelWeights) -> Precision {
     }
 }
 
-fn isa(choice: IsaChoice, precision: Precision) -> Option<Isa> {
+fn isa(choice: IsaChoice, precision: Precision, most_rows: usize) -> Option<Isa> {
     match choice {
-        IsaChoice::Auto => Some(Isa::best_for(precision)),
+        IsaChoice::Auto => Some(Isa::best_for(precision, most_rows)),
         IsaChoice::Amx => Some(Isa::Amx),
         IsaChoice::Avx512Bf16 => Some(Isa::Avx512Bf16),
         IsaChoice::Avx512 => Some(Isa::Avx512),
@@ -220,9 +220,10 @@ fn memory_mebibytes() -> Option<usize> {
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib / 1024)
 }
 
-/// Packs the model for the chosen device; with a clock, every part of its steps is timed.
+/// Packs the model for the chosen device, for steps that decode up to so many sequences; with a clock, every part of its steps is timed.
 pub(super) fn pack(
     args: &ModelArgs,
+    most_rows: usize,
     spec: ModelSpec,
     weights: ModelWeights,
     basis: &Basis,
@@ -258,7 +259,7 @@ pub(super) fn pack(
         None => {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let threads = args.threads.map_or(cores, usize::from);
-            packed(CpuBackend::new(threads, isa(args.isa, options.precision))?, spec, weights, basis, options, clock)
+            packed(CpuBackend::new(threads, isa(args.isa, options.precision, most_rows))?, spec, weights, basis, options, clock)
         }
     }
 }

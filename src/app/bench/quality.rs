@@ -117,7 +117,7 @@ fn pack(args: &ModelArgs, loaded: &LoadedModel, dtype: Dtype, positions: usize) 
     let options =
         TransformerOptions { precision, max_positions: positions, kv_blocks: positions.div_ceil(BLOCK_TOKENS) };
     let basis = Basis { rank: 0, fingerprint: Fingerprint([0; 32]), sites: Vec::new() };
-    base::pack(args, loaded.spec.clone(), loaded.weights.clone(), &basis, options, None)
+    base::pack(args, usize::MAX, loaded.spec.clone(), loaded.weights.clone(), &basis, options, None)
 }
 
 /// The windows that the flags name, each of at least two tokens.

@@ -61,7 +61,7 @@ impl Subject {
         let precision = base::precision(args.dtype, &weights);
         let options = TransformerOptions { precision, max_positions: size.positions, kv_blocks: size.blocks.max(1) };
         let sites = spec.sites().len();
-        let model = base::pack(args, spec, weights, &basis, options, clock)?;
+        let model = base::pack(args, usize::MAX, spec, weights, &basis, options, clock)?;
         Ok(Self { name, precision, model, cores, rank: basis.rank, sites })
     }
 }

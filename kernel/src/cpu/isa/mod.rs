@@ -41,6 +41,9 @@ pub enum Isa {
     Portable,
 }
 
+/// So many rows are no faster on tiles.
+const FEW_ROWS: usize = 8;
+
 impl Isa {
     /// All there are, best first.
     pub const ALL: [Self; 6] = [Self::Amx, Self::Avx512Bf16, Self::Avx512, Self::AvxVnni, Self::Avx2, Self::Portable];
@@ -59,9 +62,10 @@ impl Isa {
         all
     }
 
-    /// The best that this processor has for weights of a precision. Of 4 bits that of a few rows, where bytes count: tiles have to widen them first.
-    pub fn best_for(precision: Precision) -> Self {
-        let tiles = precision != Precision::Q4;
+    /// The best that this processor has for weights of a precision and steps that decode up to so many sequences. Tiles have to widen integers first, which few
+    /// rows do not make good; weights of 4 bits are for those.
+    pub fn best_for(precision: Precision, most_rows: usize) -> Self {
+        let tiles = precision != Precision::Q4 && most_rows > FEW_ROWS;
         Self::available().into_iter().find(|isa| tiles || *isa != Self::Amx).unwrap_or(Self::Portable)
     }
 
