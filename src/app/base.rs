@@ -259,7 +259,14 @@ pub(super) fn pack(
         None => {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let threads = args.threads.map_or(cores, usize::from);
-            packed(CpuBackend::new(threads, isa(args.isa, options.precision, most_rows))?, spec, weights, basis, options, clock)
+            packed(
+                CpuBackend::new(threads, isa(args.isa, options.precision, most_rows))?,
+                spec,
+                weights,
+                basis,
+                options,
+                clock,
+            )
         }
     }
 }
