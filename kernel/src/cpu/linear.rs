@@ -3,9 +3,9 @@
 
 use super::{
     format::{pack_bf16, pack_f32, pack_q4, pack_q8},
-    isa::{Kernels, Widen},
+    isa::{Kernels, Widen, WidenedGroup},
     lanes::LANES,
-    memory::{Arena, Region},
+    memory::{Arena, Lines, Region},
 };
 use crate::{
     Epilogue, KernelError, LinearPart, Precision, Weight,
@@ -107,6 +107,20 @@ impl Panels {
         assert!(panel < self.count, "panel {panel} of {}", self.count);
         self.data.as_ptr().wrapping_add(panel * self.panel_bytes)
     }
+
+    /// The groups of all panels of integers as tiles take them, one after another.
+    fn widened(&self, inputs: usize, widen: Widen) -> Lines {
+        let groups = inputs.div_ceil(GROUP);
+        let mut lines = Lines::zeroed(self.count * groups * size_of::<WidenedGroup>());
+        let to = lines.as_mut_ptr().cast::<WidenedGroup>();
+        for number in 0..self.count * groups {
+            let (panel, group) = (number / groups, number % groups);
+            // SAFETY: the lines hold so many groups, all zero, and nobody else sees them; panels have this layout and so many inputs, and the function is of an
+            // instruction set that this processor has.
+            unsafe { widen(self.layout, self.panel(panel), inputs, group, &mut *to.add(number)) };
+        }
+        lines
+    }
 }
 
 /// What the epilogue needs to know of a panel of outputs.
@@ -160,6 +174,8 @@ pub struct CpuLinear {
     pub(super) parts: Vec<PartInfo>,
     /// V^T of all adapted parts as further output rows.
     pub(super) down: Panels,
+    /// The same as tiles take it, if integers are widened: every tile of rows meets it.
+    pub(super) widened_down: Option<Lines>,
     /// Rows of `down`: the ranks' sum.
     pub(super) down_rows: usize,
     /// U, `[panel][rank]`.
@@ -192,6 +208,7 @@ impl CpuLinear {
             bias: Vec::new(),
             parts: Vec::new(),
             down: Panels::pack(arena, &[], inputs, layout.of_factors()),
+            widened_down: None,
             down_rows: 0,
             up: Vec::new(),
         };
@@ -215,6 +232,9 @@ impl CpuLinear {
         linear.wide |= down.is_wide();
         linear.down = Panels::pack(arena, &[down], inputs, layout.of_factors());
         linear.widen = linear.kernels(kernels).widen;
+        if let (Some(widen), Layout::Q8) = (linear.widen, linear.down.layout) {
+            linear.widened_down = Some(linear.down.widened(inputs, widen));
+        }
         Ok(linear)
     }
 

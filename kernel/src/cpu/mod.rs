@@ -37,7 +37,7 @@ use candle_core::{Device, Tensor};
 use half::bf16;
 
 use self::{
-    activations::{Packed, Tile, cut, mark},
+    activations::{Packed, Tile, cut, mark, places},
     attention::{AppendJob, AttendJob, Scratch},
     isa::Kernels,
     memory::{Arena, Shared},
@@ -269,7 +269,7 @@ impl Backend for CpuBackend {
         }
         let few = count <= FEW_ROWS;
         let rooms = |thread: &mut Thread| {
-            grow(&mut thread.mixed, if adapted { count * linear.down_rows } else { 0 });
+            grow(&mut thread.mixed, if adapted { places(&self.tiles) * linear.down_rows } else { 0 });
             let room = thread.packed.room(linear.layout, inputs, kernels.form, &self.tiles);
             (room, Shared(thread.mixed.as_mut_ptr()))
         };

@@ -11,8 +11,9 @@ use super::{
     linear::{CpuLinear, PartInfo},
     memory::{Lines, Shared},
     step::Mixing,
-    tile::{Column, Tiles},
+    tile::{Column, Left, Tiles},
 };
+use crate::rounding::{GROUP, Layout};
 
 /// Bytes of a panel of V that are asked for at once: those of 576 inputs, in a cache of 32 kB or more.
 const V_AHEAD: usize = 10 << 10;
@@ -154,12 +155,11 @@ unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, scratch: 
     };
     // SAFETY: the contract of `prepare`: the tile has been packed.
     let (seen, products) = unsafe { see(job, tile, most, scratch) };
-    let numbers = tile.rows * job.linear.down_rows;
-    // SAFETY: the rows of this tile in `mixed` are this thread's, and have `down_rows` numbers each.
-    let mixed = unsafe { std::slice::from_raw_parts_mut(job.mixed.get(tile.first * job.linear.down_rows), numbers) };
+    let (place, height) = (tile.place * job.linear.down_rows, tile.height);
+    // SAFETY: the numbers of this tile in `mixed` are this thread's, and `down_rows` for each of its rows.
+    let mixed = unsafe { std::slice::from_raw_parts_mut(job.mixed.get(place), height * job.linear.down_rows) };
     for (row, &active) in active.iter().enumerate() {
         let (slot, active) = (job.slot(tile.first + row), active as usize);
-        let mixed = &mut mixed[row * job.linear.down_rows..];
         for (number, part) in job.linear.parts.iter().enumerate() {
             if active == 0 {
                 break;
@@ -170,11 +170,12 @@ unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, scratch: 
             if active == 2 && rank == 2 {
                 // Nearly every adapter: written out, since the loops below cost more than their products.
                 let ([a, b, c, d], [x, y]) = ([core[0], core[1], core[2], core[3]], [seen_at(0), seen_at(1)]);
-                mixed[part.mixed..part.mixed + 2].copy_from_slice(&[0.0 + a * x + b * y, 0.0 + c * x + d * y]);
+                mixed[part.mixed * height + row] = 0.0 + a * x + b * y;
+                mixed[(part.mixed + 1) * height + row] = 0.0 + c * x + d * y;
                 continue;
             }
-            for (mixed, core) in mixed[part.mixed..].iter_mut().zip(core.chunks_exact(rank)).take(active) {
-                *mixed = (0..active).fold(0.0, |sum, j| sum + core[j] * seen_at(j));
+            for (i, core) in core.chunks_exact(rank).take(active).enumerate() {
+                mixed[(part.mixed + i) * height + row] = (0..active).fold(0.0, |sum, j| sum + core[j] * seen_at(j));
             }
         }
     }
@@ -227,13 +228,20 @@ unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowSc
             (job.kernels.turned(down.layout))(left, &scratch.columns, out);
             (Seen::Turned(most), out)
         } else {
+            let tiles = Tiles { data: out, panel_stride: stride, add: false };
             scratch.panels.clear();
-            scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
-            (job.kernels.multiply(down.layout))(
-                left,
-                &scratch.panels,
-                Tiles { data: out, panel_stride: stride, add: false },
-            );
+            match &job.linear.widened_down {
+                Some(widened) => {
+                    let inputs = job.linear.inputs.next_multiple_of(GROUP);
+                    let panel = |i: usize| widened.as_ptr().wrapping_add(i * Layout::Bf16.panel_bytes(inputs));
+                    scratch.panels.extend((0..down.len()).map(panel));
+                    (job.kernels.multiply(Layout::Bf16))(Left { inputs, ..left }, &scratch.panels, tiles);
+                }
+                None => {
+                    scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
+                    (job.kernels.multiply(down.layout))(left, &scratch.panels, tiles);
+                }
+            }
             (Seen::Panels(stride), out)
         }
     }

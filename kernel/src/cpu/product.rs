@@ -30,7 +30,7 @@ pub(super) struct ProductJob<'a> {
     pub(super) tiles: &'a [Tile],
     /// Where they have been packed.
     pub(super) room: Room,
-    /// `[rows, down_rows]`; read for adapted rows only.
+    /// Of each tile `[down_rows][height]`; read for adapted rows only.
     pub(super) mixed: Shared<f32>,
     /// As in [`super::prepare::PrepareJob::active`].
     pub(super) active: &'a [u32],
@@ -154,7 +154,7 @@ unsafe fn end_tile<L: Lanes>(job: &ProductJob<'_>, first_unit: usize, count: usi
         // SAFETY: the contract of `product`: rows and columns of `out` exist and are this thread's; the tile has rows below MAX_HEIGHT.
         unsafe {
             let panel = job.panel(first_unit, i);
-            let ending = Ending::<L>::of(job, panel);
+            let ending = Ending::<L>::of(job, panel, tile);
             let products = products.add(i * MAX_HEIGHT * LANES);
             // What a row does not have to ask is written out: beside the products the question would be seen.
             match tile.active {
@@ -191,29 +191,25 @@ unsafe fn end_panel<L: Lanes, const ACTIVE: usize>(
         match job.epilogue {
             Epilogue::Store => {
                 for row in 0..tile.rows {
-                    let value = ending.corrected::<ACTIVE>(tile.first + row, L::load(products.add(row * LANES)));
+                    let value = ending.corrected::<ACTIVE>(row, L::load(products.add(row * LANES)));
                     store_partial(value, out.add(row * job.width), info.columns);
                 }
             }
             Epilogue::Add => {
                 for row in 0..tile.rows {
-                    let value = ending.corrected::<ACTIVE>(tile.first + row, L::load(products.add(row * LANES)));
+                    let value = ending.corrected::<ACTIVE>(row, L::load(products.add(row * LANES)));
                     let out = out.add(row * job.width);
                     store_partial(load_partial::<L>(out, info.columns).add(value), out, info.columns);
                 }
             }
             Epilogue::SwiGlu => {
-                let other = Ending::<L>::of(job, panel + job.units());
+                let other = Ending::<L>::of(job, panel + job.units(), tile);
                 let alike = other.adapted == ending.adapted;
                 for row in 0..tile.rows {
                     let product = products.add(row * LANES);
-                    let gate = ending.corrected::<ACTIVE>(tile.first + row, L::load(product));
+                    let gate = ending.corrected::<ACTIVE>(row, L::load(product));
                     let up = L::load(product.add(MAX_HEIGHT * LANES));
-                    let up = if alike {
-                        other.corrected::<ACTIVE>(tile.first + row, up)
-                    } else {
-                        other.corrected::<ANY>(tile.first + row, up)
-                    };
+                    let up = if alike { other.corrected::<ACTIVE>(row, up) } else { other.corrected::<ANY>(row, up) };
                     store_partial(silu(gate).mul(up), out.add(row * job.width), info.columns);
                 }
             }
@@ -233,11 +229,11 @@ struct Ending<'a, L> {
     bias: L,
     /// The part has factors, and some row an adapter.
     adapted: bool,
-    /// [`crate::Cores::active`] of every row, if `adapted`.
+    /// [`crate::Cores::active`] of the tile's rows, if `adapted`.
     active: &'a [u32],
     kept: [L; KEPT],
     up: &'a [UpRow],
-    /// The part's numbers of row 0 in the mixed V x.
+    /// The part's first number of the tile's first row in the mixed V x; the next row's follows, and the next number lies `stride` further.
     mixed: *const f32,
     stride: usize,
 }
@@ -246,7 +242,7 @@ impl<'a, L: Lanes> Ending<'a, L> {
     /// # Safety
     /// The processor has the instructions of `L`.
     #[inline(always)]
-    unsafe fn of(job: &ProductJob<'a>, panel: usize) -> Self {
+    unsafe fn of(job: &ProductJob<'a>, panel: usize, tile: Tile) -> Self {
         let (linear, info) = (job.linear, &job.linear.info[panel]);
         // SAFETY: all loads are of sixteen numbers from slices that were cut to sixteen.
         unsafe {
@@ -266,16 +262,16 @@ impl<'a, L: Lanes> Ending<'a, L> {
                 biased,
                 bias: L::load(bias.as_ptr()),
                 adapted: info.rank > 0 && !job.active.is_empty(),
-                active: job.active,
+                active: if job.active.is_empty() { &[] } else { &job.active[tile.first..] },
                 kept,
                 up,
-                mixed: job.mixed.get(info.mixed).cast_const(),
-                stride: linear.down_rows,
+                mixed: job.mixed.get(tile.place * linear.down_rows + info.mixed * tile.height).cast_const(),
+                stride: tile.height,
             }
         }
     }
 
-    /// `W x + b + U h` of one row, from `W x`. ACTIVE is [`NONE`], [`TWO`] or [`ANY`].
+    /// `W x + b + U h` of one row of the tile, from `W x`. ACTIVE is [`NONE`], [`TWO`] or [`ANY`].
     ///
     /// # Safety
     /// The processor has the instructions of `L`; if the row is adapted, its mixed numbers have been written.
@@ -290,19 +286,19 @@ impl<'a, L: Lanes> Ending<'a, L> {
             if ACTIVE == NONE {
                 return value;
             }
-            let mixed = self.mixed.add(row * self.stride);
+            let mixed = self.mixed.add(row);
             if ACTIVE == TWO {
-                return L::splat(*mixed.add(1)).fma(self.kept[1], L::splat(*mixed).fma(self.kept[0], value));
+                return L::splat(*mixed.add(self.stride)).fma(self.kept[1], L::splat(*mixed).fma(self.kept[0], value));
             }
             let active = if self.adapted { self.active[row] as usize } else { 0 };
             if active > 0 {
                 value = L::splat(*mixed).fma(self.kept[0], value);
             }
             if active > 1 {
-                value = L::splat(*mixed.add(1)).fma(self.kept[1], value);
+                value = L::splat(*mixed.add(self.stride)).fma(self.kept[1], value);
             }
             for i in KEPT..active {
-                value = L::splat(*mixed.add(i)).fma(L::load(self.up[i].0.as_ptr()), value);
+                value = L::splat(*mixed.add(i * self.stride)).fma(L::load(self.up[i].0.as_ptr()), value);
             }
             value
         }
