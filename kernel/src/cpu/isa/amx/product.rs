@@ -96,9 +96,9 @@ unsafe fn few<S: Source, const R: usize, const P: usize>(left: Left, panels: [*c
                 }
             }
         }
-        for row in 0..R {
-            for panel in 0..P {
-                _mm512_storeu_ps(out.data.add(panel * out.panel_stride + row * LANES), sums[row][panel]);
+        for (row, sums) in sums.into_iter().enumerate() {
+            for (panel, sum) in sums.into_iter().enumerate() {
+                _mm512_storeu_ps(out.data.add(panel * out.panel_stride + row * LANES), sum);
             }
         }
     }
