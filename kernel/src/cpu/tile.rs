@@ -13,10 +13,11 @@ use super::{
 
 /// Activations as [`super::activations`] packs them: a tile of rows, word after word, the rows of a word side by side.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // some of it is for tiles, which only x86-64 has
 pub(super) struct Left {
-    /// `[words][height]`
+    /// `[words][height]`, or as [`super::activations::Form::Tiles`] says.
     pub(super) words: *const u32,
-    /// Rows of the tile: one of [`Tiling::HEIGHTS`].
+    /// Rows of the tile: one of the kernels' heights.
     pub(super) height: usize,
     /// Those of them that are somebody's.
     pub(super) rows: usize,
@@ -315,7 +316,7 @@ unsafe fn turned_chunk<L: Lanes, K: Turned, const C: usize>(left: Left, columns:
 pub(super) struct Values<'a> {
     /// `[height][SPAN_TOKENS]`, of which pairs take half
     pub(super) weights: *const u32,
-    /// Rows of the tile: one of [`Tiling::HEIGHTS`].
+    /// Rows of the tile: one of the kernels' heights.
     pub(super) height: usize,
     /// Tokens in all.
     pub(super) tokens: usize,
