@@ -186,9 +186,7 @@ impl Room {
             }
         }
     }
-}
 
-impl Room {
     /// [`Self::pack`] where activations lie in tiles: a row's groups of thirty-two, with zeros behind the last input.
     #[inline(always)]
     unsafe fn pack_tile<T: Tiling>(&self, tile: Tile, row: usize, x: *const f32) {

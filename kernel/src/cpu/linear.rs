@@ -238,6 +238,21 @@ impl CpuLinear {
         Ok(linear)
     }
 
+    /// The layout and the inputs with which V^T is multiplied.
+    pub(super) fn down_layout(&self) -> (Layout, usize) {
+        match self.widened_down {
+            Some(_) => (Layout::Bf16, self.inputs.next_multiple_of(GROUP)),
+            None => (self.down.layout, self.inputs),
+        }
+    }
+
+    /// A panel of V^T as it is multiplied.
+    pub(super) fn down_panel(&self, panel: usize) -> *const u8 {
+        let Some(widened) = &self.widened_down else { return self.down.panel(panel) };
+        let (layout, inputs) = self.down_layout();
+        widened.as_ptr().wrapping_add(panel * layout.panel_bytes(inputs))
+    }
+
     /// Those of a backend's kernels that multiply it.
     pub(super) fn kernels(&self, kernels: &'static Kernels) -> &'static Kernels {
         kernels.of(self.layout, self.wide)

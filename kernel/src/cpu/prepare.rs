@@ -13,7 +13,6 @@ use super::{
     step::Mixing,
     tile::{Column, Left, Tiles},
 };
-use crate::rounding::{GROUP, Layout};
 
 /// Bytes of a panel of V that are asked for at once: those of 576 inputs, in a cache of 32 kB or more.
 const V_AHEAD: usize = 10 << 10;
@@ -82,7 +81,7 @@ pub(super) struct PrepareJob<'a> {
     pub(super) slots: &'a [u32],
     /// How many numbers of each part of `mixed` a row has (see [`crate::Cores::active`]), 0 on the base; empty when no row has any.
     pub(super) active: &'a [u32],
-    /// `[rows, linear.down_rows]`: `C V^T x` of the adapted rows. Each row belongs to one thread.
+    /// Of each tile `[down_rows][height]`: `C V^T x` of the adapted rows. Each tile belongs to one thread.
     pub(super) mixed: Shared<f32>,
 }
 
@@ -106,14 +105,15 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
     let padded = job.linear.layout.padded(width);
     scratch.row.clear();
     scratch.row.resize(padded, 0.0);
-    // SAFETY: the instruction set, by contract.
-    unsafe { T::begin(Region::Products) };
-    if job.mixing.is_some() && !tiles.is_empty() {
+    let looks_down = job.mixing.is_some() && !tiles.is_empty();
+    if looks_down {
+        // SAFETY: the instruction set, by contract.
+        unsafe { T::begin(Region::Products) };
         // V comes while the first rows are packed.
-        let down = &job.linear.down;
-        for panel in 0..down.len() {
-            let lines = down.panel(panel);
-            let bytes = down.panel_bytes().min(V_AHEAD);
+        let (layout, inputs) = job.linear.down_layout();
+        let bytes = layout.panel_bytes(inputs).min(V_AHEAD);
+        for panel in 0..job.linear.down.len() {
+            let lines = job.linear.down_panel(panel);
             (0..bytes).step_by(WORD_LINE).for_each(|at| T::Lanes::prefetch(lines.wrapping_add(at)));
         }
     }
@@ -142,8 +142,10 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
             unsafe { look_down(job, mixing, tile, scratch) };
         }
     }
-    // SAFETY: as above.
-    unsafe { T::end() };
+    if looks_down {
+        // SAFETY: as above.
+        unsafe { T::end() };
+    }
 }
 
 /// `C (V^T x)` of a tile's adapted rows.
@@ -207,12 +209,12 @@ impl Seen {
 /// are fewer than the rows.
 #[inline(always)]
 unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowScratch) -> (Seen, *const f32) {
-    let down = &job.linear.down;
+    let (panels, (layout, inputs)) = (job.linear.down.len(), job.linear.down_layout());
     let numbers = job.linear.parts.len() * most;
     let turned = numbers < tile.height && job.kernels.form != Form::Tiles;
     let stride = tile.height * LANES;
-    let room = if turned { numbers * LANES } else { down.len() * stride };
-    let left = job.room.left(tile);
+    let room = if turned { numbers * LANES } else { panels * stride };
+    let left = Left { inputs, ..job.room.left(tile) };
     let out = scratch.products.at_least(room * size_of::<f32>()).cast::<f32>();
     // SAFETY: `products` has the room; behind every tile of the job's room lie sixteen numbers; the caller vouches for the rest.
     unsafe {
@@ -223,25 +225,15 @@ unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowSc
                     .parts
                     .iter()
                     .flat_map(|part| part.mixed..part.mixed + most)
-                    .map(|at| Column { panel: down.panel(at / LANES), lane: at % LANES }),
+                    .map(|at| Column { panel: job.linear.down_panel(at / LANES), lane: at % LANES }),
             );
-            (job.kernels.turned(down.layout))(left, &scratch.columns, out);
+            (job.kernels.turned(layout))(left, &scratch.columns, out);
             (Seen::Turned(most), out)
         } else {
             let tiles = Tiles { data: out, panel_stride: stride, add: false };
             scratch.panels.clear();
-            match &job.linear.widened_down {
-                Some(widened) => {
-                    let inputs = job.linear.inputs.next_multiple_of(GROUP);
-                    let panel = |i: usize| widened.as_ptr().wrapping_add(i * Layout::Bf16.panel_bytes(inputs));
-                    scratch.panels.extend((0..down.len()).map(panel));
-                    (job.kernels.multiply(Layout::Bf16))(Left { inputs, ..left }, &scratch.panels, tiles);
-                }
-                None => {
-                    scratch.panels.extend((0..down.len()).map(|panel| down.panel(panel)));
-                    (job.kernels.multiply(down.layout))(left, &scratch.panels, tiles);
-                }
-            }
+            scratch.panels.extend((0..panels).map(|panel| job.linear.down_panel(panel)));
+            (job.kernels.multiply(layout))(left, &scratch.panels, tiles);
             (Seen::Panels(stride), out)
         }
     }

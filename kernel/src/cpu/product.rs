@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::{
-    activations::{Form, MAX_HEIGHT, Room, Tile},
+    activations::{Form, MAX_HEIGHT, Room, Tile, places},
     format::WORD_LINE,
     isa::{Kernels, Region, Tiling},
     lanes::{LANES, Lanes, load_partial, silu, store_partial},
@@ -86,10 +86,11 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
     let tile_out = scratch.tile.at_least(MAX_PANELS * MAX_HEIGHT * WORD_LINE).cast::<f32>();
     // Panels of integers are widened for the first tile, and kept as panels of bfloat16 for the others.
     let widens = tiled && weights.layout != Layout::Bf16;
-    let inputs = job.room.row_words * 2;
+    let (again, inputs) =
+        if widens { (Layout::Bf16, job.room.row_words * 2) } else { (weights.layout, job.linear.inputs) };
+    let again = job.kernels.multiply(again);
     let widened_bytes = Layout::Bf16.panel_bytes(inputs);
     let widened = if widens { scratch.widened.at_least(MAX_PANELS * widened_bytes) } else { std::ptr::null_mut() };
-    let again = job.kernels.multiply(if widens { Layout::Bf16 } else { weights.layout });
     // SAFETY: the instruction set, by contract.
     unsafe { T::begin(Region::Products) };
     let mut pointers = [std::ptr::null(); MAX_PANELS];
@@ -97,7 +98,7 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
     if !job.active.is_empty() {
         ask_for_u::<T::Lanes>(job, units.start..units.end.min(units.start + at_once));
         let mixed = job.mixed.get(0).cast_const();
-        let numbers = job.tiles.last().map_or(0, |tile| tile.first + tile.rows) * job.linear.down_rows;
+        let numbers = places(job.tiles) * job.linear.down_rows;
         (0..numbers.min(MIXED_AHEAD)).step_by(LANES).for_each(|at| T::Lanes::prefetch(mixed.wrapping_add(at).cast()));
     }
     for tiles in job.tiles.chunks(block) {
@@ -124,10 +125,8 @@ pub(super) unsafe fn product<T: Tiling>(job: &ProductJob<'_>, units: Range<usize
                                 *pointer = widened.add(i * widened_bytes);
                             }
                         }
-                    } else if widens {
-                        again(Left { inputs, ..left }, &pointers[..count], out);
                     } else {
-                        multiply(left, &pointers[..count], out);
+                        again(Left { inputs, ..left }, &pointers[..count], out);
                     }
                     end_tile::<T::Lanes>(job, first, count, tile, tile_out);
                 }

@@ -42,7 +42,10 @@ pub enum Isa {
 }
 
 /// So many rows are no faster on tiles.
-const FEW_ROWS: usize = 8;
+const SMALL_BATCH: usize = 8;
+
+/// How much larger activations are than they should be beside widened integers, and those smaller: see [`amx`].
+const LARGE: f32 = f32::from_bits((127 + 102) << 23);
 
 impl Isa {
     /// All there are, best first.
@@ -65,7 +68,7 @@ impl Isa {
     /// The best that this processor has for weights of a precision and steps that decode up to so many sequences. Tiles have to widen integers first, which few
     /// rows do not make good; weights of 4 bits are for those.
     pub fn best_for(precision: Precision, most_rows: usize) -> Self {
-        let tiles = precision != Precision::Q4 && most_rows > FEW_ROWS;
+        let tiles = precision != Precision::Q4 && most_rows > SMALL_BATCH;
         Self::available().into_iter().find(|isa| tiles || *isa != Self::Amx).unwrap_or(Self::Portable)
     }
 
@@ -220,7 +223,7 @@ impl WidenedGroup {
         // Of eight inputs the even ones come first; two are neighbours.
         let place = k / 8 * 8 + k % 2 * 4 + k % 8 / 2;
         let bits = self.0[(place / 2 * LANES + output) * 2 + place % 2];
-        f32::from_bits(u32::from(bits) << 16) * f32::from_bits((127 + 102) << 23)
+        f32::from_bits(u32::from(bits) << 16) * LARGE
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
     rounding::GROUP,
 };
 
-/// The same over panels of keys, after [`crate::cpu::isa::Tiling::begin`] for attention: with one tile of activations and one of weights.
+/// [`super::product::multiply`] over panels of keys, after [`crate::cpu::isa::Tiling::begin`] for attention: with one tile of activations and one of weights.
 ///
 /// # Safety
 /// As for [`super::product::multiply`].

@@ -23,7 +23,7 @@ use std::{
     sync::LazyLock,
 };
 
-use super::{Kernels, Region, Tiling, WidenedGroup, avx512::Avx512, compile};
+use super::{Kernels, LARGE, Region, Tiling, WidenedGroup, avx512::Avx512, compile};
 use crate::{
     cpu::{
         activations::Form,
@@ -64,7 +64,7 @@ impl Tiling for Amx {
                 let pairs = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
                 return _mm512_storeu_si512(line.cast(), pairs);
             }
-            let large = _mm512_set1_ps(f32::from_bits((127 + 102) << 23));
+            let large = _mm512_set1_ps(LARGE);
             (low, high) = (_mm512_mul_ps(without_dust(low), large), _mm512_mul_ps(without_dust(high), large));
             let pairs = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
             // Of each eight numbers 0 2 4 6 1 3 5 7.
