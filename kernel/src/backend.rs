@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use candle_core::{Device, Tensor};
 
 use super::{Cores, StepBatch, weight::Weight};
-use crate::TokenId;
+use crate::{Floats, TokenId};
 
 /// Something the backend could not do: out of memory, a device error, a shape that does not fit.
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +189,7 @@ pub trait Backend: Send {
     ) -> Result<(), KernelError>;
     /// Brings a buffer's rows (as many as the last operation wrote) to the host, row-major, replacing what `out` held. What the buffer
     /// holds afterwards is unspecified: a backend on the host exchanges the two instead of copying megabytes of logits.
-    fn read(&mut self, buffer: &mut Self::Buffer, out: &mut Vec<f32>) -> Result<(), KernelError>;
+    fn read(&mut self, buffer: &mut Self::Buffer, out: &mut Floats) -> Result<(), KernelError>;
     /// Where the tensors of [`Backend::dense`] and its like live, and so where a gradient is computed.
     fn device(&self) -> Device {
         Device::Cpu

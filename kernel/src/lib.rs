@@ -31,6 +31,7 @@ pub use backend::{
     AttentionSpec, Backend, DenseFactors, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows,
     SiteFactors,
 };
+pub use cpu::Floats;
 pub use matmul::{Threads, matmul};
 pub use timed::{Clock, Part, Timed};
 pub use weight::Weight;

@@ -16,7 +16,7 @@ use super::{
     rounding::{Layout, from_q4, from_q8, round_activations, round_bf16, round_kv, round_weights},
     weight::Weight,
 };
-use crate::TokenId;
+use crate::{Floats, TokenId};
 
 /// See the module.
 #[derive(Debug, Clone, Copy, Default)]
@@ -257,8 +257,8 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn read(&mut self, buffer: &mut ReferenceBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
-        out.clone_from(&buffer.data);
+    fn read(&mut self, buffer: &mut ReferenceBuffer, out: &mut Floats) -> Result<(), KernelError> {
+        out.set(&buffer.data);
         Ok(())
     }
 
@@ -425,9 +425,9 @@ mod tests {
             let step = backend.begin(&one_row(0, 0, cores)).unwrap();
             backend.embed(&step, &table, &mut x).unwrap();
             backend.product(&step, &linear, Rows::All, None, &x, Epilogue::Store, &mut out).unwrap();
-            let mut values = Vec::new();
+            let mut values = Floats::default();
             backend.read(&mut out, &mut values).unwrap();
-            assert_eq!(values, want);
+            assert_eq!(*values, want);
         }
     }
 
@@ -455,7 +455,7 @@ mod tests {
             let step = backend.begin(&one_row(position, position as u32, Vec::new())).unwrap();
             backend.embed(&step, &table, &mut qkv).unwrap();
             backend.attend(&step, &spec, 0, &qkv, &mut kv, &mut out).unwrap();
-            let mut values = Vec::new();
+            let mut values = Floats::default();
             backend.read(&mut out, &mut values).unwrap();
             assert!(values.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-6), "{values:?}");
         }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::{
-    AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Backend, Cores, Epilogue, KernelError, KvShape, LinearPart, Precision,
-    Rows, SequenceRows, SiteFactors, StepBatch, Weight,
+    AttentionSpec, BASE_SLOT, BLOCK_TOKENS, Backend, Cores, Epilogue, Floats, KernelError, KvShape, LinearPart,
+    Precision, Rows, SequenceRows, SiteFactors, StepBatch, Weight,
 };
 
 /// All precisions.
@@ -129,9 +129,9 @@ pub(super) fn run_product<B: Backend>(
     let mut out = buffer_of(backend, &step, group.width())?;
     let norm = backend.norm(&Random(seed + 1).units(group.inputs), 1e-5)?;
     backend.product(&step, linear, rows, group.norm.then_some(&norm), &x, group.epilogue, &mut out)?;
-    let mut result = Vec::new();
+    let mut result = Floats::default();
     backend.read(&mut out, &mut result)?;
-    Ok(result)
+    Ok(result.to_vec())
 }
 
 /// Largest difference, relative to the largest value wanted (at least 1).
@@ -288,7 +288,7 @@ impl AttentionCase {
             let mut out = backend.buffer(self.heads * self.head_dim).unwrap();
             backend.embed(&begun, &table, &mut qkv).unwrap();
             backend.attend(&begun, &attention, 1, &qkv, &mut kv, &mut out).unwrap();
-            let mut values = Vec::new();
+            let mut values = Floats::default();
             backend.read(&mut out, &mut values).unwrap();
             let mut rows_of = values.chunks(self.heads * self.head_dim).map(<[f32]>::to_vec);
             for &(sequence, rows) in step {

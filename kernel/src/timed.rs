@@ -15,7 +15,7 @@ use super::{
     AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
     weight::Weight,
 };
-use crate::TokenId;
+use crate::{Floats, TokenId};
 
 /// The parts of a step, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -199,7 +199,7 @@ impl<B: Backend> Backend for Timed<B> {
         Ok(())
     }
 
-    fn read(&mut self, buffer: &mut B::Buffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
+    fn read(&mut self, buffer: &mut B::Buffer, out: &mut Floats) -> Result<(), KernelError> {
         let since = Instant::now();
         self.inner.read(buffer, out)?;
         self.ended(Part::Read, since);

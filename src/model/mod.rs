@@ -18,7 +18,7 @@ pub use spec::{Architecture, ModelSpec, RopeScaling, RopeSpec};
 pub use transformer::{Transformer, TransformerOptions, kv_blocks, kv_precision, site_factors};
 pub use weights::{LayerWeights, ModelWeights};
 
-use crate::kernel::{KernelError, StepBatch};
+use crate::kernel::{Floats, KernelError, StepBatch};
 
 /// A model that cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +44,7 @@ pub trait Model: Send {
     /// Blocks in the KV cache.
     fn kv_blocks(&self) -> usize;
     /// Runs a step: writes K and V of every row into the cache, and the logits of `batch.logits_rows` to `logits`, `[logits_rows, vocab]` row-major, replacing what it held.
-    fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError>;
+    fn forward(&mut self, batch: &StepBatch, logits: &mut Floats) -> Result<(), ModelError>;
     /// Begins a gradient ([`GradientTask`]): checks the job and cuts it into units of work.
     ///
     /// # Errors

@@ -11,8 +11,8 @@ use super::{
 use crate::{
     adapter::Basis,
     kernel::{
-        AttentionSpec, BLOCK_TOKENS, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision,
-        Rows, SiteFactors, StepBatch, Weight,
+        AttentionSpec, BLOCK_TOKENS, Backend, Cores, DensePart, Epilogue, Floats, KernelError, KvShape, LinearPart,
+        Precision, Rows, SiteFactors, StepBatch, Weight,
     },
     types::TokenId,
 };
@@ -242,7 +242,7 @@ impl<B: Backend> Model for Transformer<B> {
         self.kv_blocks
     }
 
-    fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn forward(&mut self, batch: &StepBatch, logits: &mut Floats) -> Result<(), ModelError> {
         let Self { backend, buffers, kv, .. } = self;
         let Buffers { residual, qkv, mixed, inner, logits: head_out } = buffers;
         let all = Rows::All;
@@ -256,7 +256,7 @@ impl<B: Backend> Model for Transformer<B> {
             backend.product(&step, &layer.down, all, None, inner, Epilogue::Add, residual)?;
         }
         if batch.logits_rows.is_empty() {
-            logits.clear(); // a prefill chunk that is not its prompt's last
+            logits.resize(0); // a prefill chunk that is not its prompt's last
             return Ok(());
         }
         let norm = Some(&self.final_norm);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use mote::{
-    kernel::StepBatch,
+    kernel::{Floats, StepBatch},
     model::{Model, ModelError},
     types::TokenId,
 };
@@ -60,17 +60,15 @@ impl Model for Script {
         128
     }
 
-    fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn forward(&mut self, batch: &StepBatch, logits: &mut Floats) -> Result<(), ModelError> {
         drop(self.watch.hold.lock());
         std::thread::sleep(Duration::from_millis(self.watch.step_ms.load(Ordering::SeqCst)));
         self.watch.steps.fetch_add(1, Ordering::SeqCst);
         if batch.tokens.contains(&FAILS) {
             return Err(ModelError::Unsupported("the device is on fire".into()));
         }
-        logits.clear();
-        for &row in &batch.logits_rows {
-            logits.extend(self.logits(batch.positions[row as usize]));
-        }
+        let rows = batch.logits_rows.iter().flat_map(|&row| self.logits(batch.positions[row as usize]));
+        logits.set(&rows.collect::<Vec<_>>());
         Ok(())
     }
 }

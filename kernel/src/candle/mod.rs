@@ -24,7 +24,7 @@ use super::{
     Weight,
     check::{check_product, check_tokens, ensure},
 };
-use crate::TokenId;
+use crate::{Floats, TokenId};
 
 /// See the module.
 pub struct CandleBackend {
@@ -191,10 +191,10 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
-    fn read(&mut self, buffer: &mut CandleBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
-        out.clear();
-        if let Some(data) = &buffer.data {
-            out.extend(data.flatten_all()?.to_vec1::<f32>()?);
+    fn read(&mut self, buffer: &mut CandleBuffer, out: &mut Floats) -> Result<(), KernelError> {
+        match &buffer.data {
+            Some(data) => out.set(&data.flatten_all()?.to_vec1::<f32>()?),
+            None => out.resize(0),
         }
         Ok(())
     }

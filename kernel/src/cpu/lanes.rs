@@ -91,24 +91,39 @@ pub(super) trait Lanes: Copy {
 
 /// e^x within 2 ulp for -87 <= x <= 88; beyond, the value at the border. NaN stays NaN. (Cephes' expf: one reduction, one polynomial.)
 ///
+/// It is one long chain, of which a processor keeps few under way at a time: several go step by step together.
+///
 /// # Safety
 /// As for [`Lanes`].
 #[inline(always)]
-pub(super) unsafe fn exp<L: Lanes>(x: L) -> L {
+pub(super) unsafe fn exp<L: Lanes, const N: usize>(x: [L; N]) -> [L; N] {
     // SAFETY: only lane arithmetic; the caller vouches for the instruction set.
     unsafe {
-        let x = x.at_least(L::splat(-87.0)).at_most(L::splat(88.0));
-        let shifted = x.fma(L::splat(std::f32::consts::LOG2_E), L::splat(ROUND));
-        let n = shifted.sub(L::splat(ROUND));
-        // ln 2 in two parts, the first with so few bits that n times it is exact
-        let r = n.fma(L::splat(-0.693_359_4), x);
-        let r = n.fma(L::splat(2.121_944_4e-4), r);
-        let mut y = L::splat(1.987_569_1e-4);
-        for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-            y = y.fma(r, L::splat(coefficient));
+        let (mut x, mut shifted, mut y) = (x, x, [L::splat(1.987_569_1e-4); N]);
+        for x in &mut x {
+            *x = x.at_least(L::splat(-87.0)).at_most(L::splat(88.0));
         }
-        let y = y.fma(r.mul(r), r).add(L::splat(1.0));
-        y.mul(shifted.power_of_two())
+        for i in 0..N {
+            shifted[i] = x[i].fma(L::splat(std::f32::consts::LOG2_E), L::splat(ROUND));
+        }
+        // ln 2 in two parts, the first with so few bits that n times it is exact
+        for part in [-0.693_359_4, 2.121_944_4e-4] {
+            for i in 0..N {
+                x[i] = shifted[i].sub(L::splat(ROUND)).fma(L::splat(part), x[i]);
+            }
+        }
+        for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            for i in 0..N {
+                y[i] = y[i].fma(x[i], L::splat(coefficient));
+            }
+        }
+        for i in 0..N {
+            y[i] = y[i].fma(x[i].mul(x[i]), x[i]).add(L::splat(1.0));
+        }
+        for i in 0..N {
+            y[i] = y[i].mul(shifted[i].power_of_two());
+        }
+        y
     }
 }
 
@@ -120,7 +135,7 @@ pub(super) unsafe fn exp<L: Lanes>(x: L) -> L {
 #[inline(always)]
 pub(super) unsafe fn weight<L: Lanes>(x: L) -> L {
     // SAFETY: only lane arithmetic; the caller vouches for the instruction set.
-    unsafe { exp(x).zero_below(L::splat(1e-26)) }
+    unsafe { exp([x])[0].zero_below(L::splat(1e-26)) }
 }
 
 /// `x / (1 + e^-x)`
@@ -128,9 +143,19 @@ pub(super) unsafe fn weight<L: Lanes>(x: L) -> L {
 /// # Safety
 /// As for [`Lanes`].
 #[inline(always)]
-pub(super) unsafe fn silu<L: Lanes>(x: L) -> L {
+pub(super) unsafe fn silu<L: Lanes, const N: usize>(x: [L; N]) -> [L; N] {
     // SAFETY: only lane arithmetic; the caller vouches for the instruction set.
-    unsafe { x.div(L::splat(1.0).add(exp(L::splat(0.0).sub(x)))) }
+    unsafe {
+        let mut y = x;
+        for i in 0..N {
+            y[i] = L::splat(0.0).sub(x[i]);
+        }
+        y = exp(y);
+        for i in 0..N {
+            y[i] = x[i].div(L::splat(1.0).add(y[i]));
+        }
+        y
+    }
 }
 
 /// The sum of the lanes, always in the same tree.

@@ -177,9 +177,8 @@ fn rate(model: &mut Model, batch: &StepBatch) -> (f64, f64) {
         cpu.push(cpu_seconds() - used);
     }
     if std::env::var("PARTS").is_ok() {
-        let names = ["begin", "qkv", "attend", "o", "gate_up", "down", "head"];
         let all: f64 = times.iter().sum();
-        let parts: Vec<String> = (names.iter().zip(times))
+        let parts: Vec<String> = (NAMES.iter().zip(times))
             .map(|(name, time)| format!("{name} {:.3} ms ({:.0} %)", time / 9.0 * 1e3, 100.0 * time / all))
             .collect();
         println!("\n    {}", parts.join("  "));
@@ -188,6 +187,60 @@ fn rate(model: &mut Model, batch: &StepBatch) -> (f64, f64) {
     cpu.sort_by(f64::total_cmp);
     (batch.rows() as f64 / wall[wall.len() / 2], batch.rows() as f64 / cpu[0])
 }
+
+/// What each kind of region takes under adapters over what it takes on the base, step by step in turn: medians of the rounds' ratios and their quartiles.
+#[test]
+#[ignore = "a measurement, by hand"]
+fn adapters_over_base() {
+    let variable = |name: &str, otherwise: &str| std::env::var(name).unwrap_or_else(|_| otherwise.to_owned());
+    let isa = variable("ISA", &Isa::available()[0].to_string());
+    let isa = Isa::available().into_iter().find(|other| other.to_string() == isa);
+    let precision = variable("PRECISION", "Q4");
+    let precision = crate::suite::PRECISIONS.into_iter().find(|p| format!("{p:?}") == precision).unwrap();
+    let (threads, rounds) = (variable("THREADS", "2").parse().unwrap(), variable("ROUNDS", "60").parse().unwrap());
+    let mut model = Model::new(threads, isa, precision, 2, 64 * 40);
+    let cores: Vec<_> = (0..64).map(|i| cores(i, 2, 7 * LAYERS)).collect();
+    for (name, sequences, start, rows) in CASES.into_iter().filter(|(name, ..)| variable("CASE", name) == *name) {
+        let batches = [batch(sequences, start, rows, &[]), batch(sequences, start, rows, &cores)];
+        let mut step = |at: usize| {
+            let mut times = [0.0; 8];
+            model.step(&batches[at], &mut times);
+            times[NAMES.len()] = times.iter().sum();
+            times
+        };
+        step(0);
+        step(1);
+        let rounds: Vec<[[f64; 8]; 2]> = (0..rounds)
+            .map(|round| {
+                let first = step(round % 2);
+                let second = step(1 - round % 2);
+                if round % 2 == 0 { [first, second] } else { [second, first] }
+            })
+            .collect();
+        print!("{name}:");
+        for kind in 0..8 {
+            let mut ratios: Vec<f64> = rounds.iter().map(|[base, each]| each[kind] / base[kind]).collect();
+            ratios.sort_by(f64::total_cmp);
+            let quartile = |i: usize| ratios[i * (ratios.len() - 1) / 4];
+            let name = NAMES.get(kind).unwrap_or(&"all");
+            print!("  {name} {:.3} ({:.3} {:.3})", quartile(2), quartile(1), quartile(3));
+        }
+        println!();
+    }
+}
+
+/// Name, sequences, tokens before, rows of each.
+const CASES: [(&str, usize, usize, usize); 6] = [
+    ("1", 1, 64, 1),
+    ("8", 8, 64, 1),
+    ("32", 32, 64, 1),
+    ("64", 64, 64, 1),
+    ("32@512", 32, 512, 1),
+    ("pp512", 1, 0, 512),
+];
+
+/// What [`Model::step`] tells apart.
+const NAMES: [&str; 7] = ["begin", "qkv", "attend", "o", "gate_up", "down", "head"];
 
 #[test]
 #[ignore = "a measurement, by hand"]
@@ -200,16 +253,8 @@ fn tokens_a_second() {
                 let mut model = Model::new(threads, Some(isa), precision, rank, 64 * 40);
                 let cores: Vec<_> = (0..64).filter(|_| rank > 0).map(|i| cores(i, rank, 7 * LAYERS)).collect();
                 print!("{isa} {precision:?} rank {rank}:");
-                for (name, sequences, start, rows) in [
-                    ("1", 1, 64, 1),
-                    ("8", 8, 64, 1),
-                    ("32", 32, 64, 1),
-                    ("64", 64, 64, 1),
-                    ("32@512", 32, 512, 1),
-                    ("pp512", 1, 0, 512),
-                ]
-                .into_iter()
-                .filter(|(name, ..)| !wanted("CASE", (*name).to_owned()))
+                for (name, sequences, start, rows) in
+                    CASES.into_iter().filter(|(name, ..)| !wanted("CASE", (*name).to_owned()))
                 {
                     let (wall, cpu) = rate(&mut model, &batch(sequences, start, rows, &cores));
                     print!("  {name} {wall:.0}/{cpu:.0}");

@@ -3,6 +3,8 @@
 
 use std::{
     alloc::{Layout, alloc, dealloc, handle_alloc_error},
+    fmt::{self, Debug, Formatter},
+    ops::{Deref, DerefMut},
     sync::Arc,
 };
 
@@ -55,6 +57,49 @@ impl Lines {
     /// The first byte.
     pub(super) fn as_mut_ptr(&mut self) -> *mut u8 {
         self.words[self.start..].as_mut_ptr().cast()
+    }
+}
+
+/// Activations: numbers that start on a cache line. Sixteen of a row are stored at a time, and across two lines that takes twice as long.
+#[derive(Default)]
+pub struct Floats {
+    lines: Lines,
+    len: usize,
+}
+
+impl Floats {
+    /// Makes them so many; what they are is unspecified.
+    pub fn resize(&mut self, len: usize) {
+        self.lines.at_least(len * size_of::<f32>());
+        self.len = len;
+    }
+
+    /// Replaces them all.
+    pub fn set(&mut self, numbers: &[f32]) {
+        self.resize(numbers.len());
+        self.copy_from_slice(numbers);
+    }
+}
+
+impl Debug for Floats {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        self.deref().fmt(f)
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        // SAFETY: there is room for so many, all bytes have been written, and any bytes are a number.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+}
+
+impl DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }
 
@@ -170,6 +215,19 @@ unsafe impl<T> Sync for Shared<T> {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn floats_start_on_a_line_whatever_their_number() {
+        let mut floats = Floats::default();
+        for len in [1, 16, 17, 100_000, 3] {
+            floats.resize(len);
+            assert_eq!(floats.len(), len);
+            assert_eq!(floats.as_ptr().addr() % LINE, 0, "{len}");
+            floats.fill(1.5);
+        }
+        floats.set(&[1.0, 2.0]);
+        assert_eq!(*floats, [1.0, 2.0]);
+    }
 
     #[test]
     fn regions_lie_on_lines_and_keep_what_was_written() {

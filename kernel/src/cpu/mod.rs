@@ -45,7 +45,7 @@ use self::{
     prepare::{PrepareJob, RowScratch},
     product::ProductJob,
 };
-pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, step::CpuStep};
+pub use self::{attention::CpuKv, isa::Isa, linear::CpuLinear, memory::Floats, step::CpuStep};
 use super::{
     AttentionSpec, Backend, Cores, DensePart, Epilogue, KernelError, KvShape, LinearPart, Precision, Rows, StepBatch,
     Weight,
@@ -65,7 +65,7 @@ pub struct CpuBackend {
     /// The last step: its vectors serve the next one.
     step: Arc<CpuStep>,
     /// Queries of an attention, turned and scaled.
-    queries: Vec<f32>,
+    queries: Floats,
     /// One a thread.
     threads: Vec<Thread>,
 }
@@ -76,7 +76,7 @@ struct Thread {
     /// Rows of a product: the first thread's hold those of all, unless they are so few that each thread prepares them for itself.
     packed: Packed,
     /// `C V^T x` of a product's rows, likewise.
-    mixed: Vec<f32>,
+    mixed: Floats,
     rows: RowScratch,
     attention: Scratch,
 }
@@ -105,7 +105,7 @@ impl CpuBackend {
             arena: Arena::default(),
             tiles: Vec::new(),
             step: Arc::default(),
-            queries: Vec::new(),
+            queries: Floats::default(),
             threads,
         })
     }
@@ -143,25 +143,18 @@ enum TableData {
 pub struct CpuBuffer {
     width: usize,
     rows: usize,
-    data: Vec<f32>,
+    data: Floats,
 }
 
 impl CpuBuffer {
     /// Makes room; what the rows hold is unspecified.
     fn resize(&mut self, rows: usize) {
         self.rows = rows;
-        grow(&mut self.data, rows * self.width);
+        self.data.resize(rows * self.width);
     }
 
     fn used(&self) -> &[f32] {
         &self.data[..self.rows * self.width]
-    }
-}
-
-/// Makes a vector at least so long.
-fn grow(data: &mut Vec<f32>, len: usize) {
-    if data.len() < len {
-        data.resize(len, 0.0);
     }
 }
 
@@ -203,7 +196,7 @@ impl Backend for CpuBackend {
     }
 
     fn buffer(&self, width: usize) -> Result<CpuBuffer, KernelError> {
-        Ok(CpuBuffer { width, rows: 0, data: Vec::new() })
+        Ok(CpuBuffer { width, rows: 0, data: Floats::default() })
     }
 
     fn begin(&mut self, batch: &StepBatch) -> Result<Arc<CpuStep>, KernelError> {
@@ -269,7 +262,7 @@ impl Backend for CpuBackend {
         }
         let few = count <= FEW_ROWS;
         let rooms = |thread: &mut Thread| {
-            grow(&mut thread.mixed, if adapted { places(&self.tiles) * linear.down_rows } else { 0 });
+            thread.mixed.resize(if adapted { places(&self.tiles) * linear.down_rows } else { 0 });
             let room = thread.packed.room(linear.layout, inputs, kernels.form, &self.tiles);
             (room, Shared(thread.mixed.as_mut_ptr()))
         };
@@ -327,7 +320,7 @@ impl Backend for CpuBackend {
         check_attend(&step.facts, attention, &kv.shape, layer, qkv.width, out.width)?;
         ensure(qkv.rows == step.rows(), || format!("attend: {} rows of a step of {}", qkv.rows, step.rows()))?;
         out.resize(step.rows());
-        grow(&mut self.queries, step.rows() * out.width);
+        self.queries.resize(step.rows() * out.width);
         let kernels = self.kernels.of(kv.layout, false);
         let cache = Shared(kv.data.as_mut_ptr());
         let queries = Shared(self.queries.as_mut_ptr());
@@ -354,9 +347,9 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn read(&mut self, buffer: &mut CpuBuffer, out: &mut Vec<f32>) -> Result<(), KernelError> {
+    fn read(&mut self, buffer: &mut CpuBuffer, out: &mut Floats) -> Result<(), KernelError> {
         std::mem::swap(&mut buffer.data, out);
-        out.truncate(buffer.rows * buffer.width);
+        out.resize(buffer.rows * buffer.width);
         buffer.rows = 0;
         Ok(())
     }

@@ -203,15 +203,48 @@ unsafe fn end_panel<L: Lanes, const ACTIVE: usize>(
             }
             Epilogue::SwiGlu => {
                 let other = Ending::<L>::of(job, panel + job.units(), tile);
-                let alike = other.adapted == ending.adapted;
-                for row in 0..tile.rows {
-                    let product = products.add(row * LANES);
-                    let gate = ending.corrected::<ACTIVE>(row, L::load(product));
-                    let up = L::load(product.add(MAX_HEIGHT * LANES));
-                    let up = if alike { other.corrected::<ACTIVE>(row, up) } else { other.corrected::<ANY>(row, up) };
-                    store_partial(silu(gate).mul(up), out.add(row * job.width), info.columns);
+                // Rows of a panel that is not whole are stored number by number, and so one by one.
+                let whole = if info.columns == LANES { tile.rows / GATED * GATED } else { 0 };
+                for row in (0..whole).step_by(GATED) {
+                    end_gated::<L, ACTIVE, GATED>(job, LANES, [ending, &other], row, products, out);
+                }
+                for row in whole..tile.rows {
+                    end_gated::<L, ACTIVE, 1>(job, info.columns, [ending, &other], row, products, out);
                 }
             }
+        }
+    }
+}
+
+/// Rows of gate and up that are ended together: see [`exp`](super::lanes::exp).
+const GATED: usize = 4;
+
+/// Some rows of a panel of gate with its panel of up.
+#[inline(always)]
+unsafe fn end_gated<L: Lanes, const ACTIVE: usize, const ROWS: usize>(
+    job: &ProductJob<'_>,
+    columns: usize,
+    [gates, ups]: [&Ending<'_, L>; 2],
+    first: usize,
+    products: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: the contract of `end_tile`.
+    unsafe {
+        let (mut gate, mut up) = ([L::splat(0.0); ROWS], [L::splat(0.0); ROWS]);
+        for i in 0..ROWS {
+            let product = products.add((first + i) * LANES);
+            gate[i] = gates.corrected::<ACTIVE>(first + i, L::load(product));
+            up[i] = L::load(product.add(MAX_HEIGHT * LANES));
+            up[i] = if ups.adapted == gates.adapted {
+                ups.corrected::<ACTIVE>(first + i, up[i])
+            } else {
+                ups.corrected::<ANY>(first + i, up[i])
+            };
+        }
+        let gate = silu(gate);
+        for i in 0..ROWS {
+            store_partial(gate[i].mul(up[i]), out.add((first + i) * job.width), columns);
         }
     }
 }

@@ -227,7 +227,7 @@ fn stale_slots_of_a_block_are_never_read() {
                 let (mut qkv, mut out) = (backend.buffer(case.width()).unwrap(), backend.buffer(32).unwrap());
                 backend.embed(&step, &table, &mut qkv).unwrap();
                 backend.attend(&step, &attention, 0, &qkv, kv, &mut out).unwrap();
-                let mut values = Vec::new();
+                let mut values = Floats::default();
                 backend.read(&mut out, &mut values).unwrap();
                 values
             };
@@ -343,7 +343,7 @@ fn a_step_allocates_nothing_once_there_has_been_one_as_large() {
         let mut kv = backend.kv(KvShape { layers: 1, blocks: 41, kv_heads: 2, head_dim: 16 }, precision).unwrap();
         let [mut x, mut qkv, mut out] = [64, 128, 64].map(|width| backend.buffer(width).unwrap());
         let batch = rows_batch(&mixed_rows(rows), vec![cores(7, 2, 3), cores(8, 2, 3)]);
-        let mut values = Vec::new();
+        let mut values = Floats::default();
         let mut run = |backend: &mut CpuBackend| {
             let step = backend.begin(&batch).unwrap();
             backend.embed(&step, &table, &mut x).unwrap();

@@ -174,7 +174,7 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
 #[cfg(test)]
 mod tests {
     use crate::{
-        BASE_SLOT, Backend, DensePart, Epilogue, Precision, Rows, Weight,
+        BASE_SLOT, Backend, DensePart, Epilogue, Floats, Precision, Rows, Weight,
         cpu::{CpuBackend, CpuLinear, Isa},
         reference::ReferenceBackend,
         suite::{Group, PRECISIONS, cores, groups, rows_batch},
@@ -231,9 +231,9 @@ mod tests {
             let step = backend.begin(&rows_batch(rows, Vec::new())).unwrap();
             backend.embed(&step, &table, &mut x).unwrap();
             backend.product(&step, linear, Rows::All, None, &x, Epilogue::Store, &mut out).unwrap();
-            let mut values = Vec::new();
+            let mut values = Floats::default();
             backend.read(&mut out, &mut values).unwrap();
-            values
+            values.to_vec()
         };
         all.chunks(rows).flat_map(product).collect()
     }

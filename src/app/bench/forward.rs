@@ -13,7 +13,7 @@ use super::{
 use crate::{
     app::AppError,
     config::{AdapterChoice, DecodeArgs, PrefillArgs},
-    kernel::{BLOCK_TOKENS, StepBatch},
+    kernel::{BLOCK_TOKENS, Floats, StepBatch},
 };
 
 /// Rows of a step that fills the cache before decoding begins.
@@ -30,7 +30,7 @@ struct Case {
 
 impl Case {
     /// Tokens a second of one pass.
-    fn pass(&self, subject: &mut Subject, logits: &mut Vec<f32>) -> Result<f64, AppError> {
+    fn pass(&self, subject: &mut Subject, logits: &mut Floats) -> Result<f64, AppError> {
         let (begun, rows) = (Instant::now(), self.steps.iter().map(StepBatch::rows).sum::<usize>());
         for step in &self.steps {
             subject.model.forward(step, logits)?;
@@ -107,7 +107,7 @@ fn product<'a, T>(
 
 /// Keys and values of real tokens for every sequence, so that attention reads what it would read.
 fn fill(subject: &mut Subject, sequences: usize, context: usize, blocks_each: usize) -> Result<(), AppError> {
-    let mut logits = Vec::new();
+    let mut logits = Floats::default();
     let vocab = subject.model.vocab_size();
     tracing::info!(sequences, context, "filling the KV cache");
     for sequence in 0..sequences {
@@ -121,7 +121,7 @@ fn fill(subject: &mut Subject, sequences: usize, context: usize, blocks_each: us
 
 /// Tokens a second of every case in every round, after one pass of each that nobody counts.
 fn rounds(subject: &mut Subject, cases: &[Case], rounds: usize) -> Result<Vec<Vec<f64>>, AppError> {
-    let mut logits = Vec::new();
+    let mut logits = Floats::default();
     for case in cases {
         case.pass(subject, &mut logits)?;
     }

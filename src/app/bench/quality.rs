@@ -17,7 +17,7 @@ use crate::{
     adapter::Basis,
     app::{AppError, base},
     config::{Dtype, ModelArgs, QualityArgs},
-    kernel::{BASE_SLOT, BLOCK_TOKENS, SequenceRows, StepBatch},
+    kernel::{BASE_SLOT, BLOCK_TOKENS, Floats, SequenceRows, StepBatch},
     model::{LoadedModel, Model, Sources, TransformerOptions, load},
     text::Tokenizer,
     types::{Fingerprint, TokenId},
@@ -184,7 +184,7 @@ fn compare(subjects: &mut [Subject], window: &[TokenId]) -> Result<(), AppError>
         logits_rows: (0..rows).collect(),
         tokens,
     };
-    let (mut logits, mut ours) = (Vec::new(), Vec::new());
+    let (mut logits, mut ours) = (Floats::default(), Vec::new());
     let mut reference: Vec<Vec<f64>> = Vec::new();
     for Subject { model, tally, .. } in subjects {
         model.forward(&batch, &mut logits)?;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::{
-    kernel::{BASE_SLOT, BLOCK_TOKENS, Cores, StepBatch},
+    kernel::{BASE_SLOT, BLOCK_TOKENS, Cores, Floats, StepBatch},
     model::{Model, ModelError},
     types::TokenId,
 };
@@ -127,7 +127,7 @@ impl Model for Fake {
         self.cache.len()
     }
 
-    fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn forward(&mut self, batch: &StepBatch, logits: &mut Floats) -> Result<(), ModelError> {
         drop(self.watch.hold.lock());
         std::thread::sleep(Duration::from_millis(self.watch.slow.load(SeqCst)));
         check(batch);
@@ -138,7 +138,7 @@ impl Model for Fake {
         if batch.tokens.contains(&ERRS) {
             return Err(ModelError::Unsupported("the device is on fire".into()));
         }
-        logits.clear();
+        let mut rows = Vec::new();
         let mut read = batch.logits_rows.iter().peekable();
         for sequence in &batch.sequences {
             let slot = batch.slots[sequence.first_row];
@@ -156,10 +156,11 @@ impl Model for Fake {
                 self.cache[block][offset] = Some(new);
                 fold = mix(fold, new);
                 if read.next_if(|&&row| row as usize == at).is_some() {
-                    logits.extend(row(fold, batch.tokens[at]));
+                    rows.extend(row(fold, batch.tokens[at]));
                 }
             }
         }
+        logits.set(&rows);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use tracing::Span;
 use super::{counting::allocations, *};
 use crate::{
     engine::handle::pair,
-    kernel::StepBatch,
+    kernel::{Floats, StepBatch},
     model::{Model, ModelError},
 };
 
@@ -25,8 +25,8 @@ impl Model for Instant {
         4096
     }
 
-    fn forward(&mut self, batch: &StepBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
-        logits.resize(batch.logits_rows.len() * self.row.len(), 0.0);
+    fn forward(&mut self, batch: &StepBatch, logits: &mut Floats) -> Result<(), ModelError> {
+        logits.resize(batch.logits_rows.len() * self.row.len());
         for (row, token) in logits.chunks_exact_mut(self.row.len()).zip(&batch.tokens) {
             row.copy_from_slice(&self.row);
             row[*token as usize] += 0.1;

@@ -28,6 +28,7 @@ use super::{
     trace::Trace,
 };
 use crate::{
+    kernel::Floats,
     model::{Model, ModelError},
     types::CacheSalt,
 };
@@ -79,7 +80,7 @@ pub(super) struct Worker {
     // What a step needs, kept from the one before: a step in which nothing grows allocates nothing but what it sends.
     plan: Plan,
     step: Step,
-    logits: Vec<f32>,
+    logits: Floats,
     /// Tasks to be woken when the step is over.
     wakes: Wakes,
     /// Set once the engine is stopping; the deadline, if there is one.
@@ -112,7 +113,7 @@ impl Worker {
             sampler: Sampler::new(),
             plan: Plan::default(),
             step: Step::default(),
-            logits: Vec::new(),
+            logits: Floats::default(),
             wakes: Wakes::default(),
             draining: None,
             failed_steps: 0,

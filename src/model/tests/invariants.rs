@@ -96,7 +96,7 @@ fn bad_options_and_batches_are_errors() {
     let lone = SiteFactors { site: 0, u: &[], v: &[], rank: 2 };
     assert!(build(OPTIONS, &[lone]).unwrap_err().contains("21"));
     let mut model = Transformer::new(ReferenceBackend, spec.clone(), weights.clone(), &[], OPTIONS).unwrap();
-    let mut logits = Vec::new();
+    let mut logits = Floats::default();
     let batch = |token, position| StepBatch {
         tokens: vec![token],
         positions: vec![position],
@@ -106,7 +106,7 @@ fn bad_options_and_batches_are_errors() {
     };
     assert!(model.forward(&batch(320, 0), &mut logits).is_err()); // the vocabulary has 320
     assert!(model.forward(&batch(1, 96), &mut logits).is_err()); // the rotary table ends
-    logits.push(1.0);
+    logits.set(&[1.0]);
     model.forward(&batch(319, 95), &mut logits).unwrap();
     assert!(logits.is_empty()); // nobody reads any
     assert_eq!(kv_blocks(&spec, Precision::F32, 1), (1 << 20) / (2 * 4 * 3 * 2 * 16 * BLOCK_TOKENS));

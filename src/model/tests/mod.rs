@@ -16,8 +16,8 @@ use std::{
 
 use super::*;
 use crate::kernel::{
-    BASE_SLOT, BLOCK_TOKENS, Backend, Cores, Precision, SequenceRows, SiteFactors, StepBatch, candle::CandleBackend,
-    cpu::CpuBackend, reference::ReferenceBackend,
+    BASE_SLOT, BLOCK_TOKENS, Backend, Cores, Floats, Precision, SequenceRows, SiteFactors, StepBatch,
+    candle::CandleBackend, cpu::CpuBackend, reference::ReferenceBackend,
 };
 
 fn fixtures() -> PathBuf {
@@ -71,7 +71,8 @@ fn step(model: &mut dyn Model, sequences: &[Rows<'_>]) -> Vec<Vec<f32>> {
         let (start, blocks) = (rows.start, rows.blocks.clone());
         batch.sequences.push(SequenceRows { first_row, rows: rows.tokens.len(), start, blocks });
     }
-    let mut logits = vec![f32::NAN; 3]; // whatever was there is replaced
+    let mut logits = Floats::default();
+    logits.set(&[f32::NAN; 3]); // whatever was there is replaced
     model.forward(&batch, &mut logits).unwrap();
     assert_eq!(logits.len(), batch.logits_rows.len() * model.vocab_size());
     logits.chunks(model.vocab_size()).map(<[f32]>::to_vec).collect()
