@@ -108,16 +108,24 @@ impl Panels {
         self.data.as_ptr().wrapping_add(panel * self.panel_bytes)
     }
 
-    /// The groups of all panels of integers as tiles take them, one after another.
-    fn widened(&self, inputs: usize, widen: Widen) -> Lines {
+    /// The groups of all panels as tiles take them, one after another, without what belongs to outputs from `columns` on.
+    fn narrow(&self, inputs: usize, columns: usize, widen: Widen) -> Lines {
         let groups = inputs.div_ceil(GROUP);
-        let mut lines = Lines::zeroed(self.count * groups * size_of::<WidenedGroup>());
-        let to = lines.as_mut_ptr().cast::<WidenedGroup>();
-        for number in 0..self.count * groups {
-            let (panel, group) = (number / groups, number % groups);
-            // SAFETY: the lines hold so many groups, all zero, and nobody else sees them; panels have this layout and so many inputs, and the function is of an
-            // instruction set that this processor has.
-            unsafe { widen(self.layout, self.panel(panel), inputs, group, &mut *to.add(number)) };
+        let numbers = GROUP * columns;
+        let mut lines = Lines::zeroed(self.count * groups * numbers * size_of::<u16>());
+        let to = lines.as_mut_ptr().cast::<u16>();
+        let mut room = WidenedGroup::default();
+        for at in 0..self.count * groups {
+            let (panel, group) = (at / groups, at % groups);
+            if self.layout == Layout::Bf16 {
+                room = WidenedGroup::of_bf16(self.bytes(panel), group);
+            } else {
+                // SAFETY: panels have this layout and so many inputs, and the function is of an instruction set that this processor has.
+                unsafe { widen(self.layout, self.panel(panel), inputs, group, &mut room) };
+            }
+            // SAFETY: the lines hold so many groups, all zero, and nobody else sees them.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.add(at * numbers), numbers) };
+            to.chunks_exact_mut(2 * columns).zip(room.narrow(columns)).for_each(|(to, line)| to.copy_from_slice(line));
         }
         lines
     }
@@ -174,8 +182,8 @@ pub struct CpuLinear {
     pub(super) parts: Vec<PartInfo>,
     /// V^T of all adapted parts as further output rows.
     pub(super) down: Panels,
-    /// The same as tiles take it, if integers are widened: every tile of rows meets it.
-    pub(super) widened_down: Option<Lines>,
+    /// The same where there are tiles: its outputs are few, and every tile of rows reads them all. `[panel][inputs / 32][16]` lines of [`Self::down_columns`] pairs.
+    narrow_down: Option<Lines>,
     /// Rows of `down`: the ranks' sum.
     pub(super) down_rows: usize,
     /// U, `[panel][rank]`.
@@ -208,7 +216,7 @@ impl CpuLinear {
             bias: Vec::new(),
             parts: Vec::new(),
             down: Panels::pack(arena, &[], inputs, layout.of_factors()),
-            widened_down: None,
+            narrow_down: None,
             down_rows: 0,
             up: Vec::new(),
         };
@@ -232,25 +240,22 @@ impl CpuLinear {
         linear.wide |= down.is_wide();
         linear.down = Panels::pack(arena, &[down], inputs, layout.of_factors());
         linear.widen = linear.kernels(kernels).widen;
-        if let (Some(widen), Layout::Q8) = (linear.widen, linear.down.layout) {
-            linear.widened_down = Some(linear.down.widened(inputs, widen));
+        if let Some(widen) = linear.widen.filter(|_| linear.down.len() > 0) {
+            linear.narrow_down = Some(linear.down.narrow(inputs, linear.down_columns(), widen));
         }
         Ok(linear)
     }
 
-    /// The layout and the inputs with which V^T is multiplied.
-    pub(super) fn down_layout(&self) -> (Layout, usize) {
-        match self.widened_down {
-            Some(_) => (Layout::Bf16, self.inputs.next_multiple_of(GROUP)),
-            None => (self.down.layout, self.inputs),
-        }
+    /// Outputs of each panel of V^T that are somebody's, or sixteen if there are several panels.
+    pub(super) fn down_columns(&self) -> usize {
+        self.down_rows.min(LANES)
     }
 
-    /// A panel of V^T as it is multiplied.
-    pub(super) fn down_panel(&self, panel: usize) -> *const u8 {
-        let Some(widened) = &self.widened_down else { return self.down.panel(panel) };
-        let (layout, inputs) = self.down_layout();
-        widened.as_ptr().wrapping_add(panel * layout.panel_bytes(inputs))
+    /// A panel of V^T as it is multiplied, and its bytes.
+    pub(super) fn down_panel(&self, panel: usize) -> (*const u8, usize) {
+        let Some(narrow) = &self.narrow_down else { return (self.down.panel(panel), self.down.panel_bytes()) };
+        let bytes = self.inputs.div_ceil(GROUP) * GROUP * self.down_columns() * size_of::<u16>();
+        (narrow.as_ptr().wrapping_add(panel * bytes), bytes)
     }
 
     /// Those of a backend's kernels that multiply it.

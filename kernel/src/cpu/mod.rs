@@ -37,7 +37,7 @@ use candle_core::{Device, Tensor};
 use half::bf16;
 
 use self::{
-    activations::{Packed, Tile, cut, mark, places},
+    activations::{Form, Packed, Tile, cut, mark, places},
     attention::{AppendJob, AttendJob, Scratch},
     isa::Kernels,
     memory::{Arena, Shared},
@@ -261,6 +261,7 @@ impl Backend for CpuBackend {
             mark(&mut self.tiles, active);
         }
         let few = count <= FEW_ROWS;
+        let halves = kernels.form == Form::Tiles && !few && self.tiles.len() < self.pool.threads();
         let rooms = |thread: &mut Thread| {
             thread.mixed.resize(if adapted { places(&self.tiles) * linear.down_rows } else { 0 });
             let room = thread.packed.room(linear.layout, inputs, kernels.form, &self.tiles);
@@ -272,7 +273,8 @@ impl Backend for CpuBackend {
             let norm = norm.map(|norm| (&norm.weight[..], norm.epsilon));
             let (mixing, slots) = (adapted.then_some(&step.mixing), &step.slots[..]);
             let active = if adapted { &active[..] } else { &[] };
-            let prepare = PrepareJob { kernels, linear, x, chosen, norm, tiles, room, mixing, slots, active, mixed };
+            let prepare =
+                PrepareJob { kernels, linear, x, chosen, norm, tiles, halves, room, mixing, slots, active, mixed };
             (prepare, ProductJob { kernels, linear, tiles, room, mixed, active, epilogue, out, width })
         };
         let (prepare, product) = jobs(rooms(&mut self.threads[0]));
@@ -289,7 +291,7 @@ impl Backend for CpuBackend {
                 // SAFETY: `kernels` are of an instruction set that this processor has; the rooms are this thread's, and the columns of a unit
                 // are written by the thread that has the unit.
                 unsafe {
-                    (kernels.prepare)(&prepare, 0..tiles.len(), &mut state.rows);
+                    (kernels.prepare)(&prepare, 0..prepare.pieces(), &mut state.rows);
                     (kernels.product)(&product, piece(thread)..piece(thread + 1), &mut state.rows);
                 }
             };
@@ -297,9 +299,9 @@ impl Backend for CpuBackend {
             return Ok(());
         }
         let states = Shared(self.threads.as_mut_ptr());
-        self.pool.deal(tiles.len(), 1, &|thread, tiles| {
-            // SAFETY: as above; only the scratch of the thread's state is used, and tiles are handed out once each.
-            unsafe { (kernels.prepare)(&prepare, tiles, &mut (*states.get(thread)).rows) };
+        self.pool.deal(prepare.pieces(), 1, &|thread, pieces| {
+            // SAFETY: as above; only the scratch of the thread's state is used, and pieces are handed out once each.
+            unsafe { (kernels.prepare)(&prepare, pieces, &mut (*states.get(thread)).rows) };
         });
         self.pool.deal(units, units.div_ceil(threads * PIECES).next_multiple_of(at_once), &|thread, units| {
             // SAFETY: as above; units are handed out once each.

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::{
-    activations::{Form, Room, Tile},
+    activations::{Room, Tile, places},
     format::WORD_LINE,
     isa::{Kernels, Region, Tiling},
     lanes::{LANES, Lanes, load_partial, store_partial, sum},
@@ -14,8 +14,8 @@ use super::{
     tile::{Column, Left, Tiles},
 };
 
-/// Bytes of a panel of V that are asked for at once: those of 576 inputs, in a cache of 32 kB or more.
-const V_AHEAD: usize = 10 << 10;
+/// Bytes of a panel of V that are asked for at once, in a cache of 32 kB or more.
+const V_AHEAD: usize = 14 << 10;
 
 /// RMSNorm of a row, `x / sqrt(mean(x^2) + epsilon) * weight`: the squares are summed in sixteen chains, then in one tree.
 ///
@@ -73,7 +73,9 @@ pub(super) struct PrepareJob<'a> {
     pub(super) norm: Option<(&'a [f32], f32)>,
     /// The rows, cut.
     pub(super) tiles: &'a [Tile],
-    /// Where they are packed. Each tile belongs to one thread.
+    /// They are prepared sixteen by sixteen, for lack of tiles for all threads; else tile by tile.
+    pub(super) halves: bool,
+    /// Where they are packed. Each piece belongs to one thread.
     pub(super) room: Room,
     /// The cores of the step; None when no row has an adapter, or the linear none.
     pub(super) mixing: Option<&'a Mixing>,
@@ -81,11 +83,28 @@ pub(super) struct PrepareJob<'a> {
     pub(super) slots: &'a [u32],
     /// How many numbers of each part of `mixed` a row has (see [`crate::Cores::active`]), 0 on the base; empty when no row has any.
     pub(super) active: &'a [u32],
-    /// Of each tile `[down_rows][height]`: `C V^T x` of the adapted rows. Each tile belongs to one thread.
+    /// Of each tile `[down_rows][height]`: `C V^T x` of the adapted rows. Each piece belongs to one thread.
     pub(super) mixed: Shared<f32>,
 }
 
 impl PrepareJob<'_> {
+    /// What [`prepare`] does at a time.
+    pub(super) fn pieces(&self) -> usize {
+        if self.halves { places(self.tiles) / LANES } else { self.tiles.len() }
+    }
+
+    /// The rows of a piece, counted in its tile. None has more than the tile has.
+    fn piece(&self, number: usize) -> (Tile, Range<usize>) {
+        if !self.halves {
+            let tile = self.tiles[number];
+            return (tile, 0..tile.rows);
+        }
+        let (place, last) = (number * LANES, self.tiles.len() - 1);
+        let tile = self.tiles[(place / self.tiles[0].height).min(last)];
+        let first = place - tile.place;
+        (tile, first.min(tile.rows)..tile.rows.min(first + LANES))
+    }
+
     fn row_of_step(&self, row: usize) -> usize {
         self.chosen.map_or(row, |chosen| chosen[row] as usize)
     }
@@ -95,30 +114,30 @@ impl PrepareJob<'_> {
     }
 }
 
-/// Gathers, normalises, packs and mixes the rows of some tiles.
+/// Gathers, normalises, packs and mixes the rows of some pieces.
 ///
 /// # Safety
-/// The processor has the instructions of `T`; the job's pointers are valid for all tiles in range, which no other thread touches.
+/// The processor has the instructions of `T`; the job's pointers are valid for all pieces in range, which no other thread touches.
 #[inline(always)]
-pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize>, scratch: &mut RowScratch) {
+pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, pieces: Range<usize>, scratch: &mut RowScratch) {
     let width = job.linear.inputs;
     let padded = job.linear.layout.padded(width);
     scratch.row.clear();
     scratch.row.resize(padded, 0.0);
-    let looks_down = job.mixing.is_some() && !tiles.is_empty();
+    let looks_down = job.mixing.is_some() && !pieces.is_empty();
     if looks_down {
         // SAFETY: the instruction set, by contract.
-        unsafe { T::begin(Region::Products) };
+        unsafe { T::begin(Region::Down(job.linear.down_columns())) };
         // V comes while the first rows are packed.
-        let (layout, inputs) = job.linear.down_layout();
-        let bytes = layout.panel_bytes(inputs).min(V_AHEAD);
         for panel in 0..job.linear.down.len() {
-            let lines = job.linear.down_panel(panel);
+            let (lines, bytes) = job.linear.down_panel(panel);
+            let bytes = bytes.min(V_AHEAD);
             (0..bytes).step_by(WORD_LINE).for_each(|at| T::Lanes::prefetch(lines.wrapping_add(at)));
         }
     }
-    for &tile in &job.tiles[tiles] {
-        for row in 0..tile.rows {
+    for piece in pieces {
+        let (tile, rows) = job.piece(piece);
+        for row in rows.clone() {
             let from = &job.x[job.row_of_step(tile.first + row) * width..][..width];
             // SAFETY: `from` was sliced to `width` and the scratch has `padded` numbers; the tile of the room is this thread's.
             unsafe {
@@ -138,8 +157,8 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
             }
         }
         if let Some(mixing) = job.mixing {
-            // SAFETY: the tile was packed just now; its rows of `mixed` are this thread's.
-            unsafe { look_down(job, mixing, tile, scratch) };
+            // SAFETY: the piece was packed just now; its rows of `mixed` are this thread's.
+            unsafe { look_down(job, mixing, tile, rows, scratch) };
         }
     }
     if looks_down {
@@ -148,42 +167,42 @@ pub(super) unsafe fn prepare<T: Tiling>(job: &PrepareJob<'_>, tiles: Range<usize
     }
 }
 
-/// `C (V^T x)` of a tile's adapted rows.
+/// `C (V^T x)` of a piece's adapted rows.
 #[inline(always)]
-unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, scratch: &mut RowScratch) {
-    let active = &job.active[tile.first..][..tile.rows];
+unsafe fn look_down(job: &PrepareJob<'_>, mixing: &Mixing, tile: Tile, rows: Range<usize>, scratch: &mut RowScratch) {
+    let active = &job.active[tile.first..][rows.clone()];
     let Some(most) = active.iter().max().map(|&active| active as usize).filter(|&active| active > 0) else {
         return;
     };
-    // SAFETY: the contract of `prepare`: the tile has been packed.
-    let (seen, products) = unsafe { see(job, tile, most, scratch) };
-    let (place, height) = (tile.place * job.linear.down_rows, tile.height);
-    // SAFETY: the numbers of this tile in `mixed` are this thread's, and `down_rows` for each of its rows.
-    let mixed = unsafe { std::slice::from_raw_parts_mut(job.mixed.get(place), height * job.linear.down_rows) };
-    for (row, &active) in active.iter().enumerate() {
-        let (slot, active) = (job.slot(tile.first + row), active as usize);
+    // SAFETY: the contract of `prepare`: the piece has been packed.
+    let (seen, products) = unsafe { see(job, tile, rows.clone(), most, scratch) };
+    let mixed = job.mixed.get(tile.place * job.linear.down_rows);
+    for (i, row) in rows.enumerate() {
+        let (slot, active) = (job.slot(tile.first + row), active[i] as usize);
         for (number, part) in job.linear.parts.iter().enumerate() {
             if active == 0 {
                 break;
             }
             let (core, rank) = mixing.core(part.site, slot);
             // SAFETY: a place among those that `see` has written.
-            let seen_at = |j: usize| unsafe { *products.add(seen.place(number, part, j, row)) };
+            let seen_at = |j: usize| unsafe { *products.add(seen.place(number, part, j, i)) };
+            // SAFETY: the tile's numbers are `down_rows` for each of its height; those of this row are this thread's.
+            let write = |i: usize, value: f32| unsafe { *mixed.add((part.mixed + i) * tile.height + row) = value };
             if active == 2 && rank == 2 {
                 // Nearly every adapter: written out, since the loops below cost more than their products.
                 let ([a, b, c, d], [x, y]) = ([core[0], core[1], core[2], core[3]], [seen_at(0), seen_at(1)]);
-                mixed[part.mixed * height + row] = 0.0 + a * x + b * y;
-                mixed[(part.mixed + 1) * height + row] = 0.0 + c * x + d * y;
+                write(0, 0.0 + a * x + b * y);
+                write(1, 0.0 + c * x + d * y);
                 continue;
             }
             for (i, core) in core.chunks_exact(rank).take(active).enumerate() {
-                mixed[(part.mixed + i) * height + row] = (0..active).fold(0.0, |sum, j| sum + core[j] * seen_at(j));
+                write(i, (0..active).fold(0.0, |sum, j| sum + core[j] * seen_at(j)));
             }
         }
     }
 }
 
-/// Where a tile's V^T x lie in the scratch.
+/// Where a piece's V^T x lie in the scratch.
 enum Seen {
     /// All of V, panel by panel: `[panel][height][16]`, with so many numbers a panel.
     Panels(usize),
@@ -192,7 +211,7 @@ enum Seen {
 }
 
 impl Seen {
-    /// Of number `j` of part `number`, for a row of the tile.
+    /// Of number `j` of part `number`, for a row of the piece.
     #[inline(always)]
     fn place(&self, number: usize, part: &PartInfo, j: usize, row: usize) -> usize {
         match self {
@@ -205,34 +224,49 @@ impl Seen {
     }
 }
 
-/// `V^T x` of a tile, at least the first `most` numbers of every part. Either way computes the same bits; turned is faster where the numbers
+/// `V^T x` of a piece, at least the first `most` numbers of every part. Turned or not are the same bits; turned is faster where the numbers
 /// are fewer than the rows.
 #[inline(always)]
-unsafe fn see(job: &PrepareJob<'_>, tile: Tile, most: usize, scratch: &mut RowScratch) -> (Seen, *const f32) {
-    let (panels, (layout, inputs)) = (job.linear.down.len(), job.linear.down_layout());
-    let numbers = job.linear.parts.len() * most;
-    let turned = numbers < tile.height && job.kernels.form != Form::Tiles;
+unsafe fn see(
+    job: &PrepareJob<'_>,
+    tile: Tile,
+    rows: Range<usize>,
+    most: usize,
+    scratch: &mut RowScratch,
+) -> (Seen, *const f32) {
+    let (linear, panels, layout) = (job.linear, job.linear.down.len(), job.linear.down.layout);
+    let numbers = linear.parts.len() * most;
+    let see_down = job.kernels.see_down;
+    let turned = numbers < tile.height && see_down.is_none();
     let stride = tile.height * LANES;
     let room = if turned { numbers * LANES } else { panels * stride };
-    let left = Left { inputs, ..job.room.left(tile) };
+    let left = job.room.left(tile);
     let out = scratch.products.at_least(room * size_of::<f32>()).cast::<f32>();
     // SAFETY: `products` has the room; behind every tile of the job's room lie sixteen numbers; the caller vouches for the rest.
     unsafe {
-        if turned {
+        let tiles = Tiles { data: out, panel_stride: stride, add: false };
+        if let Some(see_down) = see_down {
+            // A piece begins with a tile's rows or with its second sixteen.
+            let left = Left { words: left.words.add(rows.start * LANES), rows: rows.len(), ..left };
+            for panel in 0..panels {
+                let out = Tiles { data: out.add(panel * stride), ..tiles };
+                see_down(left, linear.down_panel(panel).0, linear.down_columns(), out);
+            }
+            (Seen::Panels(stride), out)
+        } else if turned {
             scratch.columns.clear();
             scratch.columns.extend(
-                job.linear
+                linear
                     .parts
                     .iter()
                     .flat_map(|part| part.mixed..part.mixed + most)
-                    .map(|at| Column { panel: job.linear.down_panel(at / LANES), lane: at % LANES }),
+                    .map(|at| Column { panel: linear.down.panel(at / LANES), lane: at % LANES }),
             );
             (job.kernels.turned(layout))(left, &scratch.columns, out);
             (Seen::Turned(most), out)
         } else {
-            let tiles = Tiles { data: out, panel_stride: stride, add: false };
             scratch.panels.clear();
-            scratch.panels.extend((0..panels).map(|panel| job.linear.down_panel(panel)));
+            scratch.panels.extend((0..panels).map(|panel| linear.down.panel(panel)));
             (job.kernels.multiply(layout))(left, &scratch.panels, tiles);
             (Seen::Panels(stride), out)
         }

@@ -183,6 +183,8 @@ pub(super) trait Tiling {
 #[derive(Clone, Copy)]
 pub(super) enum Region {
     Products,
+    /// Products with narrow panels of so many outputs.
+    Down(usize),
     Attention,
 }
 
@@ -206,7 +208,10 @@ pub(super) type Accumulate = unsafe fn(Values<'_>, Tiles);
 /// The processor has the instruction set; the panel has this layout, so many inputs and the group.
 pub(super) type Widen = unsafe fn(Layout, *const u8, inputs: usize, group: usize, &mut WidenedGroup);
 
-/// Thirty-two inputs of sixteen outputs, as bfloat16 with exponents that count from another number.
+/// `V^T x` of a tile's rows, `[row][16]` of which a panel's `columns` are written: see [`super::linear::CpuLinear::narrow_down`].
+pub(super) type SeeDown = unsafe fn(Left, *const u8, columns: usize, Tiles);
+
+/// Thirty-two inputs of sixteen outputs as tiles take them: sixteen lines, each of a pair of inputs.
 #[derive(Clone)]
 #[repr(align(64))]
 pub(super) struct WidenedGroup([u16; GROUP * LANES]);
@@ -218,6 +223,19 @@ impl Default for WidenedGroup {
 }
 
 impl WidenedGroup {
+    /// A group that lies so in a panel, zeros behind it.
+    pub(super) fn of_bf16(panel: &[u8], group: usize) -> Self {
+        let mut lines = Self::default();
+        let bytes = panel[group * GROUP * LANES * size_of::<u16>()..].chunks_exact(2);
+        lines.0.iter_mut().zip(bytes).for_each(|(to, bytes)| *to = u16::from_ne_bytes([bytes[0], bytes[1]]));
+        lines
+    }
+
+    /// Its lines, without what belongs to outputs from `columns` on.
+    pub(super) fn narrow(&self, columns: usize) -> impl Iterator<Item = &[u16]> {
+        self.0.chunks_exact(2 * LANES).map(move |line| &line[..2 * columns])
+    }
+
     /// The weight of an output for input `k`.
     pub(super) fn weight(&self, output: usize, k: usize) -> f32 {
         // Of eight inputs the even ones come first; two are neighbours.
@@ -240,6 +258,8 @@ pub(super) struct Kernels {
     pub(super) plain: Option<&'static Kernels>,
     /// Where there are tiles.
     pub(super) widen: Option<Widen>,
+    /// Likewise.
+    pub(super) see_down: Option<SeeDown>,
     /// One a layout.
     pub(super) layouts: [Multiply; 4],
     /// Of f32, bfloat16 and 8 bits: what V may be in.
@@ -349,6 +369,7 @@ macro_rules! kernels {
             form: <$lanes as $crate::cpu::isa::Tiling>::FORM,
             plain: None,
             widen: None,
+            see_down: None,
             layouts: [compiled::multiply_f32, compiled::multiply_bf16, compiled::multiply_q8, compiled::multiply_q4],
             turned: [compiled::turned_f32, compiled::turned_bf16, compiled::turned_q8],
             scores: [compiled::multiply_f32, compiled::multiply_bf16],

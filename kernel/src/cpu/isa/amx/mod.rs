@@ -75,9 +75,15 @@ impl Tiling for Amx {
 
     #[inline(always)]
     unsafe fn begin(region: Region) {
+        let down;
         let shapes = match region {
             Region::Products => &PRODUCTS,
             Region::Attention => &ATTENTION,
+            Region::Down(columns) => {
+                let bytes = (4 * columns) as u16;
+                down = shapes([bytes, bytes, bytes, bytes, 64, 64, bytes, bytes], [16; 8]);
+                &down
+            }
         };
         // SAFETY: the processor has tiles and the system lets us use them: `has_tiles`. The shapes are valid.
         unsafe { asm!("ldtilecfg [{}]", in(reg) shapes, options(nostack, preserves_flags, readonly)) }
@@ -162,6 +168,7 @@ mod compiled {
         multiply_q8(left: Left, panels: Panels<'_>, out: Tiles) = tiles::multiply::<widen::Q8>;
         multiply_q4(left: Left, panels: Panels<'_>, out: Tiles) = tiles::multiply::<widen::Q4>;
         widen(layout: Layout, panel: *const u8, inputs: usize, group: usize, to: &mut WidenedGroup) = widen::widen_group;
+        see_down(left: Left, panel: *const u8, columns: usize, out: Tiles) = tiles::see_down;
         scores(left: Left, panels: Panels<'_>, out: Tiles) = super::attention::scores;
         accumulate(values: Values<'_>, out: Tiles) = super::attention::accumulate;
         prepare(job: &prepare::PrepareJob<'_>, tiles: Range<usize>, scratch: &mut prepare::RowScratch)
@@ -196,6 +203,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     form: Form::Tiles,
     plain: Some(&super::avx512::vnni::KERNELS),
     widen: Some(compiled::widen),
+    see_down: Some(compiled::see_down),
     layouts: [plain::multiply, compiled::multiply_bf16, compiled::multiply_q8, compiled::multiply_q4],
     turned: [plain::turned; 3],
     scores: [plain::multiply, compiled::scores],

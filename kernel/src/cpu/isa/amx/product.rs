@@ -178,3 +178,57 @@ unsafe fn block<S: Source, const A: usize, const P: usize>(
         }
     }
 }
+
+/// `out[i][j] = sum_k left[i][k] panel[k][j]` for the `columns` outputs of a narrow panel: sixteen lines a group, each of `columns` pairs. Every other group is
+/// summed apart, since one chain of so few products would wait for itself.
+///
+/// # Safety
+/// As for [`multiply`], after [`crate::cpu::isa::Tiling::begin`] for so many columns. Of a tile's second sixteen rows nothing is read if no row is somebody's.
+#[inline(always)]
+pub(super) unsafe fn see_down(left: Left, panel: *const u8, columns: usize, out: Tiles) {
+    let line = columns * size_of::<u32>();
+    let tall = left.rows > ROWS;
+    let mut odd = Room::<2>::new();
+    // SAFETY: the contract of this function.
+    unsafe {
+        zero!(0);
+        zero!(1);
+        zero!(2);
+        zero!(3);
+        for group in 0..left.inputs.div_ceil(GROUP) {
+            let rows = left.words.add(group * left.height * LANES);
+            let lines = panel.add(group * ROWS * line);
+            if group % 2 == 0 {
+                load!(4, rows, WORD_LINE);
+                load!(6, lines, line);
+                dot!(0, 4, 6);
+                if tall {
+                    load!(5, rows.add(ROWS * LANES), WORD_LINE);
+                    dot!(2, 5, 6);
+                }
+            } else {
+                load!(4, rows, WORD_LINE);
+                load!(7, lines, line);
+                dot!(1, 4, 7);
+                if tall {
+                    load!(5, rows.add(ROWS * LANES), WORD_LINE);
+                    dot!(3, 5, 7);
+                }
+            }
+        }
+        let odd = odd.start();
+        store!(0, out.data);
+        store!(1, odd);
+        if tall {
+            store!(2, out.data.add(ROWS * LANES));
+            store!(3, odd.add(TILE));
+        }
+        // Numbers beyond a row's columns were written by nobody and are read by nobody.
+        let some = ((1_u32 << columns) - 1) as u16;
+        for row in 0..left.rows {
+            let (at, odd) = (out.data.add(row * LANES), odd.cast::<f32>().add(row * LANES));
+            let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(some, at), _mm512_maskz_loadu_ps(some, odd));
+            _mm512_mask_storeu_ps(at, some, sum);
+        }
+    }
+}
