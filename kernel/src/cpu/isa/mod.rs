@@ -184,7 +184,7 @@ pub(super) trait Tiling {
 pub(super) enum Region {
     Products,
     /// Products with narrow panels of so many outputs.
-    Down(usize),
+    Down(#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] usize),
     Attention,
 }
 
