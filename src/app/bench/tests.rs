@@ -3,7 +3,7 @@
 use clap::Parser;
 use serde_json::Value;
 
-use super::{forward, profile, quality, report::Report};
+use super::{forward, in_turn, profile, quality, report::Report};
 use crate::config::{BenchCommand, Cli, Command};
 
 fn command(words: &str) -> BenchCommand {
@@ -102,5 +102,17 @@ fn a_profile_names_the_parts_of_both_kinds_of_steps() {
             assert!(positive(&part(name)["ms"]), "{name} of {result}");
         }
         assert!(positive(&result["named_share"]) && positive(&result["steps"]), "{result}");
+    }
+}
+
+#[test]
+fn every_case_has_every_place_and_follows_no_other_more_often_than_it_is_followed() {
+    for cases in 1..7 {
+        let rounds: Vec<Vec<usize>> = (0..2 * cases).map(|round| in_turn(cases, round).collect()).collect();
+        let follows = |a, b| rounds.iter().filter(|order| order.windows(2).any(|pair| pair == [a, b])).count();
+        for a in 0..cases {
+            assert!((0..cases).all(|place| rounds.iter().filter(|order| order[place] == a).count() == 2));
+            assert!((0..cases).all(|b| follows(a, b) == follows(b, a)), "{cases} cases");
+        }
     }
 }
