@@ -114,7 +114,7 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch_on_any_threads() {
                 let mut shuffled = rows.clone();
                 let mut random = Random(4);
                 (1..rows.len()).rev().for_each(|i| shuffled.swap(i, random.below(i + 1)));
-                for size in [1, 2, 3, 5, 8, 12, 13, 40, 64, 300] {
+                for size in [1, 2, 3, 5, 8, 12, 13, 17, 32, 40, 64, 300] {
                     let rows: Vec<_> = shuffled.iter().copied().cycle().take(size).collect();
                     let result = run(2, &rows);
                     for (i, row) in rows.iter().enumerate() {
