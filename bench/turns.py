@@ -4,7 +4,7 @@
     python3 bench/turns.py --model FILE --server 'target/release/mote --log off' --server 'target/release/mote' --server 'target/release/mote --otlp-endpoint http://127.0.0.1:{collector}'
 
 Each `--server` is a program and more flags of `mote serve`; `{collector}` is the port of a collector that takes every span and keeps none. All servers stay loaded, and those that are not measured are
-stopped (SIGSTOP). A round measures each once, in an order that turns: `--clients` clients, each under its own adapter, `--per-client` requests of `--tokens` tokens one after another, no two prompts
+stopped (SIGSTOP). A round measures each once, in an order that turns, forwards and backwards: `--clients` clients, each under its own adapter, `--per-client` requests of `--tokens` tokens one after another, no two prompts
 alike. It prints each server's rate, and the median of its ratios to the first within rounds with their quartiles and a 95 % interval by resampling.
 """
 
@@ -74,8 +74,8 @@ def measure(args, running: list[servers.MoteServer]) -> list[list[float]]:
         load(server)
     rates = [[] for _ in running]
     for number in range(args.rounds):
-        for place in range(len(running)):
-            turn = (number + place) % len(running)
+        order = [(number // 2 + place) % len(running) for place in range(len(running))]
+        for turn in reversed(order) if number % 2 else order:
             rates[turn].append(load(running[turn]))
     return rates
 

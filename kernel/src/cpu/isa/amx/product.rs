@@ -198,22 +198,21 @@ pub(super) unsafe fn see_down(left: Left, panel: *const u8, columns: usize, out:
         for group in 0..left.inputs.div_ceil(GROUP) {
             let rows = left.words.add(group * left.height * LANES);
             let lines = panel.add(group * ROWS * line);
+            macro_rules! sum {
+                ($first:literal, $second:literal, $weights:literal) => {
+                    load!(4, rows, WORD_LINE);
+                    load!($weights, lines, line);
+                    dot!($first, 4, $weights);
+                    if tall {
+                        load!(5, rows.add(ROWS * LANES), WORD_LINE);
+                        dot!($second, 5, $weights);
+                    }
+                };
+            }
             if group % 2 == 0 {
-                load!(4, rows, WORD_LINE);
-                load!(6, lines, line);
-                dot!(0, 4, 6);
-                if tall {
-                    load!(5, rows.add(ROWS * LANES), WORD_LINE);
-                    dot!(2, 5, 6);
-                }
+                sum!(0, 2, 6);
             } else {
-                load!(4, rows, WORD_LINE);
-                load!(7, lines, line);
-                dot!(1, 4, 7);
-                if tall {
-                    load!(5, rows.add(ROWS * LANES), WORD_LINE);
-                    dot!(3, 5, 7);
-                }
+                sum!(1, 3, 7);
             }
         }
         let odd = odd.start();
