@@ -1,4 +1,4 @@
-"""Interleaved rounds: every case once a round, in an order that turns, so that a slow minute hits all of them alike."""
+"""Interleaved rounds: every case once a round, in an order that turns, forwards and backwards, so that a slow minute hits all of them alike."""
 
 import statistics
 from collections.abc import Callable
@@ -76,8 +76,9 @@ def interleave(group: str, cases: list[Case], rounds: int, watch: Watch, results
     print(f"== {group}: {len(cases)} cases, {rounds} rounds", flush=True)
     alive = list(cases)
     for number in range(rounds):
-        turn = number % max(1, len(alive))
-        for case in [*alive[turn:], *alive[:turn]]:
+        turn = number // 2 % max(1, len(alive))
+        order = [*alive[turn:], *alive[:turn]]
+        for case in reversed(order) if number % 2 else order:
             try:
                 value, details = _measure(case, number, watch)
             except Exception as error:  # one peer's failure must not end the others' run; it is reported
