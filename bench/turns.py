@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import client, machine, prompts, servers  # noqa: E402
+from peers import client, machine, prompts, rounds, servers  # noqa: E402
 
 
 class Collector(BaseHTTPRequestHandler):
@@ -74,9 +74,8 @@ def measure(args, running: list[servers.MoteServer]) -> list[list[float]]:
         load(server)
     rates = [[] for _ in running]
     for number in range(args.rounds):
-        order = [(number // 2 + place) % len(running) for place in range(len(running))]
-        for turn in reversed(order) if number % 2 else order:
-            rates[turn].append(load(running[turn]))
+        for place in rounds.in_turn(list(range(len(running))), number):
+            rates[place].append(load(running[place]))
     return rates
 
 

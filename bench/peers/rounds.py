@@ -71,14 +71,19 @@ def _measure(case: Case, number: int, watch: Watch) -> tuple[float, dict]:
     return best
 
 
+def in_turn(cases: list, number: int) -> list:
+    """The cases in the order of a round: it turns, forwards and backwards, so that none follows another more often than it is followed."""
+    turn = number // 2 % max(1, len(cases))
+    order = [*cases[turn:], *cases[:turn]]
+    return order[::-1] if number % 2 else order
+
+
 def interleave(group: str, cases: list[Case], rounds: int, watch: Watch, results: Results) -> None:
     """Runs all cases `rounds` times, one at a time. A case that fails is dropped and its reason kept."""
     print(f"== {group}: {len(cases)} cases, {rounds} rounds", flush=True)
     alive = list(cases)
     for number in range(rounds):
-        turn = number // 2 % max(1, len(alive))
-        order = [*alive[turn:], *alive[:turn]]
-        for case in reversed(order) if number % 2 else order:
+        for case in in_turn(alive, number):
             try:
                 value, details = _measure(case, number, watch)
             except Exception as error:  # one peer's failure must not end the others' run; it is reported

@@ -194,11 +194,11 @@ fn rate(model: &mut Model, batch: &StepBatch) -> (f64, f64) {
 fn adapters_over_base() {
     let variable = |name: &str, otherwise: &str| std::env::var(name).unwrap_or_else(|_| otherwise.to_owned());
     let isa = variable("ISA", &Isa::available()[0].to_string());
-    let isa = Isa::available().into_iter().find(|other| other.to_string() == isa);
+    let isa = Isa::available().into_iter().find(|other| other.to_string() == isa).unwrap();
     let precision = variable("PRECISION", "Q4");
     let precision = crate::suite::PRECISIONS.into_iter().find(|p| format!("{p:?}") == precision).unwrap();
     let (threads, rounds) = (variable("THREADS", "2").parse().unwrap(), variable("ROUNDS", "60").parse().unwrap());
-    let mut model = Model::new(threads, isa, precision, 2, 64 * 40);
+    let mut model = Model::new(threads, Some(isa), precision, 2, 64 * 40);
     let cores: Vec<_> = (0..64).map(|i| cores(i, 2, 7 * LAYERS)).collect();
     for (name, sequences, start, rows) in CASES.into_iter().filter(|(name, ..)| variable("CASE", name) == *name) {
         let batches = [batch(sequences, start, rows, &[]), batch(sequences, start, rows, &cores)];

@@ -99,10 +99,10 @@ impl PrepareJob<'_> {
             let tile = self.tiles[number];
             return (tile, 0..tile.rows);
         }
-        let (place, last) = (number * LANES, self.tiles.len() - 1);
-        let tile = self.tiles[(place / self.tiles[0].height).min(last)];
-        let first = place - tile.place;
-        (tile, first.min(tile.rows)..tile.rows.min(first + LANES))
+        // Only the last tile can be lower than the others, and none is higher than its rows ask for.
+        let tile = self.tiles[number * LANES / self.tiles[0].height];
+        let first = number * LANES - tile.place;
+        (tile, first..tile.rows.min(first + LANES))
     }
 
     fn row_of_step(&self, row: usize) -> usize {
